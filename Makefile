@@ -1,0 +1,41 @@
+# Two commands do everything: `make book` and `make test`. Both set up .venv from environment.yml first.
+PYTHON ?= python3
+PROFILE ?= quick
+DEVICE ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+# Attack library used by tests only. Its declared need for a plotting server (visdom) does not build
+# with current setuptools and is not used here, hence --no-deps.
+ATTACKS := adv-lib==0.2.8
+
+.PHONY: book test setup bench lint clean
+
+book: setup
+	$(BIN)/python -m lipguide build --profile $(PROFILE) --device $(DEVICE)
+
+test: setup
+	$(BIN)/ruff check lipguide tests
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
+
+setup: $(VENV)/.locked
+
+$(VENV)/.locked: environment.yml pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	sed -n "s/^      - '\{0,1\}\([^']*\)'\{0,1\}$$/\1/p" environment.yml > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ATTACKS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -c "import torch, torchvision; b = torch.tensor([[0., 0., 1., 1.]]); \
+	  torchvision.ops.nms(b, b.new_ones(1), 0.5)"
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check lipguide tests
+	$(BIN)/ruff format --check lipguide tests
+
+clean:
+	rm -rf _build

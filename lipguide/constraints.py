@@ -1,0 +1,196 @@
+"""What `lipguide.affine` registers on a weight: each constraint is one module with a short `constrained`."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lipguide.norms import conv_norm, matrix_norm, polyphase
+from lipguide.orthogonal_kernels import exact
+
+__all__ = ["AOL", "Clip", "Constraint", "Geometry", "Scaled", "Spectral", "UnitRows"]
+
+
+class Geometry(NamedTuple):
+    """What, besides its weight, decides the norm of an affine layer."""
+
+    dense: bool
+    transposed: bool
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+def _columns(z: Tensor) -> Tensor:
+    """Complex columns (groups, n, m) as real ones (groups, n, 2m)."""
+    return torch.view_as_real(z).flatten(2)
+
+
+def _tiny(norm: Tensor) -> Tensor:
+    """A norm that can be divided by: a zero weight stays zero instead of becoming NaN."""
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+class Constraint(nn.Module):
+    """W ↦ the constrained W, computed in float32 or better whatever the precision around it."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.constrained(exact(weight)).to(weight.dtype)
+
+    def constrained(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+class Clip(Constraint):
+    """W ↦ min(max(W, −limit), limit)."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def constrained(self, weight: Tensor) -> Tensor:
+        return weight.clamp(-self.limit, self.limit)
+
+
+class Scaled(Constraint):
+    """W ↦ W / (√overlap · ‖W‖₂) with the norm over all entries: Frobenius (overlap > 1 for convolutions)."""
+
+    def __init__(self, overlap: int = 1) -> None:
+        super().__init__()
+        self.overlap = overlap
+
+    def constrained(self, weight: Tensor) -> Tensor:
+        return weight / _tiny(math.sqrt(self.overlap) * torch.linalg.vector_norm(weight))
+
+
+class UnitRows(Constraint):
+    """w_k ↦ w_k / ‖w_k‖₂ for the filter w_k of each output."""
+
+    def __init__(self, transposed: bool, groups: int) -> None:
+        super().__init__()
+        self.transposed, self.groups = transposed, groups
+
+    def constrained(self, weight: Tensor) -> Tensor:
+        if not self.transposed:
+            return weight / _tiny(torch.linalg.vector_norm(weight.flatten(1), dim=1)).reshape(
+                -1, *[1] * (weight.ndim - 1)
+            )
+        # Stored as (inputs, outputs / groups, height, width): an output's filter spans the inputs of its group.
+        grouped = weight.unflatten(0, (self.groups, -1))
+        return (grouped / _tiny(torch.linalg.vector_norm(grouped, dim=(1, 3, 4), keepdim=True))).flatten(0, 1)
+
+
+class AOL(Constraint):
+    """W ↦ W D^(−½) with D_ii = Σ_j |WᵀW|_ij (Prach and Lampert): D ⪰ WᵀW, so the product has norm at most 1."""
+
+    def __init__(self, shape: Geometry) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def constrained(self, weight: Tensor) -> Tensor:
+        if self.shape.dense:
+            return weight / _tiny((weight.mT @ weight).abs().sum(1)).sqrt()
+        # A stride or a dilation is undone first: the same kernel on interleaved pictures.
+        kernel = polyphase(weight, self.shape.stride, self.shape.dilation, self.shape.groups)
+        scaled = torch.stack([k / _tiny(self._gram_rows(k)).sqrt()[:, None, None] for k in kernel])
+        return _merge_phases(scaled, weight.shape, self.shape)
+
+    @staticmethod
+    def _gram_rows(kernel: Tensor) -> Tensor:
+        columns = kernel.transpose(0, 1)
+        reach = kernel.shape[2] - 1, kernel.shape[3] - 1
+        return F.conv2d(columns, columns, padding=reach).abs().sum((1, 2, 3))
+
+
+def _merge_phases(kernel: Tensor, shape: torch.Size, layer: Geometry) -> Tensor:
+    """Undo `polyphase`."""
+    (s1, s2), (d1, d2) = layer.stride, layer.dilation
+    rows, columns = kernel.shape[-2:]
+    split = kernel.reshape(shape[0], shape[1], s1, s2, rows, columns).permute(0, 1, 4, 2, 5, 3)
+    spread = split.reshape(shape[0], shape[1], rows * s1, columns * s2)
+    return spread[:, :, : d1 * (shape[2] - 1) + 1 : d1, : d2 * (shape[3] - 1) + 1 : d2]
+
+
+class Spectral(Constraint):
+    """W ↦ W / σ with σ the largest singular value of the layer's linear map.
+
+    *Training*: power iteration, one step a forward and warm-started, on the matrices Ŵ(ω) of a coarse grid of
+    frequencies ω at once. The largest of these norms is a lower bound of σ, good enough to learn with, and the
+    gradient flows through it.
+
+    *Eval*: `norms.conv_norm`, a proved upper bound, of the weight as it is now. The proof is kept together with the
+    weight that it was made for, and made anew once any entry of that weight has changed; it is derived data and
+    therefore not in the `state_dict`.
+    """
+
+    def __init__(self, weight: Tensor, shape: Geometry) -> None:
+        super().__init__()
+        self.shape = shape
+        self.proof: tuple[Tensor, float] | None = None
+        kernel = self._kernel(exact(weight.detach()))
+        frequencies = self._phases(kernel).shape[-1]
+        v = torch.randn(shape.groups, kernel.shape[2], frequencies, 2, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("v", v.to(weight.device))  # real and imaginary parts, one column a frequency
+        with torch.no_grad():
+            for _ in range(20):
+                self._power_step(kernel)
+
+    def constrained(self, weight: Tensor) -> Tensor:
+        sigma = self._power_step(self._kernel(weight)) if self.training else self._proved_norm(weight.detach())
+        return weight / _tiny(sigma)
+
+    def _kernel(self, weight: Tensor) -> Tensor:
+        """The same map as a convolution of stride 1: taps (groups, outputs, inputs, k₁, k₂). Dense layers have one."""
+        if self.shape.dense:
+            return weight[None, :, :, None, None]
+        return polyphase(weight, self.shape.stride, self.shape.dilation, self.shape.groups)
+
+    @staticmethod
+    def _phases(kernel: Tensor) -> Tensor:
+        """e^{i⟨ω, t⟩} for every tap t (rows) and every frequency ω (columns) of half the torus."""
+        sides = kernel.shape[3:]
+        grid = [torch.arange(1 if k == 1 else 2 * k + 2, device=kernel.device) for k in sides]
+        turns = [2 * math.pi * n / len(n) for n in grid]
+        turns[1] = turns[1][: len(turns[1]) // 2 + 1]
+        omega = torch.cartesian_prod(*turns).to(kernel.dtype)
+        taps = torch.cartesian_prod(*(torch.arange(k, device=kernel.device) for k in sides)).to(kernel.dtype)
+        angles = taps @ omega.T
+        return torch.polar(torch.ones_like(angles), angles)
+
+    def _power_step(self, kernel: Tensor) -> Tensor:
+        """σ = Re(uᴴ Ŵ(ω) v) at the frequency where it is largest; then v ← Ŵᴴ u, normalised, at every frequency."""
+        with torch.no_grad():
+            phases = self._phases(kernel)
+            groups, outputs, inputs = kernel.shape[:3]
+            rows = kernel.detach().flatten(3).permute(0, 3, 1, 2).flatten(1, 2)  # the taps' matrices, stacked
+            v = torch.view_as_complex(self.v.to(kernel.dtype, copy=True))
+            v = v / _tiny(torch.linalg.vector_norm(v, dim=1, keepdim=True))
+            products = torch.view_as_complex((rows @ _columns(v)).reshape(groups, len(phases), outputs, -1, 2))
+            u = (products * phases[:, None]).sum(1)
+            norms = torch.linalg.vector_norm(u, dim=1)
+            spread = u[:, None] * phases[:, None].conj()
+            back = (rows.mT @ _columns(spread.flatten(1, 2))).reshape(groups, inputs, -1, 2)
+            self.v.copy_(back / _tiny(back.abs().amax()))
+            # σ is linear in the kernel with this direction as its gradient.
+            best = norms.argmax()
+            group, omega = best // norms.shape[1], best % norms.shape[1]
+            left = (u[group, :, omega] / _tiny(norms[group, omega])).conj()
+            direction = torch.einsum("o,t,i->oit", left, phases[:, omega], v[group, :, omega]).real
+        return (kernel[group].flatten(2) * direction).sum()
+
+    @torch.compiler.disable
+    def _proved_norm(self, weight: Tensor) -> Tensor:
+        known = self.proof is not None and self.proof[0].device == weight.device
+        if not known or not torch.equal(self.proof[0], weight):
+            shape = self.shape
+            norm = matrix_norm(weight) if shape.dense else conv_norm(weight, *shape[2:])
+            self.proof = (weight.clone(), norm)
+        return weight.new_tensor(self.proof[1])

@@ -1,0 +1,119 @@
+"""What a chapter's outcome depends on, as one hash: its source, its parameters, the lock and the code it imports."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+__all__ = ["chapter_key", "modules_behind"]
+
+PACKAGE = Path(__file__).resolve().parent
+NAME = PACKAGE.name
+
+
+def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str) -> str:
+    """A hash that changes when the chapter must run again, and only then.
+
+    Args:
+        code: the chapter's code cells, one after the other.
+        source: the whole chapter, prose included (it is part of the executed notebook).
+        parameters: what papermill injects.
+        lock: the hash of the locked environment.
+
+    >>> key = chapter_key("import math", "# A\\n", {"profile": "quick"}, "abc")
+    >>> key == chapter_key("import math", "# A\\n", {"profile": "full"}, "abc")
+    False
+    """
+    digest = hashlib.sha256(json.dumps([source, parameters, lock], sort_keys=True).encode())
+    modules = modules_behind(code)
+    files = sorted(modules) + (_data_files() if modules else [])
+    for path in files:
+        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def modules_behind(code: str) -> set[Path]:
+    """The package's modules that some code uses, with all that they import in turn.
+
+    `import lipguide as lip` alone counts for nothing: each `lip.name` counts for the module that defines the name.
+
+    >>> sorted(p.name for p in modules_behind("import lipguide as lip\\nlip.spectral"))
+    ['affine.py', 'constraints.py', 'norms.py', 'orthogonal_kernels.py']
+    """
+    return _closure(_used(ast.parse(code)))
+
+
+def _data_files() -> list[Path]:
+    """Data that ships with the package, weights above all: small, and read by name at run time."""
+    return sorted(p for p in PACKAGE.rglob("*") if p.suffix in {".json", ".safetensors"})
+
+
+def _used(tree: ast.AST) -> set[Path]:
+    """The modules that a piece of code names itself."""
+    found, aliases = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name == NAME:
+                    aliases.add(name.asname or NAME)
+                elif name.name.startswith(f"{NAME}."):
+                    found |= _files(name.name)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == NAME and not node.level:
+            for name in node.names:
+                found |= _resolve(node.module, name.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            found |= _resolve(NAME, node.attr)
+    return found
+
+
+def _resolve(module: str, name: str) -> set[Path]:
+    """The files behind `from module import name`."""
+    as_module = _files(f"{module}.{name}")
+    if as_module:
+        return as_module
+    if module == NAME:
+        # The root only re-exports: count the module that a name comes from, or everything if it cannot be told.
+        return _exports().get(name) or set(PACKAGE.rglob("*.py"))
+    return _files(module)
+
+
+def _files(dotted: str) -> set[Path]:
+    path = PACKAGE.joinpath(*dotted.split(".")[1:])
+    if path == PACKAGE:
+        return set()
+    if path.with_suffix(".py").exists():
+        return {path.with_suffix(".py")}
+    return set(path.rglob("*.py")) if path.is_dir() else set()
+
+
+def _exports() -> dict[str, set[Path]]:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    names: dict[str, set[Path]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for name in node.names:
+                origin = _files(f"{node.module}.{name.name}") or _files(node.module)
+                names[name.asname or name.name] = origin
+        elif isinstance(node, ast.Assign):
+            names |= {t.id: set() for t in node.targets if isinstance(t, ast.Name)}
+    return {name: files or {PACKAGE / "__init__.py"} for name, files in names.items()}
+
+
+def _closure(start: set[Path]) -> set[Path]:
+    done: set[Path] = set()
+    waiting = set(start)
+    while waiting:
+        path = waiting.pop()
+        done.add(path)
+        waiting |= _imports(path, path.stat().st_mtime_ns) - done
+    return done
+
+
+@cache
+def _imports(path: Path, changed: int) -> frozenset[Path]:
+    """What a module imports; `changed`, its time stamp, keeps the memory honest."""
+    return frozenset(_used(ast.parse(path.read_text(encoding="utf-8"))))

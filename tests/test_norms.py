@@ -1,0 +1,133 @@
+"""conv_norm is an upper bound for every picture size and padding, and a tight one."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lipguide.norms import aol_norm, conv_norm, matrix_norm, polyphase
+from tests.operators import largest_singular_value, singular_values
+
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@st.composite
+def convolutions(draw):
+    """A random convolution and a picture that it accepts."""
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    kernel = (draw(st.integers(1, 5)), draw(st.integers(1, 4)))
+    stride = draw(st.sampled_from([(1, 1), (2, 2), (2, 1), (3, 3)]))
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (2, 3)]))
+    inputs, outputs = groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 4))
+    mode = draw(st.sampled_from(["zeros", "circular"]))
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    padding = tuple(draw(st.integers(0, r // 2)) for r in reach)
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, padding_mode=mode)
+    if draw(st.booleans()):  # smooth kernels have their maximum at a corner of the torus, random ones anywhere
+        layer.weight.data.abs_()
+    sides = [s * draw(st.integers(math.ceil((r + 1) / s), 6 + r)) for r, s in zip(reach, stride, strict=True)]
+    return layer, (
+        inputs,
+        *(
+            min(n, 12) if min(n, 12) > r and min(n, 12) % s == 0 else n
+            for n, r, s in zip(sides, reach, stride, strict=True)
+        ),
+    )
+
+
+@SETTINGS
+@given(convolutions())
+def test_no_picture_beats_the_bound(case):
+    layer, shape = case
+    bound = conv_norm(layer.weight, layer.stride, layer.dilation, layer.groups)
+    assert singular_values(layer, shape)[0] <= bound
+
+
+@SETTINGS
+@given(convolutions())
+def test_transposed_convolution_obeys_the_same_bound(case):
+    layer, (_, height, width) = case
+    twin = nn.ConvTranspose2d(
+        layer.out_channels,
+        layer.in_channels,
+        layer.kernel_size,
+        layer.stride,
+        dilation=layer.dilation,
+        groups=layer.groups,
+    )
+    twin.weight.data = layer.weight.data
+    bound = conv_norm(twin.weight, twin.stride, twin.dilation, twin.groups)
+    assert singular_values(twin, (layer.out_channels, max(1, height // 3), max(1, width // 3)))[0] <= bound
+
+
+@pytest.mark.parametrize("kernel, stride, groups", [(1, 1, 1), (3, 1, 1), (3, 2, 1), (5, 1, 2), (4, 2, 1), (2, 2, 1)])
+def test_the_bound_is_within_one_percent_on_a_large_circle(kernel, stride, groups):
+    torch.manual_seed(kernel)
+    layer = nn.Conv2d(4, 6, kernel, stride, 0, groups=groups)
+    bound = conv_norm(layer.weight, layer.stride, layer.dilation, groups)
+    circle = nn.Conv2d(4, 6, kernel, stride, kernel // 2 if kernel % 2 else 0, groups=groups, padding_mode="circular")
+    circle.weight.data = layer.weight.data
+    if kernel % 2 == 0 and kernel > stride:
+        circle.padding, circle._reversed_padding_repeated_twice = (1, 1), [1, 1, 1, 1]
+    assert 0.99 * bound <= largest_singular_value(circle, (4, 32, 32)) <= bound
+
+
+def test_bound_is_exact_where_the_norm_is_known():
+    blur = torch.ones(1, 1, 3, 3)
+    assert 9.0 <= conv_norm(blur) <= 9.0 * 1.004
+    assert 3.0 <= conv_norm(torch.ones(1, 1, 3, 3), stride=(3, 3)) <= 3.0 * 1.004
+    assert conv_norm(torch.zeros(2, 2, 3, 3)) == 0.0
+
+
+def test_reshaped_weight_is_no_bound():
+    """The trap that the chapter shows: the matrix norm of the reshaped kernel certifies nothing."""
+    blur = torch.ones(1, 1, 3, 3)
+    assert matrix_norm(blur.reshape(1, 9)) < 3.001 < conv_norm(blur)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_scale_neither_overflows_nor_underflows(scale):
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4, 3, 3)
+    assert conv_norm(weight * scale) == pytest.approx(scale * conv_norm(weight), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_weight_is_not_certified(value):
+    weight = torch.randn(4, 4, 3, 3)
+    weight[0, 1, 2, 0] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        conv_norm(weight)
+
+
+def test_adversarial_kernel_with_its_peak_between_grid_points():
+    """Kernels tuned to peak at a chosen frequency: a bound read off a grid would miss it."""
+    taps = torch.arange(3.0)
+    for shift in torch.linspace(0, 0.3, 7):
+        a, b = 1.1 + shift, 0.7 + shift / 3
+        wave = torch.cos(a * taps[:, None] + b * taps[None, :])
+        other = torch.sin(a * taps[:, None] + b * taps[None, :])
+        weight = torch.stack([torch.stack([wave, other]), torch.stack([-other, wave])])
+        peak = 9.0  # the symbol of this rotation reaches the number of taps exactly at (a, b)
+        assert peak <= conv_norm(weight) <= peak * 1.0045
+
+
+def test_polyphase_is_the_same_map_on_interleaved_pictures():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 5, 3, stride=2, bias=False)
+    x = torch.randn(1, 3, 9, 9)
+    kernel = polyphase(layer.weight, (2, 2), (1, 1), 1)[0]
+    padded = nn.functional.pad(x, (0, 1, 0, 1))
+    again = nn.functional.conv2d(nn.functional.pixel_unshuffle(padded, 2), kernel)
+    torch.testing.assert_close(again, layer(x))
+
+
+def test_aol_norm_is_above_the_tight_bound():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        kernel = torch.randn(2, 3, 4, 3, 2).double()
+        assert aol_norm(kernel) >= conv_norm(kernel.flatten(0, 1), groups=2) / 1.004
