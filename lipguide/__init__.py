@@ -1,10 +1,31 @@
 """lipguide: 1-Lipschitz neural networks, an executable book and the small PyTorch package behind it."""
 
+from lipguide.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
 from lipguide.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
+from lipguide.pooling import (
+    GlobalAvgPool2d,
+    GlobalL2NormPool2d,
+    InvertibleDownSampling,
+    InvertibleUpSampling,
+    ScaledAvgPool2d,
+    ScaledL2NormPool2d,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FullSort",
+    "GlobalAvgPool2d",
+    "GlobalL2NormPool2d",
+    "GroupSort",
+    "GroupSort2",
+    "Householder",
+    "InvertibleDownSampling",
+    "InvertibleUpSampling",
+    "MaxMin",
+    "MaxMinDouble",
+    "ScaledAvgPool2d",
+    "ScaledL2NormPool2d",
     "aol",
     "clip",
     "constrain_",

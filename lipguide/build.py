@@ -69,6 +69,9 @@ class Book:
         self.html = self.out / "html"
         toc = yaml.safe_load((self.root / "_toc.yml").read_text(encoding="utf-8"))
         self.pages = list(_pages(toc))
+        for page in self.pages:
+            if not self.source(page).exists():
+                raise BuildError(f"_toc.yml names {page}, but there is no {page}.md")
         self.chapters = {Path(p).name: p for p in self.pages if _has_code(self.source(p))}
 
     def source(self, page: str) -> Path:
@@ -176,6 +179,7 @@ def _execute(book: Book, chapter: str, profile: str, device: str) -> tuple[Outco
     done.metadata["lipguide"] = {"key": key}
     _write_notebook(done, target)
     failed.unlink()
+    failed.with_suffix(".log").unlink(missing_ok=True)
     return Outcome(chapter, seconds), True
 
 
@@ -184,15 +188,10 @@ def _run(notebook: nbformat.NotebookNode, path: Path, folder: Path, parameters: 
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_notebook(notebook, path)
     try:
-        papermill.execute_notebook(
-            str(path),
-            str(path),
-            parameters,
-            kernel_name="python3",
-            progress_bar=False,
-            log_output=False,
-            cwd=str(folder),
-        )
+        with _stderr_to(path.with_suffix(".log")):
+            papermill.execute_notebook(
+                str(path), str(path), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder)
+            )
     except PapermillExecutionError as error:
         return f"cell {error.exec_count} raised {error.ename}: {str(error.evalue).strip().splitlines()[:1]}"
     for cell in nbformat.read(path, as_version=4).cells:
@@ -200,6 +199,20 @@ def _run(notebook: nbformat.NotebookNode, path: Path, folder: Path, parameters: 
             if output.output_type == "stream" and output.name == "stderr":
                 return f"cell {cell.execution_count} wrote to stderr: {output.text.strip().splitlines()[:1]}"
     return ""
+
+
+@contextlib.contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Send what the kernel process itself complains about to a file; what its cells print is in the notebook."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    try:
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), 2)
+            yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def _key_of(path: Path) -> str | None:
@@ -243,7 +256,8 @@ def _render(book: Book, profile: str) -> int:
         print(f"{'html':<16} {'unchanged':<10} {time.perf_counter() - began:7.1f} s")
         return 0
     log = book.out / "render.log"
-    command = [sys.executable, "-m", "jupyter_book", "build", str(book.stage), "-W", "-n", "--keep-going", "--all"]
+    call = "from jupyter_book.cli.main import main; main()"
+    command = [sys.executable, "-c", call, "build", str(book.stage), "-W", "-n", "--keep-going", "--all"]
     environment = {**os.environ, "LIPGUIDE_PROFILE": profile, "PYTHONWARNINGS": "ignore"}
     with open(log, "w") as file:
         status = subprocess.run(

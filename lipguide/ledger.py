@@ -98,26 +98,30 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def lookup(content: dict[str, Any], key: str) -> Any:
-    """A value by its path: names and list positions, separated by dots.
+def lookup(content: Any, key: str) -> Any:
+    """A value by its path: names, which may hold dots themselves, and list positions, separated by dots.
 
-    >>> lookup({"curve": [{"map": 0.5}]}, "curve.0.map")
+    >>> lookup({"curve": [{"clean.map": 0.5}]}, "curve.0.clean.map")
     0.5
     """
-    value: Any = content
-    for part in key.split("."):
-        try:
-            value = value[int(part)] if isinstance(value, list) else value[part]
-        except (KeyError, IndexError, ValueError, TypeError):
-            there = (
-                ", ".join(value)
-                if isinstance(value, dict)
-                else f"{len(value)} items"
-                if isinstance(value, list)
-                else value
-            )
-            raise KeyError(f"no {part!r} on the way to {key!r}; there is: {there}") from None
-    return value
+    if isinstance(content, dict) and key in content:
+        return content[key]
+    # Names may hold dots themselves: try every way to split off a first one.
+    parts = key.split(".")
+    for i in range(1, len(parts)):
+        first, rest = ".".join(parts[:i]), ".".join(parts[i:])
+        if isinstance(content, dict) and first in content:
+            return lookup(content[first], rest)
+    if isinstance(content, list) and parts[0].isdigit() and int(parts[0]) < len(content):
+        return lookup(content[int(parts[0])], ".".join(parts[1:])) if parts[1:] else content[int(parts[0])]
+    there = (
+        ", ".join(content)
+        if isinstance(content, dict)
+        else f"{len(content)} items"
+        if isinstance(content, list)
+        else content
+    )
+    raise KeyError(f"nothing at {key!r}; there is: {there}")
 
 
 def write_json(path: str | Path, content: Any) -> Path:

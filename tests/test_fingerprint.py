@@ -1,0 +1,42 @@
+"""A chapter runs again when something that it depends on changes, and not otherwise."""
+
+import pytest
+
+from lipguide.fingerprint import PACKAGE, chapter_key, modules_behind
+
+
+def names(code):
+    return {p.name for p in modules_behind(code)}
+
+
+@pytest.mark.parametrize(
+    "code, inside, outside",
+    [
+        ("import lipguide as lip\nlip.GroupSort2()", {"activations.py"}, {"affine.py"}),
+        ("import lipguide as lip\nlip.spectral", {"affine.py", "constraints.py", "norms.py"}, {"activations.py"}),
+        ("from lipguide.norms import conv_norm", {"norms.py"}, {"affine.py"}),
+        ("from lipguide import spectral", {"affine.py", "norms.py"}, {"activations.py"}),
+        ("import lipguide.norms", {"norms.py"}, {"affine.py"}),
+        ("from lipguide.ledger import Ledger", {"ledger.py"}, {"norms.py"}),
+        ("import torch", set(), {"affine.py"}),
+    ],
+)
+def test_only_the_modules_behind_the_code_count(code, inside, outside):
+    found = names(code)
+    assert inside <= found and not (outside & found)
+
+
+def test_a_name_that_cannot_be_traced_counts_for_everything():
+    assert names("import lipguide as lip\nlip.surprise") == {p.name for p in PACKAGE.rglob("*.py")}
+
+
+def test_each_ingredient_changes_the_key():
+    base = ("import lipguide as lip\nlip.spectral", "text", {"profile": "quick", "seed": 0}, "lock")
+    variants = [
+        ("import torch", *base[1:]),
+        (base[0], "other text", *base[2:]),
+        (*base[:2], {"profile": "full", "seed": 0}, "lock"),
+        (*base[:3], "other lock"),
+    ]
+    keys = {chapter_key(*v) for v in [base, *variants]}
+    assert len(keys) == 5 and chapter_key(*base) == chapter_key(*base)
