@@ -184,7 +184,10 @@ def _execute(book: Book, chapter: str, profile: str, device: str) -> tuple[Outco
 
 
 def _run(notebook: nbformat.NotebookNode, path: Path, folder: Path, parameters: dict[str, object]) -> str:
-    """Execute a notebook into `path`; return what went wrong, or nothing."""
+    """Execute a notebook into `path`; return what went wrong, or nothing.
+
+    Cells are counted as in the source, without the one that papermill injects before them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_notebook(notebook, path)
     try:
@@ -193,12 +196,16 @@ def _run(notebook: nbformat.NotebookNode, path: Path, folder: Path, parameters: 
                 str(path), str(path), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder)
             )
     except PapermillExecutionError as error:
-        return f"cell {error.exec_count} raised {error.ename}: {str(error.evalue).strip().splitlines()[:1]}"
+        return f"code cell {error.exec_count - 1} raised {error.ename}: {_first_line(error.evalue)}"
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", []):
             if output.output_type == "stream" and output.name == "stderr":
-                return f"cell {cell.execution_count} wrote to stderr: {output.text.strip().splitlines()[:1]}"
+                return f"code cell {cell.execution_count - 1} wrote to stderr: {_first_line(output.text)}"
     return ""
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in str(text).splitlines() if line.strip()), "(no message)")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
     {ledger}`spectral.largest:.3f`        a number of this chapter's results
     {ledger}`why:radius:.2f`              of another chapter's
     {ledger}`why.full:radius:.2f`         of a profile other than the one being built
+    {ledger}`why:provenance.seconds:.0f`  how long the run took
 
 and ```` ```{run-box} ````, which says where and when the chapter last ran and how long each profile takes.
 """
@@ -29,7 +30,10 @@ class LedgerRole(SphinxRole):
         try:
             path = ledger_path(self.env, chapter[0] if chapter[0] else None)
             self.env.note_dependency(str(path))
-            text = format(lookup(read(path)["results"], key), form)
+            content = read(path)
+            # Provenance is there for the asking too: how long a run took, say.
+            source = content if key.startswith("provenance.") else content["results"]
+            text = format(lookup(source, key), form)
         except (OSError, KeyError, ValueError, TypeError) as error:
             message = self.inliner.reporter.warning(f"ledger role {self.text!r}: {error}", line=self.lineno)
             return [self.inliner.problematic(self.rawtext, self.rawtext, message)], [message]

@@ -88,7 +88,9 @@ def test_build_rebuild_change_fail_and_recover(root, capsys):
     write(root, "two", title="Also changed")
     assert build(Book(root), "quick", "cpu") == 1
     out = capsys.readouterr().out
-    assert "ArithmeticError" in out and "seven" in out and "cell 2" in out and "_build/failed/one.quick.ipynb" in out
+    assert (
+        "ArithmeticError" in out and "seven" in out and "code cell 2" in out and "_build/failed/one.quick.ipynb" in out
+    )
     assert (root / "_build/failed/one.quick.ipynb").exists()
     assert "two              executed" in out, "the other chapters still run"
     assert (root / "_build/html/book/one.html").read_text() == good, "the last good HTML stays"
