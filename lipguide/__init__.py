@@ -2,6 +2,17 @@
 
 from lipguide.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
 from lipguide.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
+from lipguide.blocks import (
+    SLL,
+    BatchCentering,
+    Concat,
+    PadChannels,
+    Patches,
+    Residual,
+    SLLLinear,
+    most_stretched_pair,
+    stretch,
+)
 from lipguide.pooling import (
     GlobalAvgPool2d,
     GlobalL2NormPool2d,
@@ -14,6 +25,8 @@ from lipguide.pooling import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchCentering",
+    "Concat",
     "FullSort",
     "GlobalAvgPool2d",
     "GlobalL2NormPool2d",
@@ -24,6 +37,11 @@ __all__ = [
     "InvertibleUpSampling",
     "MaxMin",
     "MaxMinDouble",
+    "PadChannels",
+    "Patches",
+    "Residual",
+    "SLL",
+    "SLLLinear",
     "ScaledAvgPool2d",
     "ScaledL2NormPool2d",
     "aol",
@@ -31,7 +49,9 @@ __all__ = [
     "constrain_",
     "frobenius",
     "l2_normalized",
+    "most_stretched_pair",
     "orthogonal",
     "spectral",
+    "stretch",
     "unit_rows",
 ]

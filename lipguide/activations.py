@@ -102,7 +102,8 @@ class MaxMin(nn.Module):
 class MaxMinDouble(nn.Module):
     """y = (relu(x), relu(−x)): the guide's MaxMin, also called CReLU; it doubles the channels.
 
-    One of the two copies of a channel has slope ±1 and the other slope 0, so the map is an isometry almost everywhere.
+    One of the two copies of a channel has slope ±1 and the other slope 0, so the map is an isometry. But a layer that
+    brings the 2C channels back to C cannot be one: stacked like that, it loses gradients as fast as ReLU does.
 
     >>> MaxMinDouble()(torch.tensor([[1.0, -2.0]]))
     tensor([[1., 0., 0., 2.]])

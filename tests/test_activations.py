@@ -167,6 +167,11 @@ def test_ordinary_activations_lose_the_gradient_in_twenty_layers(activation):
     assert gradient_norm_through_twenty_layers(activation) < 0.3
 
 
+def test_doubling_channels_and_halving_them_again_loses_gradients_like_relu():
+    """The guide lists it as norm preserving: it is, but no orthogonal layer leads from 2C channels back to C."""
+    assert gradient_norm_through_twenty_layers(MaxMinDouble()) < 2 * gradient_norm_through_twenty_layers(nn.ReLU())
+
+
 @each
 def test_training_and_inference_give_the_same_values(make):
     x = randn(3, CHANNELS, 4, dtype=torch.float32).round(decimals=1)  # rounded: with ties

@@ -1,0 +1,179 @@
+"""The scale of an SLL block: a diagonal T ⪰ WᵀW, by Gram iteration, for matrices and for convolutions.
+
+    ‖W T^(-1/2)‖ ≤ 1  ⟺  WᵀW ⪯ T
+
+A diagonal T leaves each filter a scale of its own, which one spectral norm for all of them would not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["GramScale", "between_frequencies", "diagonal_bound"]
+
+
+class GramScale(nn.Module):
+    """The parametrization of SLL: turns free filters K = Wᵀ into V with ‖V‖ ≤ 1, as V = T^(-1/2) Q K.
+
+    T is a diagonal matrix with T ⪰ G = (QK)(QK)ᴴ, which says just that ‖V‖ ≤ 1. It is found in three steps.
+
+    1. *Row sums.* For a symmetric A, diag(Σ_j |A_ij|) ⪰ A, because 2|x_i||x_j| ≤ x_i² + x_j².
+    2. *Gram iteration.* With A = G^p, p = 2^iterations: G^p ⪯ D implies G ⪯ D^(1/p) (Löwner and Heinz: roots keep
+       the order of positive matrices), and D^(1/p) is diagonal as D is. The surplus of the row sums, up to a factor
+       √n, is rooted away: the larger p, the tighter.
+    3. *Learned q.* Q = diag(q), q = exp(log_q) > 0, enters before the powers are taken, as QGQ. The block depends on
+       q only through Q T^(-1) Q, whose diagonal at p = 1 is 1 / Σ_j |KKᵀ|_ij q_j/q_i: the T of the SLL paper, whose
+       public code divides q out again. After the powers, q would be rooted away with the rest. q adds no function
+       that other filters could not give (q_i K_i is a filter as well); it lets the share that each filter has of the
+       bound be learned on a scale of its own.
+
+    A *convolution* has one such G per frequency ω, and T must serve them all. It is computed on a grid of N = (k − 1)ρ
+    frequencies an axis, with a density ρ that grows with the iterations. *Between them*: let M = sup ‖V(ω)‖, attained
+    at ω* by unit vectors u, v. Along one axis, Re(uᴴV(ω)v) is a trigonometric polynomial of degree d = (k − 1)/2, with
+    taps counted from the centre, and never above M in modulus: from its maximum it falls no faster than M cos(d·)
+    (M. Riesz). A grid point lies within π/N, so ‖V‖ ≥ M cosθ where this axis is on the grid, θ = πd/N = π/(2ρ). In the
+    same way along the other axis, 1 ≥ ‖V‖ ≥ M cos²θ somewhere on the grid: M ≤ 1/cos²θ. A constant part needs no such
+    allowance. Shift each filter so that its largest tap, its own, is at 0: that multiplies the rows of V(ω) by phases,
+    which leaves ‖V(ω)‖ as it is, and at most doubles d. If the other taps have norm at most b together, Re(uᴴV(ω)v)
+    stays within ±b of a constant, the same argument about its mid-range shows a fall of at most b(1 − cos2θ) an axis,
+    and M ≤ 1 + 2b(1 − cos2θ): nothing is lost on filters of one tap each. V is divided by the smaller of the two.
+    *At the border*: zero padding restricts the operator on the infinite lattice, circular padding samples its
+    frequencies, so ‖V‖ ≤ 1 holds for pictures of every size.
+
+    *Rounding*: all this runs in float32 or better. V is made smaller by 2⁻¹⁵, a few hundred times that rounding, and in
+    half precision by one more unit of its own.
+    """
+
+    def __init__(self, inner: int, iterations: int) -> None:
+        super().__init__()
+        if iterations < 0:
+            raise ValueError(f"iterations is {iterations}: 0 takes plain row sums, each one more is tighter")
+        self.iterations = iterations
+        self.log_q = nn.Parameter(torch.zeros(inner))
+
+    def forward(self, filters: Tensor) -> Tensor:
+        with torch.autocast(filters.device.type, enabled=False):
+            dtype = _working_dtype(filters)
+            log_q = self.log_q.to(dtype)
+            # V depends on the directions in Q K, not on its size: with a largest entry of 1, no power overflows.
+            kernel = filters.to(dtype) * _column(torch.exp(log_q - log_q.detach().amax()), filters)
+            kernel = kernel / _nonzero(kernel.detach().abs().amax())
+            density = max(4, 2 * self.iterations)  # so that neither source of slack outweighs the other
+            scale = diagonal_bound(*_symbol(kernel, density), self.iterations)
+            v = kernel / _column(scale.sqrt(), kernel)
+            rounding = 2**8 * torch.finfo(torch.promote_types(filters.dtype, torch.float32)).eps
+            if filters.dtype in (torch.float16, torch.bfloat16):
+                rounding += torch.finfo(filters.dtype).eps
+            return (v / (between_frequencies(v, density) * (1 + rounding))).to(filters.dtype)
+
+
+def _working_dtype(filters: Tensor) -> torch.dtype:
+    """float32 or better, and better where matrix products would round float32 to three digits (TF32, bfloat16)."""
+    products = torch.backends.cuda.matmul if filters.is_cuda else torch.backends.mkldnn.matmul
+    rounded = products.fp32_precision in ("tf32", "bf16")
+    return torch.promote_types(filters.dtype, torch.float64 if rounded else torch.float32)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _nonzero(value: Tensor) -> Tensor:
+    return torch.where(value == 0, 1.0, value)
+
+
+def _symbol(kernel: Tensor, density: int) -> tuple[Tensor, Tensor | None]:
+    """F = R + iI, the filters at the frequencies of the grid: matrices (frequencies, n, c), one half of them all."""
+    if kernel.dim() == 2 or kernel.shape[-1] == 1:
+        return kernel.flatten(1)[None], None
+    taps = torch.arange(kernel.shape[-1], device=kernel.device, dtype=torch.float64)
+    side = density * (kernel.shape[-1] - 1)
+    turns = torch.arange(side, device=kernel.device, dtype=torch.float64) * (2 * math.pi / side)
+    frequencies = torch.cartesian_prod(turns, turns[: side // 2 + 1])
+    angles = frequencies @ torch.cartesian_prod(taps, taps).T
+    flat = kernel.flatten(2).permute(2, 0, 1).flatten(1)
+    shape = (-1, *kernel.shape[:2])
+    return (angles.cos().to(kernel) @ flat).view(shape), (angles.sin().to(kernel) @ flat).view(shape)
+
+
+def diagonal_bound(real: Tensor, imag: Tensor | None, iterations: int) -> Tensor:
+    """The diagonal of a T ⪰ FFᴴ for each of the matrices F = R + iI in (frequencies, n, c).
+
+    Each entry of T is set by the one frequency where it is largest, so the gradient needs only those few: the powers
+    are taken at all frequencies without a gradient, and once more with one where it matters.
+
+    >>> diagonal_bound(torch.tensor([[[1.0, 1.0], [0.0, 1.0]]]), None, iterations=0)
+    tensor([3., 2.])
+    """
+    if imag is None or not (torch.is_grad_enabled() and real.requires_grad):
+        return _log_row_sums(real, imag, iterations).amax(0).exp()
+    with torch.no_grad():
+        log_bound, frequency = _log_row_sums(real, imag, iterations).max(0)
+    where = frequency.unique()
+    with_gradient = _log_row_sums(real[where], imag[where], iterations).amax(0)
+    return (log_bound + (with_gradient - with_gradient.detach())).exp()
+
+
+def _log_row_sums(real: Tensor, imag: Tensor | None, iterations: int) -> Tensor:
+    """log D(ω)^(1/p) with D the row sums of |(FFᴴ)^p| and p = 2^iterations, or one more where F is tall."""
+    # The powers of a tall F cost less on its other side: (FFᴴ)^(p + 1) = F (FᴴF)^p Fᴴ.
+    tall = iterations > 0 and real.shape[-2] > real.shape[-1]
+    gram = _times_adjoint(*_adjoint(real, imag)) if tall else _times_adjoint(real, imag)
+    log_size = real.new_zeros(())
+    for _ in range(iterations):
+        # The largest diagonal entry is the largest of all, and at most the largest eigenvalue: scaled by it, the
+        # next power neither overflows nor fades.
+        size = _nonzero(gram[0].detach().diagonal(dim1=-2, dim2=-1).amax())
+        gram = _times_adjoint(*(part if part is None else part / size for part in gram))
+        log_size = 2 * (log_size + size.log())
+    if tall:
+        f = _complex(real, imag)
+        modulus = (f @ _complex(*gram) @ f.mH).abs()
+    else:
+        modulus = _modulus(*gram)
+    # Rows that are small, raised to a high power, can vanish below the smallest number: never count them as zero.
+    vanished = torch.finfo(real.dtype).tiny * 2**26
+    return ((modulus.sum(-1) + vanished).log() + log_size) / (2**iterations + tall)
+
+
+def _times_adjoint(real: Tensor, imag: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """FFᴴ = RRᵀ + IIᵀ + i (IRᵀ − RIᵀ); of a Hermitian F that is F². Three real products, a complex one has four."""
+    if imag is None:
+        return real @ real.mT, None
+    both = torch.cat((real, imag), -1)
+    cross = imag @ real.mT
+    return both @ both.mT, cross - cross.mT
+
+
+def _adjoint(real: Tensor, imag: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return real.mT, None if imag is None else -imag.mT
+
+
+def _complex(real: Tensor, imag: Tensor | None) -> Tensor:
+    return real if imag is None else torch.complex(real, imag)
+
+
+def _modulus(real: Tensor, imag: Tensor | None) -> Tensor:
+    if imag is None:
+        return real.abs()
+    # hypot has no slope at (0, 0); one smallest number away from it has one. (A complex abs is four times slower.)
+    return torch.hypot(real, imag + torch.finfo(real.dtype).tiny)
+
+
+def between_frequencies(v: Tensor, density: int) -> Tensor:
+    """Upper bound of the norm of a convolution V whose symbol has norm at most 1 on the grid (see `GramScale`).
+
+    >>> between_frequencies(torch.ones(1, 1, 3, 3) / 9, density=6)
+    tensor(1.0718)
+    """
+    if v.dim() == 2 or v.shape[-1] == 1:
+        return v.new_ones(())
+    theta = math.pi / (2 * density)
+    taps = v.abs().flatten(2)
+    own = taps.detach().sum(1).argmax(1)
+    others = taps.sum(2) - taps.gather(2, own.view(-1, 1, 1).expand(*v.shape[:2], 1))[:, :, 0]
+    b = (others.sum(0).amax() + others.sum(1).amax()) / 2  # Schur's bound, ‖A‖² ≤ ‖A‖₁ ‖A‖_∞, and means
+    return (1 + 2 * b * (1 - math.cos(2 * theta))).clamp_max(1 / math.cos(theta) ** 2)
