@@ -1,5 +1,6 @@
 """lipguide: 1-Lipschitz neural networks, an executable book and the small PyTorch package behind it."""
 
+from lipguide import data
 from lipguide.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
 from lipguide.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
 from lipguide.blocks import (
@@ -47,6 +48,7 @@ __all__ = [
     "aol",
     "clip",
     "constrain_",
+    "data",
     "frobenius",
     "l2_normalized",
     "most_stretched_pair",

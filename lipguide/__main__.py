@@ -1,4 +1,4 @@
-"""The command line: `python -m lipguide build` and, from lipguide.data, `python -m lipguide data`."""
+"""The command line: `python -m lipguide build` and `python -m lipguide data`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
+
+from lipguide.data.cli import add_commands
 
 __all__ = ["main"]
 
@@ -38,6 +40,8 @@ def _parser() -> Parser:
     build.add_argument("--device", default="auto", help="auto, cpu or cuda")
     build.add_argument("--only", nargs="+", metavar="CHAPTER", help="execute these chapters alone")
     build.set_defaults(run=_build)
+    data = commands.add_parser("data", help="download SVHN, write the synthetic twin, compare the two")
+    add_commands(data.add_subparsers(required=True, metavar="SET", parser_class=Parser))
     return parser
 
 

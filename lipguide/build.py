@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -275,6 +276,10 @@ def _render(book: Book, profile: str) -> int:
         print(f"{'html':<16} FAILED; see {log.relative_to(book.root)}", *lines[:10], sep="\n  ")
         return 1
     new = book.stage / "_build" / "html"
+    foreign = _foreign_hosts(new)
+    if foreign:
+        print(f"{'html':<16} FAILED; these pages would not read offline:", *foreign, sep="\n  ")
+        return 1
     (new / ".lipguide").write_text(key)
     if book.html.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -283,6 +288,13 @@ def _render(book: Book, profile: str) -> int:
     shutil.rmtree(old, ignore_errors=True)
     print(f"{'html':<16} {'rendered':<10} {time.perf_counter() - began:7.1f} s   {book.html / 'index.html'}")
     return 0
+
+
+def _foreign_hosts(html: Path) -> list[str]:
+    """Scripts, styles, pictures and frames that a page would fetch from another host."""
+    fetch = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']((?:https?:)?//[^\"']+)")
+    pages = sorted(html.rglob("*.html"))
+    return [f"{p.relative_to(html)}: {url}" for p in pages for url in fetch.findall(p.read_text(encoding="utf-8"))]
 
 
 def _stage(book: Book, profile: str) -> list[str]:

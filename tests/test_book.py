@@ -133,6 +133,16 @@ def test_a_run_is_on_record(chapter):
     )
 
 
+def test_make_installs_exactly_what_conda_would():
+    """The Makefile reads its requirements out of environment.yml; not a line may be lost on the way."""
+    command = re.search(r"\t(sed .*?) > ", (ROOT / "Makefile").read_text()).group(1).replace("$$", "$")
+    read = subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    lock = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    assert read == lock and len(lock) > 100 and all("==" in line for line in lock)
+
+
 def test_the_lock_satisfies_the_loose_bounds():
     """Every requirement of pyproject.toml is in environment.yml, at a version that it admits."""
     tomllib = pytest.importorskip("tomllib")

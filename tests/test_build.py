@@ -136,6 +136,13 @@ def test_interrupted_then_resumed(root):
     assert (root / "_build/html/index.html").exists()
 
 
+def test_a_page_that_asks_another_host_is_refused(root, capsys):
+    page = root / "book" / "index.md"
+    page.write_text('# Test\n\n<img src="https://example.org/x.png" alt="x">\n')
+    assert build(Book(root), "quick", "cpu") == 1
+    assert "https://example.org/x.png" in capsys.readouterr().out and not (root / "_build/html").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, names",
     [

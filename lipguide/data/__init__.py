@@ -1,0 +1,34 @@
+"""House numbers: SVHN as it is published, and Synthetic House Numbers, its twin that needs no download."""
+
+from lipguide.data.cards import SHN_CARD, SVHN_TERMS
+from lipguide.data.contact_sheet import contact_sheet
+from lipguide.data.difficulty import Difficulty
+from lipguide.data.digits import Digits, digits
+from lipguide.data.download import DownloadError, download_svhn
+from lipguide.data.facts import geometry, geometry_table, svhn_facts
+from lipguide.data.items import BACKGROUND, Annotation, Scene
+from lipguide.data.scenes import Scenes, scenes
+from lipguide.data.svhn import SVHN, PictureError
+from lipguide.data.synthetic import SyntheticHouseNumbers
+
+__all__ = [
+    "BACKGROUND",
+    "SHN_CARD",
+    "SVHN",
+    "SVHN_TERMS",
+    "Annotation",
+    "Difficulty",
+    "Digits",
+    "DownloadError",
+    "PictureError",
+    "Scene",
+    "Scenes",
+    "SyntheticHouseNumbers",
+    "contact_sheet",
+    "digits",
+    "download_svhn",
+    "geometry",
+    "geometry_table",
+    "scenes",
+    "svhn_facts",
+]

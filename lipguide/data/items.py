@@ -1,0 +1,64 @@
+"""What a data set of house numbers hands out: annotations in pixels, scenes as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["BACKGROUND", "Annotation", "Scene", "make_scene"]
+
+BACKGROUND = 10  # class of the pixels of no digit in the class maps of `scenes`; the digits are 0 to 9
+
+
+class Scene(NamedTuple):
+    """One picture with its digits; the same whether it comes from SVHN or from Synthetic House Numbers.
+
+    image: (3, H, W) float32 in [0, 1]; boxes: (n, 4) float32, x and y of the upper left, then of the lower right
+    corner, in [0, 1] of the picture's width and height; labels: (n,) int64, 0 to 9; mask: (H, W) uint8, 0 for
+    background and k + 1 for the pixels of digit k, or None where the data set has none.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Annotation:
+    """What is known of a picture without opening it. name: of its file; width, height: of the picture in pixels;
+    boxes: (n, 4) left, top, width, height in pixels, as published; labels: (n,) 0 to 9."""
+
+    name: str
+    width: int
+    height: int
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+def make_scene(pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, mask: np.ndarray | None) -> Scene:
+    """Tensors of a picture (H, W, 3) uint8 and its boxes in pixels. What sticks out of the picture is cut off; a
+    digit that lies outside it altogether is left out, as no box in [0, 1] could say where it is.
+
+    >>> pixels = np.zeros((20, 40, 3), dtype=np.uint8)
+    >>> make_scene(pixels, np.array([[-4, 5, 14, 10]]), np.array([7]), None).boxes.tolist()
+    [[0.0, 0.25, 0.25, 0.75]]
+    """
+    height, width = pixels.shape[:2]
+    left, top, wide, tall = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T
+    corners = np.stack([left / width, top / height, (left + wide) / width, (top + tall) / height], axis=1)
+    corners = np.clip(corners, 0.0, 1.0)
+    inside = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
+    if mask is not None and not inside.all():
+        order = np.concatenate([[0], np.cumsum(inside) * inside]).astype(np.uint8)
+        mask = order[mask]
+    return Scene(
+        torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 255,
+        torch.from_numpy(corners[inside].astype(np.float32)),
+        torch.from_numpy(np.asarray(labels, dtype=np.int64)[inside]),
+        None if mask is None else torch.from_numpy(np.array(mask, dtype=np.uint8)),
+    )
