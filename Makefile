@@ -15,7 +15,7 @@ book: setup
 
 test: setup
 	$(BIN)/ruff check lipguide tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: setup
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
@@ -23,6 +23,7 @@ bench: setup
 setup: $(VENV)/.locked
 
 $(VENV)/.locked: environment.yml pyproject.toml Makefile
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'lipguide needs Python 3.10 or newer; try make PYTHON=python3.12')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	sed -n "s/^      - '\{0,1\}\([^']*\)'\{0,1\}$$/\1/p" environment.yml > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
