@@ -1,6 +1,6 @@
 """lipguide: 1-Lipschitz neural networks, an executable book and the small PyTorch package behind it."""
 
-from lipguide import data
+from lipguide import attacks, certificates, data, losses, metrics, training
 from lipguide.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
 from lipguide.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
 from lipguide.blocks import (
@@ -46,14 +46,19 @@ __all__ = [
     "ScaledAvgPool2d",
     "ScaledL2NormPool2d",
     "aol",
+    "attacks",
+    "certificates",
     "clip",
     "constrain_",
     "data",
     "frobenius",
     "l2_normalized",
+    "losses",
+    "metrics",
     "most_stretched_pair",
     "orthogonal",
     "spectral",
     "stretch",
+    "training",
     "unit_rows",
 ]

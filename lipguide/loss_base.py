@@ -1,0 +1,156 @@
+"""What every loss shares: its checks, its reduction, and its behaviour when a batch is split over several
+processes.
+
+Under DistributedDataParallel the gradients are *averaged* over the ranks. A mean over the whole batch, split
+unevenly, is therefore computed as ``ranks * (sum over this rank's entries) / (entries on all ranks)``: the
+average over the ranks of that is the mean over the whole batch, and so is its gradient. The same goes for the
+class counts that the Kantorovich-Rubinstein losses need. Ranks talk only where a gradient will flow, so one
+rank may evaluate alone under ``torch.no_grad()``; "sum" and "none" are a rank's own share and need to be
+added up, not averaged.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def number_of_ranks(logits: Tensor) -> int:
+    """How many processes share the batch that ``logits`` is a part of."""
+    shared = logits.requires_grad and dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if shared else 1
+
+
+def sum_over_ranks(counts: Tensor, logits: Tensor) -> Tensor:
+    """``counts`` of this rank's part of the batch, added up over the ranks that share it."""
+    if number_of_ranks(logits) > 1:
+        counts = counts.clone()
+        dist.all_reduce(counts)
+    return counts
+
+
+def check_range(low: float = 0.0, high: float = math.inf, **values: float) -> None:
+    """Raise unless every value lies strictly between ``low`` and ``high``."""
+    for name, value in values.items():
+        if not low < value < high:
+            raise ValueError(f"{name} must lie strictly between {low:g} and {high:g}, not be {value}")
+
+
+def _expect(ok: Tensor, message: str) -> None:
+    if torch.compiler.is_compiling():
+        torch._assert_async(ok, message)
+    elif not ok:
+        raise ValueError(message)
+
+
+class Loss(nn.Module):
+    """Reduction, and the decision when to look at values.
+
+    Looking at values means waiting for a GPU. Labels are therefore looked at in every call on the CPU, but
+    elsewhere in the first call only: afterwards an index out of range is stopped by torch's own kernels. A
+    softmax at the end of a model is there from the start, so the first call shows it. A compiled graph
+    asserts on the device instead.
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'reduction must be "mean", "sum" or "none", not {reduction!r}')
+        self.reduction = reduction
+        self._called = False
+
+    def _is_first_call(self) -> bool:
+        if torch.compiler.is_compiling():
+            return True
+        first, self._called = not self._called, True
+        return first
+
+    def _reduce(self, values: Tensor, valid: Tensor, logits: Tensor) -> Tensor:
+        """``values`` holds one value an entry, 0 where ``valid`` is false. The mean over no entry is 0."""
+        if self.reduction == "none":
+            return values
+        if self.reduction == "sum":
+            return values.sum()
+        entries = sum_over_ranks(valid.sum(), logits)
+        return values.sum() * number_of_ranks(logits) / entries.clamp(min=1)
+
+
+class BinaryLoss(Loss):
+    """One logit an entry; labels are 0 and 1, or -1 and 1. The target may lack a channel of size 1."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        without_channel = logits.shape[:1] + logits.shape[2:] if logits.shape[1:2] == (1,) else logits.shape
+        if target.shape not in (logits.shape, without_channel):
+            raise ValueError(
+                f"logits {tuple(logits.shape)} and target {tuple(target.shape)} must have the same shape: "
+                "a binary loss takes one logit and one label an entry"
+            )
+        first = self._is_first_call()
+        if target.numel() and (first or target.device.type == "cpu"):
+            known = (target == 1) | (target == 0) | (target == -1)
+            _expect(known.all(), "a binary label must be 0 or 1 (or -1 or 1); the target holds another value")
+        if logits.dtype in HALF:
+            logits = logits.float()
+        f, positive = logits.reshape(-1), target.reshape(-1) > 0
+        values = self.per_entry(f, positive).reshape(target.shape)
+        return self._reduce(values, torch.ones_like(values, dtype=torch.bool), logits)
+
+    def per_entry(self, f: Tensor, positive: Tensor) -> Tensor:
+        """Loss of every entry; both arguments are flat."""
+        raise NotImplementedError
+
+
+class CategoricalLoss(Loss):
+    """C logits an entry along dimension 1, and the index of the right class or ``ignore_index``."""
+
+    def __init__(self, ignore_index: int = -100, reduction: str = "mean") -> None:
+        super().__init__(reduction)
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, target: Tensor, *extra: Tensor | None) -> Tensor:
+        self._check(logits, target)
+        if logits.dtype in HALF:
+            logits = logits.float()
+        valid = target != self.ignore_index
+        label = torch.where(valid, target, 0).long().unsqueeze(1)
+        values = self.per_entry(logits, label, valid, *extra)
+        return self._reduce(torch.where(valid, values, 0.0), valid, logits)
+
+    def per_entry(self, logits: Tensor, label: Tensor, valid: Tensor) -> Tensor:
+        """Loss of every entry; ``label`` is (N, 1, ...), ready to index the classes."""
+        raise NotImplementedError
+
+    def _check(self, logits: Tensor, target: Tensor) -> None:
+        if logits.ndim < 2 or logits.shape[1] < 2:
+            raise ValueError(
+                f"logits {tuple(logits.shape)} must be (N, C, ...) with at least two classes; for one logit "
+                "an entry take a binary loss (KR, HKR, HingeMargin, TauBCEWithLogits)"
+            )
+        if target.shape != logits.shape[:1] + logits.shape[2:] or target.is_floating_point():
+            raise ValueError(
+                f"target {tuple(target.shape)} ({target.dtype}) must hold one integer class index for each "
+                f"entry of logits {tuple(logits.shape)}; a one-hot target becomes one by target.argmax(1)"
+            )
+        first = self._is_first_call()
+        if target.numel() == 0:
+            return
+        if first:
+            tolerance = 1e-2 if logits.dtype in HALF else 1e-5
+            scores = logits.detach().float()
+            softmax = (scores >= 0).all() & ((scores.sum(1) - 1).abs() <= tolerance).all()
+            _expect(
+                ~softmax,
+                "these logits look like the output of a softmax (none is negative, every entry sums to 1): "
+                "the loss takes raw logits, so remove the softmax at the end of the model",
+            )
+        if first or target.device.type == "cpu":
+            classes = logits.shape[1]
+            known = (target == self.ignore_index) | ((target >= 0) & (target < classes))
+            _expect(
+                known.all(),
+                f"a label lies outside 0..{classes - 1} (the logits have {classes} classes) and is not "
+                f"ignore_index = {self.ignore_index}",
+            )

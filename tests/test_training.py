@@ -1,0 +1,507 @@
+"""The training loop: interrupted runs, damaged checkpoints, NaN, several processes, and what a batch is."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lipguide import training
+from lipguide.losses import MulticlassHKR, MulticlassSoftHKR
+from lipguide.training import Supervised, fit, learning_rate_factor
+
+ROOT = Path(__file__).parent.parent
+
+
+def toy_data(n: int = 50) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    return x, x[:, :3].argmax(1)
+
+
+def toy_model(dropout: float = 0.0) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 3)).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+class Run:
+    """A model, its optimizer and its loss, trained by ``fit`` with dropout and a loss that has a state."""
+
+    def __init__(self, steps: int = 24) -> None:
+        self.model = toy_model(dropout=0.3)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
+        self.step_loss = Supervised(MulticlassSoftHKR(5.0, 0.5))
+        self.steps = steps
+
+    def fit(self, stop_at: int | None = None, **options) -> list[dict[str, float]]:
+        """``stop_at``: an interruption just before the update of that step."""
+        calls = {"step": 0}
+
+        def interrupt(model: nn.Module) -> None:
+            calls["step"] += 1
+            if calls["step"] == stop_at:
+                raise KeyboardInterrupt
+
+        options = {"batch_size": 7, "schedule": "one-cycle", "log_every": 5, "after_step": interrupt} | options
+        return fit(self.model, toy_data(), self.step_loss, self.optimizer, self.steps, **options)
+
+    def state(self) -> list[Tensor]:
+        return [*self.model.state_dict().values(), self.step_loss.loss.mean]
+
+
+def same(a: Run, b: Run) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state(), b.state(), strict=True))
+
+
+def accuracy(model: nn.Module) -> float:
+    x, y = toy_data()
+    with torch.no_grad():
+        return (model.eval()(x).argmax(1) == y).double().mean().item()
+
+
+# --- it trains
+
+
+@pytest.mark.parametrize("schedule", training.SCHEDULES)
+def test_it_learns_and_reports(schedule):
+    model, lines = toy_model(), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    before = accuracy(model)
+    history = fit(
+        model,
+        toy_data(),
+        Supervised(nn.CrossEntropyLoss()),
+        optimizer,
+        150,
+        schedule=schedule,
+        batch_size=25,
+        log_every=40,
+        report=lines.append,
+    )
+    assert accuracy(model) > max(0.9, before)
+    assert [record["step"] for record in history] == [40, 80, 120, 150]
+    assert history[-1]["loss"] < history[0]["loss"] and all(math.isfinite(v) for r in history for v in r.values())
+    assert len(lines) == 4 and lines[0].startswith("step  40/150  loss ")
+
+
+def test_reported_loss_is_the_mean_since_the_last_line():
+    model, seen = toy_model(), []
+
+    def step_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        seen.append(loss.item())
+        return loss
+
+    history = fit(model, toy_data(), step_loss, torch.optim.SGD(model.parameters(), 0.1), 10, 8, log_every=4)
+    expected = [sum(seen[:4]) / 4, sum(seen[4:8]) / 4, sum(seen[8:]) / 2]
+    assert [record["loss"] for record in history] == pytest.approx(expected)
+
+
+def test_plain_loop_written_out_gives_the_same_weights():
+    """No clipping, no scaling, no surprise: SGD with a cosine, step by step."""
+    ours, theirs = toy_model(), toy_model()
+    x, y = toy_data()
+    fit(ours, (x, y), Supervised(nn.CrossEntropyLoss()), torch.optim.SGD(ours.parameters(), 0.3), 12, 10, seed=3)
+    for step in range(12):
+        batch = training._batch_indices(step, 10, len(x), seed=3)
+        rate = 0.3 * (1 + math.cos(math.pi * step / 12)) / 2
+        theirs.zero_grad()
+        F.cross_entropy(theirs(x[batch]), y[batch]).backward()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter -= rate * parameter.grad
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(samples=st.integers(1, 40), batch_size=st.integers(1, 60), seed=st.integers(0, 10**6))
+def test_batches_are_full_and_every_epoch_holds_every_sample_once(samples, batch_size, seed):
+    steps = -(-3 * samples // batch_size)
+    stream = torch.cat([training._batch_indices(step, batch_size, samples, seed) for step in range(steps)])
+    assert len(stream) == steps * batch_size
+    epochs = stream[: 3 * samples].reshape(3, samples)
+    assert (epochs.sort(1).values == torch.arange(samples)).all()
+    if samples > 10:
+        assert not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("schedule, start, peak", [("cosine", 1.0, 0), ("one-cycle", 0.04, 300), ("constant", 1.0, 0)])
+def test_schedules_start_peak_and_end_where_they_should(schedule, start, peak):
+    factors = [learning_rate_factor(schedule, step, 1000) for step in range(1001)]
+    assert factors[0] == pytest.approx(start) and factors[peak] == pytest.approx(1) and max(factors) <= 1
+    assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-12)
+    assert max(abs(a - b) for a, b in zip(factors, factors[1:], strict=False)) < 0.01
+
+
+def test_columns_may_be_lists_and_reach_the_loss_in_step():
+    boxes = [torch.full((n % 4, 4), float(n)) for n in range(20)]
+    names = [f"picture {n}" for n in range(20)]
+    seen = []
+
+    def step_loss(model: nn.Module, batch: tuple) -> Tensor:
+        numbers, their_boxes, their_names = batch
+        for n, box, name in zip(numbers, their_boxes, their_names, strict=True):
+            assert box.shape == (int(n) % 4, 4) and (box == n).all() and name == f"picture {int(n)}"
+            seen.append(int(n))
+        return model(numbers[:, None]).mean()
+
+    model = nn.Linear(1, 1)
+    fit(model, (torch.arange(20.0), boxes, names), step_loss, torch.optim.SGD(model.parameters(), 0.1), 5, 4)
+    assert sorted(seen) == list(range(20))
+
+
+def test_after_step_has_the_last_word_on_the_weights():
+    model = toy_model()
+
+    def project(model: nn.Module) -> None:
+        with torch.no_grad():
+            model[0].weight.clamp_(-0.05, 0.05)
+
+    fit(
+        model,
+        toy_data(),
+        Supervised(nn.CrossEntropyLoss()),
+        torch.optim.SGD(model.parameters(), 1.0),
+        10,
+        after_step=project,
+    )
+    assert model[0].weight.abs().max() <= 0.05
+
+
+def test_clipping_bounds_the_update_and_is_off_by_default():
+    lengths = {}
+    for clip in (None, 1e-3):
+        model = toy_model()
+        before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        history = fit(model, toy_data(), Supervised(nn.CrossEntropyLoss()), optimizer, 1, clip=clip)
+        lengths[clip] = (nn.utils.parameters_to_vector(model.parameters()) - before).norm().item()
+        assert history[0]["gradient_norm"] > 0.01  # as it was before clipping
+    assert lengths[None] == pytest.approx(history[0]["gradient_norm"])
+    assert lengths[1e-3] == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_float32_weights(precision):
+    model = toy_model().float()
+    x, y = toy_data()
+    dtypes = set()
+
+    def step_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logits = model(batch[0])
+        dtypes.add(logits.dtype)
+        return F.cross_entropy(logits, batch[1])
+
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    fit(model, (x.float(), y), step_loss, optimizer, 100, 25, precision=precision)
+    assert dtypes == {precision}
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        assert (model(x.float()).argmax(1) == y).double().mean() > 0.9
+
+
+def test_callers_random_numbers_and_mode_are_left_as_they_were():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run = Run(steps=3)
+    run.model.eval()
+    torch.manual_seed(5)
+    run.fit()
+    assert torch.equal(torch.rand(3), expected)
+    assert not run.model.training
+
+
+# --- interrupted runs
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> Run:
+    run = Run()
+    run.history = run.fit()
+    return run
+
+
+@pytest.mark.parametrize("stops", [[1], [5], [6], [13], [24], [3, 8, 2, 9]])
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(stops, uninterrupted, tmp_path):
+    """Dropout, Adam's moments, the loss's running mean and the batches all go on where they were, bit for bit."""
+    path = tmp_path / "run.pt"
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            Run().fit(stop_at=stop, checkpoint=path)
+    last = Run()
+    history = last.fit(checkpoint=path)
+    assert same(last, uninterrupted)
+    for ours, theirs in zip(history, uninterrupted.history, strict=True):
+        assert {k: v for k, v in ours.items() if k != "samples_per_second"} == {
+            k: v for k, v in theirs.items() if k != "samples_per_second"
+        }
+
+
+def test_finished_run_is_read_not_repeated(uninterrupted, tmp_path):
+    path = tmp_path / "run.pt"
+    Run().fit(checkpoint=path)
+    again, lines = Run(), []
+    again.fit(checkpoint=path, stop_at=1, report=lines.append)  # would raise if a step were taken
+    assert same(again, uninterrupted) and lines == []
+
+
+def test_different_seeds_give_different_weights(uninterrupted):
+    other = Run()
+    other.fit(seed=1)
+    assert not same(other, uninterrupted)
+
+
+def test_write_that_fails_leaves_the_old_checkpoint_whole(uninterrupted, tmp_path, monkeypatch):
+    """The disk fills up in the middle of the second checkpoint."""
+    path = tmp_path / "run.pt"
+    write, calls = torch.save, []
+
+    def full_disk(state: dict, file) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+        write(state, file)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        Run().fit(checkpoint=path)
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True)["step"] == 5
+    last = Run()
+    last.fit(checkpoint=path)
+    assert same(last, uninterrupted)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_damaged_checkpoint_is_named_and_kept(keep, tmp_path):
+    path = tmp_path / "run.pt"
+    Run(steps=6).fit(checkpoint=path)
+    whole = path.read_bytes()
+    damaged = whole[: keep if isinstance(keep, int) else int(keep * len(whole))]
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"run\.pt is no readable checkpoint"):
+        Run(steps=6).fit(checkpoint=path)
+    assert path.read_bytes() == damaged
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_flipped_byte_is_noticed_or_harmless(place, flip, tmp_path_factory, finished):
+    """torch.load alone would take a damaged weight for a good one."""
+    expected, whole = finished
+    path = tmp_path_factory.mktemp("flip") / "run.pt"
+    damaged = bytearray(whole)
+    damaged[int(place * len(whole))] ^= flip
+    path.write_bytes(damaged)
+    run = Run(steps=6)
+    try:
+        run.fit(checkpoint=path)
+    except ValueError as error:
+        assert "no readable checkpoint" in str(error) or "belongs to another run" in str(error)
+    else:
+        assert same(run, expected)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Run, bytes]:
+    path = tmp_path_factory.mktemp("finished") / "run.pt"
+    run = Run(steps=6)
+    run.fit(checkpoint=path)
+    return run, path.read_bytes()
+
+
+def test_foreign_files_and_other_runs_are_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        Run().fit(checkpoint=path)
+    path.unlink()
+    Run().fit(checkpoint=path)
+    for change, message in [
+        ({"batch_size": 8}, "batch_size = 7 there, 8 here"),
+        ({"seed": 2}, "seed = 0 there, 2 here"),
+        ({"schedule": "cosine"}, "'one-cycle' there, 'cosine' here"),
+        ({"clip": 1.0}, "clip = None there"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Run().fit(checkpoint=path, **change)
+    other = Run()
+    other.optimizer = torch.optim.Adam(other.model.parameters(), lr=0.5)
+    with pytest.raises(ValueError, match="optimizer = "):
+        other.fit(checkpoint=path)
+
+
+# --- NaN
+
+
+class Poison(nn.Module):
+    """Gives NaN at its n-th training call, and whenever that batch comes again."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.calls, self.batch = at, 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.calls += 1
+        if self.calls == self.at:
+            return x * math.nan
+        return x
+
+
+def poisoned(at: int) -> nn.Sequential:
+    plain = toy_model()
+    block = nn.Sequential(Poison(at), nn.Tanh())
+    return nn.Sequential(plain[0], block, plain[3])
+
+
+def test_first_nan_stops_with_step_and_layer_and_the_weights_before_it():
+    model, twin = poisoned(at=8), poisoned(at=10**9)
+    step_loss = Supervised(MulticlassHKR(2.0))
+    with pytest.raises(
+        FloatingPointError, match=r"step 7: the loss is nan; first not finite is layer '1.0' \(Poison\)"
+    ):
+        fit(model, toy_data(), step_loss, torch.optim.SGD(model.parameters(), 0.1), 20, 9, "constant")
+    fit(twin, toy_data(), step_loss, torch.optim.SGD(twin.parameters(), 0.1), 7, 9, "constant")
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_of_the_loss_itself_is_said_to_be_that():
+    model = toy_model()
+
+    def step_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return model(batch[0]).mean() * math.inf
+
+    with pytest.raises(FloatingPointError, match="the loss itself: the output of every layer is finite"):
+        fit(model, toy_data(), step_loss, torch.optim.SGD(model.parameters(), 0.1), 5)
+
+
+def test_gradient_that_is_not_finite_is_caught_before_it_reaches_the_weights():
+    """The square root of an output that is exactly zero: a finite loss, an infinite slope."""
+    model = toy_model()
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def step_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) * 0).abs().sqrt().sum()
+
+    with pytest.raises(
+        FloatingPointError, match=r"step 0: the loss is 0, but the gradient of '0.weight', .* not finite"
+    ):
+        fit(model, toy_data(), step_loss, torch.optim.SGD(model.parameters(), 0.1), 5)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_weights_that_were_never_finite_are_named():
+    model = toy_model()
+    model[3].bias.data[1] = math.inf
+    with pytest.raises(FloatingPointError, match="step 0: parameter '3.bias' is not finite"):
+        fit(model, toy_data(), Supervised(nn.CrossEntropyLoss()), torch.optim.SGD(model.parameters(), 0.1), 5)
+
+
+# --- wrong input
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"data": (torch.zeros(3, 6), torch.zeros(2))}, r"one length.*\[2, 3\]"),
+        ({"data": (torch.zeros(0, 6), torch.zeros(0))}, "not empty"),
+        ({"data": ()}, "not empty"),
+        ({"steps": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"schedule": "linear"}, "constant, cosine, one-cycle"),
+        ({"precision": torch.float64}, "torch.float32"),
+    ],
+)
+def test_wrong_settings_are_named(change, message):
+    model = toy_model()
+    settings = {"data": toy_data(), "steps": 1} | change
+    with pytest.raises(ValueError, match=message):
+        fit(
+            model,
+            step_loss=Supervised(nn.CrossEntropyLoss()),
+            optimizer=torch.optim.SGD(model.parameters(), 0.1),
+            **settings,
+        )
+
+
+def test_unknown_device_is_named(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match='"auto", "cpu" or "cuda"'):
+        training.start_distributed("gpu")
+    assert training.start_distributed("auto").type in ("cpu", "cuda")
+
+
+# --- several processes
+
+SCRIPT = """
+import sys
+import torch
+from torch import distributed as dist
+sys.path.insert(0, {tests!r})
+from test_training import distributed_run
+from lipguide.training import start_distributed
+
+torch.set_num_threads(1)
+device = start_distributed("cpu")
+for name in {losses!r}:
+    model, history, sizes = distributed_run(name, {folder!r} + "/" + name + ".pt")
+    assert sizes == [4 - dist.get_rank()] * 15, sizes
+    if dist.get_rank() == 0:
+        torch.save((model.state_dict(), history[-1]["loss"]), {folder!r} + "/" + name + ".result")
+dist.barrier()
+dist.destroy_process_group()
+"""
+LOSSES = {"hkr": lambda: MulticlassHKR(3.0, 0.5), "soft": lambda: MulticlassSoftHKR(3.0, 0.5)}
+
+
+class Counting(Supervised):
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__(loss)
+        self.sizes: list[int] = []
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.sizes.append(len(batch[0]))
+        return super().forward(model, batch)
+
+
+def distributed_run(name: str, checkpoint: str | None = None) -> tuple[nn.Module, list[dict[str, float]], list[int]]:
+    """Batches of 7, so that two processes get 4 and 3 samples."""
+    model, step_loss = toy_model(), Counting(LOSSES[name]())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    history = fit(model, toy_data(), step_loss, optimizer, 15, 7, checkpoint=checkpoint, log_every=5)
+    return model, history, step_loss.sizes
+
+
+def test_two_processes_under_torchrun_end_with_the_weights_of_one(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(tests=str(ROOT / "tests"), folder=str(tmp_path), losses=list(LOSSES)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in LOSSES:
+        expected, history, sizes = distributed_run(name)
+        assert sizes == [7] * 15
+        weights, loss = torch.load(tmp_path / f"{name}.result", weights_only=True)
+        for key, value in expected.state_dict().items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-9, atol=1e-12)
+        assert loss == pytest.approx(history[-1]["loss"], rel=1e-9)
+        resumed, _, _ = distributed_run(name, str(tmp_path / f"{name}.pt"))  # one process reads what two have written
+        for key, value in resumed.state_dict().items():
+            assert torch.equal(weights[key], value)
