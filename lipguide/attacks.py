@@ -222,6 +222,8 @@ def robust_accuracy_curve(
     for index in strengths.argsort().tolist():
         if strengths[index] > 0:
             survivors = standing.nonzero().squeeze(1)
+            if not len(survivors):  # zero from here on; many models refuse an empty batch
+                break
             for part in survivors.split(batch_size):
                 moved = attack(model, x[part], y[part], strengths[index].item(), **options)
                 standing[part] = ~_misclassified(model, moved, y[part])

@@ -514,3 +514,17 @@ def test_other_wrong_input_is_named(models, test_set):
 def test_empty_batch_comes_back_empty(models):
     empty = torch.zeros(0, 1, 12, 12)
     assert pgd_l2(models["ordinary"], empty, torch.zeros(0, dtype=torch.long), 0.1).shape == empty.shape
+
+
+def test_the_curve_does_not_ask_the_model_about_nobody():
+    """Once no sample stands, the rest of the curve is zero without another call."""
+
+    class Picky(nn.Module):
+        def forward(self, x):
+            assert len(x), "called with an empty batch"
+            return x.flatten(1)[:, :2] * torch.tensor([1.0, 0.0]) - torch.tensor([0.1, 0.0])
+
+    x = torch.full((4, 1, 2, 2), 0.5)
+    labels = torch.zeros(4, dtype=torch.long)
+    curve = robust_accuracy_curve(Picky().eval(), x, labels, [0.0, 1.0, 2.0], steps=5)
+    assert curve[0] == 1 and curve[1] == curve[2] == 0
