@@ -1,8 +1,8 @@
 """Activations that keep the norm of the gradient: they sort or reflect channels instead of cutting them off.
 
-Wherever it is differentiable, each of them is an orthogonal map (or, for `MaxMinDouble`, an isometry into twice as
-many channels), so a gradient keeps its norm on the way back. ReLU, sigmoid and tanh are 1-Lipschitz too, but they
-only ever shrink it (Anil, Lucas and Grosse, 2019).
+Wherever it is differentiable, each of them is an orthogonal map, so a gradient keeps its norm on the way back. The one
+exception is `MaxMinDouble`, an isometry into twice as many channels: it keeps the norm of the signal but not that of a
+gradient. ReLU, sigmoid and tanh are 1-Lipschitz too, but they only ever shrink it (Anil, Lucas and Grosse, 2019).
 
 Channels are dimension 1, as everywhere in torch: inputs are (N, C) or (N, C, ...).
 """

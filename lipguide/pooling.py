@@ -1,4 +1,4 @@
-"""Pooling that is 1-Lipschitz, and, but for the averages, keeps the norm of the gradient.
+"""Pooling that is 1-Lipschitz and keeps the norm of the gradient; the averages lose that of the signal.
 
 A pooling window is a map of its own pixels only, so the layer is as Lipschitz as one window, *provided that no pixel
 lies in two windows*: that is why the stride must equal the size. (torch's own `nn.MaxPool2d` is no exception: with
@@ -100,8 +100,8 @@ class ScaledL2NormPool2d(_LocalPool2d):
 class ScaledAvgPool2d(_LocalPool2d):
     """y = (window mean) · √(pixels in a window): 1-Lipschitz, and not more only for windows of one value.
 
-    The mean of k² pixels is 1/k-Lipschitz, so torch's average pooling wastes a factor k. The gradient is kept along
-    constant windows and lost across them: not norm preserving.
+    The mean of k² pixels is 1/k-Lipschitz, so torch's average pooling wastes a factor k. A gradient keeps
+    its norm on the way back (JJᵀ = I); the signal keeps it only where windows are constant.
 
     Args:
         kernel_size: k or (rows, columns).
@@ -129,7 +129,7 @@ class GlobalL2NormPool2d(nn.Module):
 
 
 class GlobalAvgPool2d(nn.Module):
-    """y = (channel mean) · √(H W), shape (N, C, 1, 1): 1-Lipschitz, not norm preserving.
+    """y = (channel mean) · √(H W), shape (N, C, 1, 1): 1-Lipschitz, and the signal loses its norm.
 
     >>> GlobalAvgPool2d()(torch.ones(1, 1, 3, 3))
     tensor([[[[3.]]]])

@@ -168,7 +168,7 @@ def test_ordinary_activations_lose_the_gradient_in_twenty_layers(activation):
 
 
 def test_doubling_channels_and_halving_them_again_loses_gradients_like_relu():
-    """The guide lists it as norm preserving: it is, but no orthogonal layer leads from 2C channels back to C."""
+    """The guide lists it as norm preserving: so it is for signals, not for gradients (JᵀJ = I, but JJᵀ ≠ I)."""
     assert gradient_norm_through_twenty_layers(MaxMinDouble()) < 2 * gradient_norm_through_twenty_layers(nn.ReLU())
 
 

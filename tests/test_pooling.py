@@ -76,8 +76,8 @@ def test_gradients_keep_their_norm(name, seed):
     torch.testing.assert_close(sigma, torch.ones_like(sigma))
 
 
-def test_averages_do_not_keep_gradients():
-    """So the table of the chapter says; a checkerboard is averaged away."""
+def test_averages_lose_the_norm_of_the_signal_where_l2_keeps_it():
+    """A checkerboard is averaged away."""
     checkerboard = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 2)[None, None]
     assert ScaledAvgPool2d(2)(checkerboard).norm() == 0
     assert ScaledL2NormPool2d(2)(checkerboard).norm() == checkerboard.norm()
