@@ -172,7 +172,8 @@ class Spectral(Constraint):
             phases = self._phases(kernel)
             groups, outputs, inputs = kernel.shape[:3]
             rows = kernel.detach().flatten(3).permute(0, 3, 1, 2).flatten(1, 2)  # the taps' matrices, stacked
-            v = torch.view_as_complex(self.v.to(kernel.dtype, copy=True))
+            # contiguous: in channels_last the pairs would lie apart
+            v = torch.view_as_complex(self.v.to(kernel.dtype, copy=True, memory_format=torch.contiguous_format))
             v = v / _tiny(torch.linalg.vector_norm(v, dim=1, keepdim=True))
             products = torch.view_as_complex((rows @ _columns(v)).reshape(groups, len(phases), outputs, -1, 2))
             u = (products * phases[:, None]).sum(1)

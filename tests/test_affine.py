@@ -344,3 +344,11 @@ def test_strided_circles_refuse_sides_that_the_stride_does_not_divide():
 
 def test_geometry_reads_the_layer():
     assert geometry(nn.ConvTranspose2d(4, 4, 3, 2, groups=2)) == (False, True, (2, 2), (1, 1), 2)
+
+
+@pytest.mark.parametrize("fn", SOUND)
+def test_channels_last_trains_and_certifies(fn):
+    torch.manual_seed(0)
+    layer = fn(nn.Conv2d(4, 4, 3, padding=1)).to(memory_format=torch.channels_last)
+    layer(torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)).sum().backward()
+    assert singular_values(layer.eval(), (4, 6, 6))[0] <= 1 + 1e-5
