@@ -14,6 +14,8 @@ from lipguide.blocks import (
     most_stretched_pair,
     stretch,
 )
+from lipguide.network import lipschitz_bound, lipschitz_lower_bound
+from lipguide.plain import export
 from lipguide.pooling import (
     GlobalAvgPool2d,
     GlobalL2NormPool2d,
@@ -51,8 +53,11 @@ __all__ = [
     "clip",
     "constrain_",
     "data",
+    "export",
     "frobenius",
     "l2_normalized",
+    "lipschitz_bound",
+    "lipschitz_lower_bound",
     "losses",
     "metrics",
     "most_stretched_pair",

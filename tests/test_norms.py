@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lipguide.norms import aol_norm, conv_norm, matrix_norm, polyphase
+from lipguide.norms import aol_norm, conv_norm, matrix_norm, picture_norm, polyphase
 from tests.operators import largest_singular_value, singular_values
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
@@ -131,3 +131,71 @@ def test_aol_norm_is_above_the_tight_bound():
         torch.manual_seed(seed)
         kernel = torch.randn(2, 3, 4, 3, 2).double()
         assert aol_norm(kernel) >= conv_norm(kernel.flatten(0, 1), groups=2) / 1.004
+
+
+def outputs(layer, shape):
+    with torch.no_grad():
+        return tuple(layer(torch.zeros(1, *shape)).shape[-2:])
+
+
+@SETTINGS
+@given(convolutions())
+def test_no_picture_of_its_size_beats_the_bound_for_that_size(case):
+    layer, shape = case
+    arguments = layer.stride, layer.dilation, layer.groups
+    if layer.padding_mode == "circular":
+        circle = tuple(n // s for n, s in zip(shape[1:], layer.stride, strict=True))
+        bound = picture_norm(layer.weight, circle, *arguments, circular=True)
+    else:
+        bound = picture_norm(layer.weight, outputs(layer, shape), *arguments)
+    assert singular_values(layer, shape)[0] <= bound * (1 + 1e-9)
+    assert bound <= conv_norm(layer.weight, *arguments) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("side, slack", [(4, 1.12), (8, 1.02), (16, 1.003), (32, 1.001)])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_bound_for_a_size_is_tight_even_on_small_pictures(side, slack, smooth):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 8, 3, padding=1)
+    if smooth:
+        layer.weight.data.abs_()
+    true = largest_singular_value(layer, (6, side, side))
+    assert true <= picture_norm(layer.weight, (side, side)) <= slack * true
+    circle = nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular")
+    circle.weight.data = layer.weight.data
+    exact = picture_norm(layer.weight, (side, side), circular=True)
+    assert exact == pytest.approx(largest_singular_value(circle, (6, side, side)), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [(49, 48), (3, 900)])
+def test_large_pictures_are_bounded_along_one_axis(size):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 2, 7, padding=3)
+    layer.weight.data.abs_()
+    bound = picture_norm(layer.weight, size)
+    assert largest_singular_value(layer, (2, *size)) <= bound < conv_norm(layer.weight)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-2, 0.3, 5.0])
+def test_any_tolerance_is_sound(tolerance):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 3, 3, 3)
+    fine = conv_norm(weight, tolerance=1e-5)
+    assert fine / (1 + 1e-5) <= conv_norm(weight, tolerance=tolerance) <= fine * (1 + tolerance)
+
+
+def test_many_groups_and_large_kernels_fit_into_memory():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 1, 11, 11)
+    each = max(conv_norm(w[None]) for w in weight[:4])
+    assert conv_norm(weight, groups=64) >= each / 1.003
+
+
+def test_matrix_norm_holds_for_every_shape_and_scale():
+    torch.manual_seed(0)
+    for shape in [(1, 1), (5, 3), (3, 5), (40, 40)]:
+        for scale in (1e-30, 1.0, 1e30):
+            matrix = torch.randn(shape, dtype=torch.float64) * scale
+            true = float(torch.linalg.svdvals(matrix)[0])
+            assert true <= matrix_norm(matrix) <= true * (1 + 1e-6)
+    assert matrix_norm(torch.zeros(3, 3)) == 0
