@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # with current setuptools and is not used here, hence --no-deps.
 ATTACKS := adv-lib==0.2.8
 
-.PHONY: book test setup bench lint clean
+.PHONY: book test setup lint clean
 
 book: setup
 	$(BIN)/python -m lipguide build --profile $(PROFILE) --device $(DEVICE)
@@ -16,9 +16,6 @@ book: setup
 test: setup
 	$(BIN)/ruff check lipguide tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-
-bench: setup
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
 
 setup: $(VENV)/.locked
 
