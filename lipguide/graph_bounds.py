@@ -92,6 +92,8 @@ class _Traveller(fx.Interpreter):
             return None
         if all(self.constants[n] == 0.0 for n in node.all_input_nodes):
             return 0.0
+        if hasattr(node.target, "_fields"):  # a named tuple of several outputs
+            return node.target(*map(self.of, node.args), **{name: self.of(part) for name, part in node.kwargs.items()})
         name = node.target if node.op == "call_method" else _FUNCTIONS.get(node.target)
         rule = _RULES.get(name)
         return rule(self, node, value) if rule else self.refuse(node)

@@ -143,6 +143,8 @@ def _probe(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 def _leaves(outcome: Any, name: str) -> Iterator[tuple[str, float]]:
     """The heads of an outcome by name; a position in a tuple is a name as well."""
+    if hasattr(outcome, "_asdict"):
+        outcome = outcome._asdict()
     if isinstance(outcome, dict | list | tuple):
         for key, value in outcome.items() if isinstance(outcome, dict) else enumerate(outcome):
             yield from _leaves(value, f"{name}.{key}" if name else str(key))

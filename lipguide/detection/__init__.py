@@ -1,0 +1,1 @@
+"""Detection of house numbers: single-shot detectors, ordinary and 1-Lipschitz."""

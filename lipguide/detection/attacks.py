@@ -1,0 +1,134 @@
+r"""Attacks on detectors, within an L2 ball around each picture.
+
+The training loss is what the case study ascends, and it is a weak objective: most of it is about priors that matter to
+no detection. The three attacks of the guide aim at what a detector says:
+
+* *vanish*: for each object, lower the score of its class at every prior whose box could still match it;
+* *fabricate*: raise the score of any class where no object is;
+* *mislabel*: at the priors that find an object, raise a wrong class over the right one.
+
+``strongest`` keeps, for each picture, the attack that does most harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from lipguide.attacks import pgd_l2
+from lipguide.detection.boxes import NOTHING, Targets, decode
+from lipguide.detection.evaluate import detections, hits
+from lipguide.detection.losses import Multibox
+
+__all__ = ["ATTACKS", "attack_l2", "strongest"]
+
+FAR = -1e4  # stands in for a logarithm of 0: it must not win a maximum, nor turn a sum into NaN
+MATCHES, REACHES = 0.5, 0.4  # overlap at which a box matches an object, and from which a little push may make it
+FEW = 3  # alarms that "fabricate" raises at once
+
+Objective = Callable[[tuple[Tensor, Tensor], Targets], Tensor]
+
+
+class _Margins:
+    """What all objectives need: log-probabilities, and which prior's box lies on which object."""
+
+    def __init__(self, output: tuple[Tensor, Tensor], targets: Targets, priors: Tensor) -> None:
+        self.log_p = output[0].log_softmax(2)
+        boxes = decode(output[1], priors).detach()
+        there = targets.labels != NOTHING
+        overlaps = torch.stack([box_iou(b, t) for b, t in zip(boxes, targets.boxes, strict=True)])
+        self.overlaps = overlaps.masked_fill(~there[:, None], 0.0)  # (N, P, M)
+        self.there, self.labels = there, targets.labels.clamp(min=0)
+
+    def of_class(self) -> Tensor:
+        """(N, P, M): log-probability of each object's class at each prior."""
+        index = self.labels[:, None].expand(-1, self.log_p.shape[1], -1)
+        return self.log_p.gather(2, index)
+
+    def on_object(self, values: Tensor, overlap: float) -> Tensor:
+        """(N, M): the largest value among the priors whose box lies on an object; FAR if there is none."""
+        return values.masked_fill(self.overlaps < overlap, FAR).amax(1).masked_fill(~self.there, FAR)
+
+
+def _vanish(output: tuple[Tensor, Tensor], targets: Targets, priors: Tensor) -> Tensor:
+    margins = _Margins(output, targets, priors)
+    best = margins.on_object(margins.of_class(), REACHES)
+    return -torch.where(margins.there, best, 0.0).clamp(min=-20.0).sum(1)
+
+
+def _fabricate(output: tuple[Tensor, Tensor], targets: Targets, priors: Tensor) -> Tensor:
+    margins = _Margins(output, targets, priors)
+    alarms = margins.log_p[..., :-1].amax(2)
+    elsewhere = alarms.masked_fill((margins.overlaps >= MATCHES).any(2), FAR)
+    return elsewhere.topk(FEW, dim=1).values.clamp(min=-20.0).sum(1)
+
+
+def _mislabel(output: tuple[Tensor, Tensor], targets: Targets, priors: Tensor) -> Tensor:
+    margins = _Margins(output, targets, priors)
+    one_hot = nn.functional.one_hot(margins.labels, margins.log_p.shape[2]).bool()
+    wrong = margins.log_p[:, :, None].masked_fill(one_hot[:, None], FAR)[..., :-1].amax(3)
+    lead = margins.on_object(margins.of_class() - wrong, REACHES)
+    return -torch.where(margins.there, lead, 0.0).clamp(min=-20.0, max=20.0).sum(1)
+
+
+ATTACKS: dict[str, Callable[..., Tensor]] = {"vanish": _vanish, "fabricate": _fabricate, "mislabel": _mislabel}
+
+
+def objective(name: str, priors: Tensor) -> Objective:
+    """What attack ``name`` ascends: one number a scene from the detector's output and the targets.
+
+    "training loss" is the case study's.
+    """
+    if name == "training loss":
+        return Multibox(priors, reduction="none").to(priors.device)
+    if name not in ATTACKS:
+        raise ValueError(f"attack must be one of training loss, {', '.join(ATTACKS)}, not {name!r}")
+    function = ATTACKS[name]
+    return lambda output, targets: function(output, targets, priors)
+
+
+def attack_l2(
+    model: nn.Module,
+    images: Tensor,
+    targets: Targets,
+    eps: float,
+    name: str = "training loss",
+    steps: int = 20,
+    restarts: int = 1,
+    batch_size: int = 128,
+) -> Tensor:
+    """Pictures within ``eps`` of ``images`` that one attack finds, batch by batch.
+
+    >>> from lipguide.detection.boxes import pad_targets
+    >>> from lipguide.detection.configurations import naive
+    >>> model, x = naive().eval(), torch.rand(2, 3, 74, 74)
+    >>> targets = pad_targets([torch.tensor([[0.1, 0.1, 0.5, 0.9]])] * 2, [torch.tensor([1])] * 2)
+    >>> moved = attack_l2(model, x, targets, eps=0.5, name="vanish", steps=2)
+    >>> bool(((moved - x).flatten(1).norm(dim=1) <= 0.5 + 1e-4).all())
+    True
+    """
+    aim = objective(name, model.priors)
+    parts = zip(
+        images.split(batch_size), targets.boxes.split(batch_size), targets.labels.split(batch_size), strict=True
+    )
+    return torch.cat([pgd_l2(model, x, Targets(b, c), eps, steps, restarts, loss=aim) for x, b, c in parts])
+
+
+def strongest(model: nn.Module, images: Tensor, targets: Targets, candidates: dict[str, Tensor]) -> Tensor:
+    """For each picture the candidate with the fewest objects found, and of those the one with the most false alarms.
+
+    Args:
+        candidates: attacked pictures by the name of the attack, such as ``attack_l2`` gives.
+    """
+    harm = []
+    for moved in candidates.values():
+        found = detections(model, moved)
+        right = torch.tensor(hits(found, targets), dtype=torch.float64)
+        made = torch.tensor([len(scene["labels"]) for scene in found], dtype=torch.float64)
+        harm.append(-right + (made - right) / 1000)
+    worst = torch.stack(harm).argmax(0).to(images.device)
+    stacked = torch.stack(list(candidates.values()))
+    return stacked[worst, torch.arange(len(images), device=images.device)]

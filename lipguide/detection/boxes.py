@@ -1,0 +1,177 @@
+"""Boxes of single-shot detectors: priors, the targets that they are matched with, and what is read off them in the end.
+
+Boxes are xyxy in [0, 1] of the picture, priors are centres and sizes, and a batch of scenes is one padded tensor, so
+that matching and suppression run over the whole batch at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, box_convert, box_iou
+
+__all__ = ["Matches", "Targets", "decode", "detect", "encode", "match", "pad_targets", "prior_boxes"]
+
+CENTRE, SIZE = 10.0, 5.0  # how finely offsets of centres and of logarithms of sizes are told apart
+NOTHING = -1  # the label of padding
+
+
+class Targets(NamedTuple):
+    """The objects of N scenes, as many columns as the fullest scene has. boxes: (N, M, 4) xyxy in [0, 1];
+    labels: (N, M) int64, -1 where a scene has no further object."""
+
+    boxes: Tensor
+    labels: Tensor
+
+
+class Matches(NamedTuple):
+    """What each prior is to predict. classes: (N, P), the number of classes standing for background; boxes: (N, P, 4),
+    of the object that it is matched with, and meaningless for background."""
+
+    classes: Tensor
+    boxes: Tensor
+
+
+def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], classes: int = 10) -> Targets:
+    """Lists of boxes and labels, one a scene, as padded tensors. A scene may be empty.
+
+    Raises ValueError, and names the scene, for a box without area or outside [0, 1], and for a label out of range.
+
+    >>> one, none = torch.tensor([[0.1, 0.2, 0.5, 0.6]]), torch.zeros(0, 4)
+    >>> pad_targets([one, none], [torch.tensor([7]), torch.tensor([])]).labels
+    tensor([[ 7],
+            [-1]])
+    """
+    if len(boxes) != len(labels):
+        raise ValueError(f"boxes of {len(boxes)} scenes, but labels of {len(labels)}")
+    for index, (b, c) in enumerate(zip(boxes, labels, strict=True)):
+        _check_scene(index, b, c, classes)
+    most = max((len(c) for c in labels), default=0)
+    device = boxes[0].device if len(boxes) else None
+    padded = torch.zeros(len(boxes), most, 4, device=device)
+    names = torch.full((len(boxes), most), NOTHING, device=device)
+    for index, (b, c) in enumerate(zip(boxes, labels, strict=True)):
+        padded[index, : len(c)], names[index, : len(c)] = b, c.long()
+    return Targets(padded, names)
+
+
+def _check_scene(index: int, boxes: Tensor, labels: Tensor, classes: int) -> None:
+    if boxes.shape != (len(labels), 4):
+        raise ValueError(f"scene {index}: boxes {tuple(boxes.shape)} for {len(labels)} labels; (n, 4) is expected")
+    if not ((boxes >= 0) & (boxes <= 1)).all():
+        raise ValueError(f"scene {index}: a box lies outside the picture, [0, 1]: {boxes.tolist()}")
+    if not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise ValueError(f"scene {index}: a box has no area: {boxes.tolist()}")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < classes):
+        raise ValueError(f"scene {index}: labels must be 0 to {classes - 1}, not {labels.tolist()}")
+
+
+def prior_boxes(sides: Sequence[int], scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """Priors (P, 4) as centre x, centre y, width, height: on a map of each side, in every cell, one for each ratio of
+    width to height, of the map's scale. Order: map, row, column, ratio; widths and heights end at 1.
+
+    >>> prior_boxes([2], [0.4], [0.25])[:2]
+    tensor([[0.2500, 0.2500, 0.2000, 0.8000],
+            [0.7500, 0.2500, 0.2000, 0.8000]])
+    """
+    maps = []
+    for side, scale in zip(sides, scales, strict=True):
+        centres = (torch.arange(side) + 0.5) / side
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        shapes = torch.tensor([[scale * math.sqrt(r), scale / math.sqrt(r)] for r in ratios])
+        cells = torch.stack([x, y], -1).reshape(-1, 1, 2).expand(-1, len(ratios), -1)
+        maps.append(torch.cat([cells, shapes.expand(len(cells), -1, -1)], -1).flatten(0, 1))
+    return torch.cat(maps).clamp(max=1.0)
+
+
+def encode(boxes: Tensor, priors: Tensor) -> Tensor:
+    """The offsets (…, 4) that lead from priors to boxes: 10 (c − c₀) / s₀ for centres, 5 log(s / s₀) for sizes.
+
+    >>> encode(torch.tensor([[0.1, 0.1, 0.5, 0.5]]), torch.tensor([[0.3, 0.3, 0.4, 0.4]])).abs().max() < 1e-5
+    tensor(True)
+    """
+    centre, size = box_convert(boxes, "xyxy", "cxcywh").split(2, -1)
+    centre0, size0 = priors.split(2, -1)
+    return torch.cat([CENTRE * (centre - centre0) / size0, SIZE * (size / size0).log()], -1)
+
+
+def decode(offsets: Tensor, priors: Tensor) -> Tensor:
+    """The boxes (…, 4) that offsets make of priors: the inverse of ``encode``.
+
+    >>> priors, boxes = torch.tensor([[0.3, 0.3, 0.4, 0.4]]), torch.tensor([[0.1, 0.2, 0.4, 0.9]])
+    >>> torch.allclose(decode(encode(boxes, priors), priors), boxes)
+    True
+    """
+    centre0, size0 = priors.split(2, -1)
+    centre, size = offsets.split(2, -1)
+    return box_convert(
+        torch.cat([centre0 + size0 * centre / CENTRE, size0 * (size / SIZE).exp()], -1), "cxcywh", "xyxy"
+    )
+
+
+def match(targets: Targets, priors: Tensor, classes: int = 10, threshold: float = 0.5) -> Matches:
+    """Give each prior the object that it overlaps most, if their overlap is ``threshold`` or more, else background.
+
+    Before that, each object gets a prior of its own: of all pairs the one with the largest overlap first, then of
+    those that remain. So no object is left without a prior.
+
+    >>> targets = pad_targets([torch.tensor([[0.0, 0.0, 0.4, 0.4]])], [torch.tensor([3])])
+    >>> match(targets, torch.tensor([[0.2, 0.2, 0.5, 0.5], [0.8, 0.8, 0.3, 0.3]])).classes
+    tensor([[ 3, 10]])
+    """
+    (boxes, labels), (scenes, objects) = targets, targets.labels.shape
+    nothing = torch.full((scenes, len(priors)), classes, device=labels.device)
+    if objects == 0:
+        return Matches(nothing, boxes.new_zeros(scenes, len(priors), 4))
+    overlaps = box_iou(boxes.flatten(0, 1), box_convert(priors, "cxcywh", "xyxy")).unflatten(0, (scenes, objects))
+    overlaps = overlaps.masked_fill((labels == NOTHING)[..., None], -1.0)
+    best, owner = overlaps.max(1)
+    own = _one_prior_each(overlaps)
+    best, owner = torch.where(own >= 0, 1.0, best), torch.where(own >= 0, own, owner)
+    found = torch.where(best >= threshold, labels.gather(1, owner), nothing)
+    return Matches(found, boxes.gather(1, owner[..., None].expand(-1, -1, 4)))
+
+
+def _one_prior_each(overlaps: Tensor) -> Tensor:
+    """(N, P): the object that a prior belongs to by the pairing of objects and priors, or -1."""
+    scenes, objects, priors = overlaps.shape
+    rest, rows = overlaps.clone(), torch.arange(scenes, device=overlaps.device)
+    owner = torch.full((scenes, priors), NOTHING, device=overlaps.device)
+    for _ in range(objects):
+        value, pair = rest.flatten(1).max(1)
+        thing, prior = pair // priors, pair % priors
+        owner[rows, prior] = torch.where(value >= 0, thing, owner[rows, prior])
+        rest[rows, thing] = -1.0
+        rest[rows, :, prior] = torch.where(value[:, None] >= 0, -1.0, rest[rows, :, prior])
+    return owner
+
+
+@torch.no_grad()
+def detect(
+    scores: Tensor, boxes: Tensor, min_score: float = 0.2, overlap: float = 0.3, most: int = 20
+) -> list[dict[str, Tensor]]:
+    """Detections of every scene, as torchmetrics takes them: the boxes of each class that score above ``min_score``,
+    less those that overlap a better one of their class by more than ``overlap``, the ``most`` best of a scene.
+
+    Args:
+        scores: (N, P, C), of the classes alone, without background.
+        boxes: (N, P, 4) xyxy.
+
+    >>> boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.5, 0.4], [0.5, 0.5, 1.0, 1.0]]])
+    >>> found = detect(torch.tensor([[[0.9, 0.0], [0.8, 0.0], [0.0, 0.7]]]), boxes)
+    >>> found[0]["labels"].tolist(), found[0]["boxes"][1].tolist()
+    ([0, 1], [0.5, 0.5, 1.0, 1.0])
+    """
+    scenes, _, classes = scores.shape
+    scene, prior, label = (scores > min_score).nonzero(as_tuple=True)
+    values, found = scores[scene, prior, label], boxes[scene, prior]
+    kept = batched_nms(found.float(), values.float(), scene * classes + label, overlap)
+    kept = kept[scene[kept].argsort(stable=True)]  # by scene, and within one by falling score
+    parts = torch.bincount(scene[kept], minlength=scenes).tolist()
+    columns = {"boxes": found[kept], "scores": values[kept], "labels": label[kept]}
+    split = {name: column.split(parts) for name, column in columns.items()}
+    return [{name: column[index][:most] for name, column in split.items()} for index in range(scenes)]
