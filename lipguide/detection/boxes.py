@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert, box_iou
 
-__all__ = ["Matches", "Targets", "decode", "detect", "encode", "match", "pad_targets", "prior_boxes"]
+__all__ = ["Matches", "Targets", "decode", "detect", "encode", "match", "pad_targets", "prior_boxes", "unit_range"]
 
 CENTRE, SIZE = 10.0, 5.0  # how finely offsets of centres and of logarithms of sizes are told apart
 NOTHING = -1  # the label of padding
@@ -34,6 +34,15 @@ class Matches(NamedTuple):
 
     classes: Tensor
     boxes: Tensor
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Pictures of whole numbers, 0 to 255, which need a quarter of the memory, as numbers in [0, 1]; others unchanged.
+
+    >>> unit_range(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    tensor([0.0000, 0.2000, 1.0000])
+    """
+    return images if images.is_floating_point() else images.float() / 255
 
 
 def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], classes: int = 10) -> Targets:

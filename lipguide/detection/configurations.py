@@ -12,8 +12,6 @@ L2-normalised   convolution of weight W / |W|   SLL                            e
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import nn
 
 from lipguide.activations import GroupSort2
@@ -21,7 +19,7 @@ from lipguide.affine import l2_normalized, spectral
 from lipguide.blocks import SLL
 from lipguide.detection.tinier_ssd import STAGES, Parts, TinierSSD
 
-__all__ = ["CONFIGURATIONS", "l2_normalised", "naive", "spectral_norm", "standard_conv"]
+__all__ = ["l2_normalised", "naive", "spectral_norm", "standard_conv"]
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
@@ -95,11 +93,3 @@ def standard_conv(width: int = 256) -> TinierSSD:
 def l2_normalised(width: int = 256) -> TinierSSD:
     """As ``standard_conv``, with the weights of entry and heads divided by their L2 norm."""
     return TinierSSD(Parts(_normalised, _sll, _normalised, _normalised, _separate_pool), _of_width(width))
-
-
-CONFIGURATIONS: dict[str, Callable[[], TinierSSD]] = {
-    "naive": naive,
-    "spectral-norm": spectral_norm,
-    "standard conv": standard_conv,
-    "L2-normalised": l2_normalised,
-}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lipguide.detection.boxes import Targets, encode, match
+from lipguide.detection.boxes import Targets, encode, match, unit_range
 from lipguide.loss_base import number_of_ranks, sum_over_ranks
 
 __all__ = ["DetectionStep", "Multibox"]
@@ -76,7 +76,7 @@ class Multibox(nn.Module):
 class DetectionStep(nn.Module):
     """The step of `lipguide.training.fit` for columns (images, boxes, labels), the latter two from `pad_targets`.
 
-    Images of whole numbers, 0 to 255, which need a quarter of the memory, are brought to [0, 1] batch by batch.
+    Images may be bytes, which are brought to [0, 1] batch by batch.
     """
 
     def __init__(self, loss: nn.Module) -> None:
@@ -85,5 +85,4 @@ class DetectionStep(nn.Module):
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         images, boxes, labels = batch
-        images = images if images.is_floating_point() else images.float() / 255
-        return self.loss(model(images), Targets(boxes, labels))
+        return self.loss(model(unit_range(images)), Targets(boxes, labels))

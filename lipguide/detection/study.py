@@ -1,0 +1,227 @@
+"""The case study, whole: train each configuration, evaluate it clean and attacked, and put all on record.
+
+`python -m lipguide study` runs it, under `torchrun` on several devices. A configuration leaves a checkpoint while it
+trains and a file of results when it is done, so a study that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from lipguide import pretrained
+from lipguide.data import SVHN, SyntheticHouseNumbers, scenes
+from lipguide.detection.attacks import ATTACKS, attack_l2, strongest
+from lipguide.detection.boxes import Targets, pad_targets, unit_range
+from lipguide.detection.configurations import l2_normalised, naive, spectral_norm, standard_conv
+from lipguide.detection.evaluate import Score, detections, score
+from lipguide.detection.losses import DetectionStep, Multibox
+from lipguide.detection.tinier_ssd import PICTURE, TinierSSD
+from lipguide.ledger import Ledger, write_json
+from lipguide.network import lipschitz_bound
+from lipguide.training import fit
+
+__all__ = ["CONFIGURATIONS", "PLANS", "Plan", "Split", "load_split", "study"]
+
+logger = logging.getLogger(__name__)
+EPSILON = 0.5  # the case study's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything. ``None`` scenes are all; ``width`` is that of the SLL configurations."""
+
+    train_scenes: int | None
+    test_scenes: int | None
+    attacked_scenes: int | None
+    epochs: float
+    batch_size: int
+    rate: float
+    width: int
+    attack_steps: int
+    precision: str
+
+
+PLANS = {
+    "quick": Plan(256, 64, 16, 2, 16, 2e-3, 8, 3, "float32"),
+    "cpu": Plan(None, None, 1000, 8, 64, 2e-3, 32, 20, "bfloat16"),
+    "full": Plan(None, None, None, 30, 256, 4e-3, 256, 20, "bfloat16"),
+}
+
+
+def _configurations(width: int) -> dict[str, Callable[[], TinierSSD]]:
+    return {
+        "naive": naive,
+        "spectral-norm": spectral_norm,
+        "standard conv": partial(standard_conv, width),
+        "L2-normalised": partial(l2_normalised, width),
+    }
+
+
+CONFIGURATIONS = tuple(_configurations(8))
+
+
+class Split(NamedTuple):
+    """Scenes on one device: images (N, 3, 74, 74) of bytes, their targets, and a name and a hash of their content."""
+
+    images: Tensor
+    targets: Targets
+    name: str
+    hash: str
+
+    def part(self, where: slice) -> Split:
+        targets = Targets(self.targets.boxes[where], self.targets.labels[where])
+        return Split(self.images[where], targets, self.name, self.hash)
+
+
+def load_split(split: str, count: int | None, seed: int, device: torch.device, svhn: str | Path | None = None) -> Split:
+    """The first ``count`` scenes of a split, cut around the number: of SVHN under ``svhn``, or of its synthetic twin.
+
+    >>> load_split("test", 4, 0, torch.device("cpu")).images.shape[1:]
+    torch.Size([3, 74, 74])
+    """
+    whole = SyntheticHouseNumbers(split, count, seed) if svhn is None else SVHN(svhn, split)
+    cut = scenes(whole, PICTURE, seed=seed)
+    images = (255 * cut.images[:count]).round().byte()
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
+    targets = pad_targets(cut.boxes[:count], cut.labels[:count])
+    name = f"{'Synthetic House Numbers' if svhn is None else 'SVHN'}, {split}, {len(images)} scenes"
+    return Split(images.to(device), Targets(*(part.to(device) for part in targets)), name, digest)
+
+
+def study(
+    plan: Plan,
+    train: Split,
+    test: Split,
+    folder: str | Path,
+    seed: int = 0,
+    only: Sequence[str] = CONFIGURATIONS,
+    report: Callable[[str], None] = logger.info,
+) -> list[dict[str, Any]]:
+    """Train and evaluate the configurations ``only``, and return one entry for each, in the order of the study.
+
+    Under ``torchrun`` every process calls this with the same arguments; all return the same. ``folder`` holds what is
+    needed to go on after an interruption; results of another plan or of other scenes there are an error.
+    """
+    makers = _configurations(plan.width)
+    unknown = [name for name in only if name not in makers]
+    if unknown:
+        raise ValueError(f"no configuration {unknown[0]!r}; there are: {', '.join(makers)}")
+    return [_one(name, makers[name], plan, train, test, Path(folder), seed, report) for name in makers if name in only]
+
+
+def _one(
+    name: str,
+    make: Callable[[], TinierSSD],
+    plan: Plan,
+    train: Split,
+    test: Split,
+    folder: Path,
+    seed: int,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    slug = "tinier-ssd-" + name.lower().replace(" ", "-")
+    path, setting = (
+        folder / f"{slug}.json",
+        {"plan": asdict(plan), "train": train.hash, "test": test.hash, "seed": seed},
+    )
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["setting"] != setting:
+            raise ValueError(f"{path} belongs to another study ({known['setting']}): remove it or name another folder")
+        return known["entry"]
+    torch.manual_seed(seed)
+    model = make().to(train.images.device, memory_format=torch.channels_last)
+    if _ranks() > 1 and train.images.is_cuda:  # batch norm over the whole batch; torch has it for CUDA only
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate)
+    step, steps = DetectionStep(Multibox(model.priors)), max(int(len(train.images) * plan.epochs / plan.batch_size), 1)
+    precision, checkpoint = getattr(torch, plan.precision), folder / f"{slug}.checkpoint"
+    columns = (train.images, *train.targets)
+    history = fit(
+        model, columns, step, optimizer, steps, plan.batch_size, "one-cycle", precision,
+        seed=seed, checkpoint=checkpoint, report=lambda line: report(f"{name}: {line}"),
+    )  # fmt: skip
+    began = time.perf_counter()
+    entry = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
+    entry |= evaluate(model.eval(), plan, test)
+    seconds = _seconds(history, plan.batch_size)
+    entry |= {"steps": steps, "loss": history[-1]["loss"], "train_seconds": seconds}
+    entry |= {"train_scenes_per_second": steps * plan.batch_size / seconds}
+    entry["evaluate_seconds"] = time.perf_counter() - began
+    report(f"{name}: clean {entry['clean_map50']:.2f}, PGD {entry['pgd_map50']:.2f} mAP")
+    if _rank() == 0:
+        facts = Ledger(slug, "study", train.images.device.type, seed).provenance
+        run = facts | {"steps": steps, "data": f"{train.name}, {train.hash}", "seconds": seconds} | entry
+        pretrained.save(slug, model, run, folder)
+        write_json(path, {"setting": setting, "entry": entry})
+        checkpoint.unlink(missing_ok=True)
+    return entry
+
+
+def _seconds(history: list[dict[str, float]], batch_size: int) -> float:
+    """What training took, also where it was interrupted in between."""
+    steps = [0, *(record["step"] for record in history)]
+    counts = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+    rates = [record["samples_per_second"] for record in history]
+    return sum(count * batch_size / rate for count, rate in zip(counts, rates, strict=True))
+
+
+def evaluate(model: TinierSSD, plan: Plan, test: Split) -> dict[str, Any]:
+    """Clean on all scenes; under the training loss and under the three aimed attacks on the first of them."""
+    entry: dict[str, Any] = {"lipschitz_bound": lipschitz_bound(model, (3, PICTURE, PICTURE)).value}
+    clean, rate = _scored(model, test, lambda images, targets: images)
+    entry |= {"clean_map50": clean.map50, "clean": clean._asdict(), "detect_scenes_per_second": rate}
+    few = test.part(slice(plan.attacked_scenes))
+    entry["clean_map50_of_attacked_scenes"] = _scored(model, few, lambda images, targets: images)[0].map50
+    attack = partial(_attacked, model, plan.attack_steps)
+    pgd, rate = _scored(model, few, partial(attack, "training loss"))
+    entry |= {"pgd_map50": pgd.map50, "pgd": pgd._asdict(), "attack_scenes_per_second": rate}
+
+    def hardest(images: Tensor, targets: Targets) -> Tensor:
+        candidates = {name: attack(name, images, targets) for name in ("training loss", *ATTACKS)}
+        return strongest(model, images, targets, candidates)
+
+    worst, _ = _scored(model, few, hardest)
+    return entry | {"strongest_map50": worst.map50, "strongest": worst._asdict(), "attacked_scenes": len(few.images)}
+
+
+def _attacked(model: nn.Module, steps: int, name: str, images: Tensor, targets: Targets) -> Tensor:
+    return attack_l2(model, images, targets, EPSILON, name, steps)
+
+
+def _scored(model: nn.Module, test: Split, change: Callable[[Tensor, Targets], Tensor]) -> tuple[Score, float]:
+    """The score of a model on changed pictures, and scenes a second; processes share the scenes."""
+    began, size = time.perf_counter(), 128
+    found: list[dict[str, Tensor]] = []
+    for start in list(range(0, len(test.images), size))[_rank() :: _ranks()]:
+        images, targets, *_ = test.part(slice(start, start + size))
+        found += detections(model, change(unit_range(images), targets))
+    found = [{key: value.cpu() for key, value in scene.items()} for scene in found]
+    shares: list[Any] = [found]
+    if _ranks() > 1:
+        shares = [None] * _ranks()
+        dist.all_gather_object(shares, found)
+    starts = range(0, len(test.images), size)
+    order = [share[size * turn : size * (turn + 1)] for turn in range(len(starts)) for share in shares]
+    rate = len(test.images) / (time.perf_counter() - began)
+    return score([scene for part in order for scene in part], test.targets), rate
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
