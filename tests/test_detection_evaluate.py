@@ -7,7 +7,7 @@ from torch import nn
 from lipguide.detection.attacks import ATTACKS, attack_l2, objective, strongest
 from lipguide.detection.boxes import encode, pad_targets, prior_boxes
 from lipguide.detection.evaluate import hits, score
-from lipguide.detection.tinier_ssd import Output
+from lipguide.detection.tinier_ssd import Output, TinierSSD
 
 BOXES = torch.tensor([[0.0, 0.0, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]])
 TARGETS = pad_targets([BOXES, torch.zeros(0, 4)], [torch.tensor([1, 2]), torch.tensor([])])
@@ -57,13 +57,11 @@ def test_another_number_of_scenes_is_refused():
         score([NONE], TARGETS)
 
 
-class Brightness(nn.Module):
+class Brightness(TinierSSD):
     """Finds a digit of class 1 at each prior whose part of the picture is bright, of class 0 if it is very bright."""
 
-    priors: torch.Tensor
-
     def __init__(self):
-        super().__init__()
+        nn.Module.__init__(self)
         self.register_buffer("priors", prior_boxes([2], [0.5], [1.0]))
 
     def forward(self, x):
@@ -84,7 +82,7 @@ def scene():
 def test_attack_stays_in_its_ball_and_ascends_its_objective(name):
     model, (x, targets) = Brightness(), scene()
     moved = attack_l2(model, x, targets, eps=0.5, name=name, steps=10)
-    aim = objective(name, model.priors)
+    aim = objective(name, model)
     assert (moved - x).norm() <= 0.5 + 1e-5 and moved.min() >= 0 and moved.max() <= 1
     assert (aim(model(moved), targets) > aim(model(x), targets)).all()
 
@@ -118,7 +116,7 @@ def test_strongest_takes_for_each_picture_the_attack_that_hurts_most():
 
 def test_unknown_attack_is_named():
     with pytest.raises(ValueError, match="attack must be one of training loss, vanish, fabricate, mislabel"):
-        objective("erase", torch.zeros(1, 4))
+        objective("erase", Brightness())
 
 
 def test_offsets_of_the_toy_detector_leave_the_priors_where_they_are():

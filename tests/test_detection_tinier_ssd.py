@@ -10,7 +10,7 @@ from torch import nn
 from lipguide.detection.boxes import pad_targets
 from lipguide.detection.configurations import l2_normalised, naive, spectral_norm, standard_conv
 from lipguide.detection.evaluate import detections, score
-from lipguide.detection.losses import DetectionStep, Multibox
+from lipguide.detection.losses import DetectionStep
 from lipguide.network import lipschitz_bound, lipschitz_lower_bound
 from lipguide.training import fit
 
@@ -84,7 +84,7 @@ def test_one_picture_is_learnt_by_heart(name):
     targets = pad_targets([boxes], [torch.tensor([4, 7])])
     model = made(name)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    fit(model, (image, *targets), DetectionStep(Multibox(model.priors)), optimizer, 80, 1, schedule="constant")
+    fit(model, (image, *targets), DetectionStep(model.training_loss()), optimizer, 80, 1, schedule="constant")
     model.eval()
     result = score(detections(model, image), targets)
     assert result.map50 == 100 and result.recall == 100
@@ -98,6 +98,6 @@ def test_training_of_every_configuration_lowers_the_loss():
     for name in SMALL:
         model = made(name)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        step = DetectionStep(Multibox(model.priors))
+        step = DetectionStep(model.training_loss())
         history = fit(model, (images, *targets), step, optimizer, 20, 4, schedule="constant", log_every=5)
         assert history[-1]["loss"] < history[0]["loss"], name

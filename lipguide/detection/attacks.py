@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from lipguide.attacks import pgd_l2
-from lipguide.detection.boxes import NOTHING, Targets, decode
+from lipguide.detection.boxes import NOTHING, Targets
 from lipguide.detection.evaluate import detections, hits
-from lipguide.detection.losses import Multibox
 
 __all__ = ["ATTACKS", "attack_l2", "strongest"]
 
@@ -29,15 +28,15 @@ FAR = -1e4  # stands in for a logarithm of 0: it must not win a maximum, nor tur
 MATCHES, REACHES = 0.5, 0.4  # overlap at which a box matches an object, and from which a little push may make it
 FEW = 3  # alarms that "fabricate" raises at once
 
-Objective = Callable[[tuple[Tensor, Tensor], Targets], Tensor]
+Objective = Callable[[tuple[Tensor, ...], Targets], Tensor]
 
 
 class _Margins:
     """What all objectives need: log-probabilities, and which prior's box lies on which object."""
 
-    def __init__(self, output: tuple[Tensor, Tensor], targets: Targets, priors: Tensor) -> None:
-        self.log_p = output[0].log_softmax(2)
-        boxes = decode(output[1], priors).detach()
+    def __init__(self, output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> None:
+        self.log_p = model.log_scores(output)
+        boxes = model.boxes(output).detach()
         there = targets.labels != NOTHING
         overlaps = torch.stack([box_iou(b, t) for b, t in zip(boxes, targets.boxes, strict=True)])
         self.overlaps = overlaps.masked_fill(~there[:, None], 0.0)  # (N, P, M)
@@ -53,23 +52,23 @@ class _Margins:
         return values.masked_fill(self.overlaps < overlap, FAR).amax(1).masked_fill(~self.there, FAR)
 
 
-def _vanish(output: tuple[Tensor, Tensor], targets: Targets, priors: Tensor) -> Tensor:
-    margins = _Margins(output, targets, priors)
+def _vanish(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> Tensor:
+    margins = _Margins(output, targets, model)
     best = margins.on_object(margins.of_class(), REACHES)
     return -torch.where(margins.there, best, 0.0).clamp(min=-20.0).sum(1)
 
 
-def _fabricate(output: tuple[Tensor, Tensor], targets: Targets, priors: Tensor) -> Tensor:
-    margins = _Margins(output, targets, priors)
-    alarms = margins.log_p[..., :-1].amax(2)
+def _fabricate(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> Tensor:
+    margins = _Margins(output, targets, model)
+    alarms = margins.log_p.amax(2)
     elsewhere = alarms.masked_fill((margins.overlaps >= MATCHES).any(2), FAR)
     return elsewhere.topk(FEW, dim=1).values.clamp(min=-20.0).sum(1)
 
 
-def _mislabel(output: tuple[Tensor, Tensor], targets: Targets, priors: Tensor) -> Tensor:
-    margins = _Margins(output, targets, priors)
+def _mislabel(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> Tensor:
+    margins = _Margins(output, targets, model)
     one_hot = nn.functional.one_hot(margins.labels, margins.log_p.shape[2]).bool()
-    wrong = margins.log_p[:, :, None].masked_fill(one_hot[:, None], FAR)[..., :-1].amax(3)
+    wrong = margins.log_p[:, :, None].masked_fill(one_hot[:, None], FAR).amax(3)
     lead = margins.on_object(margins.of_class() - wrong, REACHES)
     return -torch.where(margins.there, lead, 0.0).clamp(min=-20.0, max=20.0).sum(1)
 
@@ -77,17 +76,17 @@ def _mislabel(output: tuple[Tensor, Tensor], targets: Targets, priors: Tensor) -
 ATTACKS: dict[str, Callable[..., Tensor]] = {"vanish": _vanish, "fabricate": _fabricate, "mislabel": _mislabel}
 
 
-def objective(name: str, priors: Tensor) -> Objective:
-    """What attack ``name`` ascends: one number a scene from the detector's output and the targets.
+def objective(name: str, model: nn.Module) -> Objective:
+    """What attack ``name`` on ``model`` ascends: one number a scene from the detector's output and the targets.
 
-    "training loss" is the case study's.
+    "training loss" is the case study's, as the model's method ``training_loss(reduction)`` gives it.
     """
     if name == "training loss":
-        return Multibox(priors, reduction="none").to(priors.device)
+        return model.training_loss("none")
     if name not in ATTACKS:
         raise ValueError(f"attack must be one of training loss, {', '.join(ATTACKS)}, not {name!r}")
     function = ATTACKS[name]
-    return lambda output, targets: function(output, targets, priors)
+    return lambda output, targets: function(output, targets, model)
 
 
 def attack_l2(
@@ -110,7 +109,7 @@ def attack_l2(
     >>> bool(((moved - x).flatten(1).norm(dim=1) <= 0.5 + 1e-4).all())
     True
     """
-    aim = objective(name, model.priors)
+    aim = objective(name, model)
     parts = zip(
         images.split(batch_size), targets.boxes.split(batch_size), targets.labels.split(batch_size), strict=True
     )

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from lipguide.detection.boxes import NOTHING, Targets, decode, detect
+from lipguide.detection.boxes import NOTHING, Targets, detect
 
 __all__ = ["Score", "detections", "hits", "score"]
 
@@ -28,7 +28,7 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def detections(model: nn.Module, images: Tensor, batch_size: int = 256) -> list[dict[str, Tensor]]:
-    """What ``model`` detects in each picture, by its softmax scores.
+    """What ``model``, which has methods ``log_scores`` and ``boxes`` of its output, detects in each picture.
 
     >>> from lipguide.detection.configurations import naive
     >>> found = detections(naive().eval(), torch.rand(2, 3, 74, 74))
@@ -38,9 +38,8 @@ def detections(model: nn.Module, images: Tensor, batch_size: int = 256) -> list[
     found: list[dict[str, Tensor]] = []
     with parametrize.cached():
         for part in images.split(batch_size):
-            logits, offsets = model(part)
-            boxes = decode(offsets, model.priors).clamp(0, 1)
-            found += detect(logits.softmax(2)[..., :-1], boxes)
+            output = model(part)
+            found += detect(model.log_scores(output).exp(), model.boxes(output).clamp(0, 1))
     return found
 
 

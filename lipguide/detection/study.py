@@ -26,7 +26,7 @@ from lipguide.detection.attacks import ATTACKS, attack_l2, strongest
 from lipguide.detection.boxes import Targets, pad_targets, unit_range
 from lipguide.detection.configurations import l2_normalised, naive, spectral_norm, standard_conv
 from lipguide.detection.evaluate import Score, detections, score
-from lipguide.detection.losses import DetectionStep, Multibox
+from lipguide.detection.losses import DetectionStep
 from lipguide.detection.tinier_ssd import PICTURE, TinierSSD
 from lipguide.ledger import Ledger, write_json
 from lipguide.network import lipschitz_bound
@@ -146,7 +146,7 @@ def _one(
     if _ranks() > 1 and train.images.is_cuda:  # batch norm over the whole batch; torch has it for CUDA only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate)
-    step, steps = DetectionStep(Multibox(model.priors)), max(int(len(train.images) * plan.epochs / plan.batch_size), 1)
+    step, steps = DetectionStep(model.training_loss()), max(int(len(train.images) * plan.epochs / plan.batch_size), 1)
     precision, checkpoint = getattr(torch, plan.precision), folder / f"{slug}.checkpoint"
     columns = (train.images, *train.targets)
     history = fit(

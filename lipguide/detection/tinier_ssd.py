@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lipguide.detection.boxes import prior_boxes
+from lipguide.detection.boxes import decode, prior_boxes
+from lipguide.detection.losses import Multibox
 
 __all__ = ["PICTURE", "STAGES", "Output", "Parts", "TinierSSD"]
 
@@ -79,6 +80,18 @@ class TinierSSD(nn.Module):
             logits.append(self._by_prior(class_head(x), self.classes + 1))
             offsets.append(self._by_prior(box_head(x), 4))
         return Output(torch.cat(logits, 1), torch.cat(offsets, 1))
+
+    def training_loss(self, reduction: str = "mean") -> nn.Module:
+        """The multibox loss over this model's priors."""
+        return Multibox(self.priors, reduction=reduction)
+
+    def log_scores(self, output: Output) -> Tensor:
+        """(N, 1700, classes): logarithms of the probabilities of the classes, without background."""
+        return output[0].log_softmax(2)[..., :-1]
+
+    def boxes(self, output: Output) -> Tensor:
+        """(N, 1700, 4) xyxy, which may stick out of the picture."""
+        return decode(output[1], self.priors)
 
     @staticmethod
     def _by_prior(x: Tensor, entries: int) -> Tensor:
