@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # with current setuptools and is not used here, hence --no-deps.
 ATTACKS := adv-lib==0.2.8
 
-.PHONY: book test setup lint clean
+.PHONY: book test bench setup lint clean
 
 book: setup
 	$(BIN)/python -m lipguide build --profile $(PROFILE) --device $(DEVICE)
@@ -16,6 +16,10 @@ book: setup
 test: setup
 	$(BIN)/ruff check lipguide tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Seconds and memory of every constraint beside its peers. PROFILE=full: the grid of the chapter "networks".
+bench: setup
+	LIPGUIDE_BENCH=$(PROFILE) LIPGUIDE_DEVICE=$(DEVICE) $(BIN)/python -m pytest -o addopts=-q tests/benchmarks
 
 setup: $(VENV)/.locked
 

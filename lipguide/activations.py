@@ -10,6 +10,7 @@ Channels are dimension 1, as everywhere in torch: inputs are (N, C) or (N, C, ..
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +32,45 @@ def _check_channels(module: nn.Module, x: Tensor, multiple: int) -> None:
         )
 
 
+class _SortPair(torch.autograd.Function):
+    """(min, max) that remembers one bit a pair: several times faster to differentiate than torch.where."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.minimum(a, b), torch.maximum(a, b), a > b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        swap = output[2]
+        ctx.mark_non_differentiable(swap)
+        ctx.save_for_backward(swap)
+        ctx.save_for_forward(swap)
+
+    @staticmethod
+    def backward(ctx: Any, low: Tensor, high: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        (swap,) = ctx.saved_tensors
+        return torch.where(swap, high, low), torch.where(swap, low, high)
+
+    @staticmethod
+    def jvp(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, None]:
+        (swap,) = ctx.saved_tensors
+        return torch.where(swap, b, a), torch.where(swap, a, b), None
+
+
 def _sort_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(min, max), as a permutation for the gradient even where a = b.
 
     There torch.maximum shares the gradient out in halves, which shrinks it, and keeps twin channels twins for ever:
     two channels of zeros, say, over a black background.
     """
-    if torch.is_grad_enabled() and a.requires_grad:
+    if not (torch.is_grad_enabled() and a.requires_grad):
+        return torch.minimum(a, b), torch.maximum(a, b)
+    if torch.compiler.is_compiling():  # the compiler makes this one pass by itself, and takes no function with a jvp
         swap = a > b
         return torch.where(swap, b, a), torch.where(swap, a, b)
-    return torch.minimum(a, b), torch.maximum(a, b)  # the same values, several times faster
+    return _SortPair.apply(a, b)[:2]
 
 
 class GroupSort(nn.Module):

@@ -140,53 +140,60 @@ class Spectral(Constraint):
         frequencies = self._phases(kernel).shape[-1]
         v = torch.randn(shape.groups, kernel.shape[2], frequencies, 2, generator=torch.Generator().manual_seed(0))
         self.register_buffer("v", v.to(weight.device))  # real and imaginary parts, one column a frequency
+        self.register_buffer("waves", torch.view_as_real(self._phases(kernel)), persistent=False)
         with torch.no_grad():
             for _ in range(20):
                 self._power_step(kernel)
 
     def constrained(self, weight: Tensor) -> Tensor:
         sigma = self._power_step(self._kernel(weight)) if self.training else self._proved_norm(weight.detach())
-        return weight / _tiny(sigma)
+        return weight * _tiny(sigma).reciprocal()
 
     def _kernel(self, weight: Tensor) -> Tensor:
         """The same map as a convolution of stride 1: taps (groups, outputs, inputs, k₁, k₂). Dense layers have one."""
-        if self.shape.dense:
+        shape = self.shape
+        if shape.dense:
             return weight[None, :, :, None, None]
-        return polyphase(weight, self.shape.stride, self.shape.dilation, self.shape.groups)
+        if shape.stride == shape.dilation == (1, 1):
+            return weight.unflatten(0, (shape.groups, -1))
+        return polyphase(weight, shape.stride, shape.dilation, shape.groups)
 
     @staticmethod
     def _phases(kernel: Tensor) -> Tensor:
         """e^{i⟨ω, t⟩} for every tap t (rows) and every frequency ω (columns) of half the torus."""
-        sides = kernel.shape[3:]
-        grid = [torch.arange(1 if k == 1 else 2 * k + 2, device=kernel.device) for k in sides]
-        turns = [2 * math.pi * n / len(n) for n in grid]
-        turns[1] = turns[1][: len(turns[1]) // 2 + 1]
-        omega = torch.cartesian_prod(*turns).to(kernel.dtype)
-        taps = torch.cartesian_prod(*(torch.arange(k, device=kernel.device) for k in sides)).to(kernel.dtype)
-        angles = taps @ omega.T
-        return torch.polar(torch.ones_like(angles), angles)
+        height, width = kernel.shape[3:]
+        rows, columns = (1 if k == 1 else 2 * k + 2 for k in (height, width))
+        half = torch.arange(columns // 2 + 1, device=kernel.device)
+        down = torch.arange(height, device=kernel.device)[:, None] * torch.arange(rows, device=kernel.device) / rows
+        across = torch.arange(width, device=kernel.device)[:, None] * half / columns
+        turns = (down[:, None, :, None] + across[:, None]).to(kernel.dtype) * (2 * math.pi)
+        angles = turns.reshape(height * width, -1)
+        return torch.complex(angles.cos(), angles.sin())
 
     def _power_step(self, kernel: Tensor) -> Tensor:
-        """σ = Re(uᴴ Ŵ(ω) v) at the frequency where it is largest; then v ← Ŵᴴ u, normalised, at every frequency."""
+        """σ = Re(uᴴ Ŵ(ω) v) at the frequency where it is largest; then v ← Ŵᴴ u at every frequency."""
+        rows = kernel.flatten(2)  # (groups, outputs, inputs · taps)
         with torch.no_grad():
-            phases = self._phases(kernel)
-            groups, outputs, inputs = kernel.shape[:3]
-            rows = kernel.detach().flatten(3).permute(0, 3, 1, 2).flatten(1, 2)  # the taps' matrices, stacked
+            as_made = self.waves.dtype == kernel.dtype  # a layer cast to half precision has cast the waves as well
+            phases = torch.view_as_complex(self.waves) if as_made else self._phases(kernel)
             # contiguous: in channels_last the pairs would lie apart
-            v = torch.view_as_complex(self.v.to(kernel.dtype, copy=True, memory_format=torch.contiguous_format))
-            v = v / _tiny(torch.linalg.vector_norm(v, dim=1, keepdim=True))
-            products = torch.view_as_complex((rows @ _columns(v)).reshape(groups, len(phases), outputs, -1, 2))
-            u = (products * phases[:, None]).sum(1)
-            norms = torch.linalg.vector_norm(u, dim=1)
-            spread = u[:, None] * phases[:, None].conj()
-            back = (rows.mT @ _columns(spread.flatten(1, 2))).reshape(groups, inputs, -1, 2)
-            self.v.copy_(back / _tiny(back.abs().amax()))
-            # σ is linear in the kernel with this direction as its gradient.
-            best = norms.argmax()
-            group, omega = best // norms.shape[1], best % norms.shape[1]
-            left = (u[group, :, omega] / _tiny(norms[group, omega])).conj()
-            direction = torch.einsum("o,t,i->oit", left, phases[:, omega], v[group, :, omega]).real
-        return (kernel[group].flatten(2) * direction).sum()
+            old = self.v.to(kernel.dtype, memory_format=torch.contiguous_format)
+            v = torch.view_as_complex(old / _tiny(torch.linalg.vector_norm(old, dim=(1, 3), keepdim=True)))
+            taps = v[:, :, None] * phases  # (groups, inputs, taps, frequencies)
+            u = (rows @ _columns(taps.flatten(1, 2))).unflatten(2, (-1, 2))
+            norms = torch.linalg.vector_norm(u, dim=(1, 3), keepdim=True)
+            u = u / _tiny(norms)
+            back = torch.view_as_complex((rows.mT @ u.flatten(2)).view(*taps.shape, 2))
+            back = torch.view_as_real((back * phases.conj()).sum(2))
+            self.v.copy_(torch.where(norms > 0, back, old))  # a kernel of zeros leaves v as it is
+            # σ is linear in the kernel; its gradient is Re(ū_o v_i e^{i⟨ω, t⟩}), a scalar product of pairs.
+            best, frequencies = norms.flatten().argmax(0, keepdim=True), norms.shape[2]
+            left = u.transpose(0, 1).flatten(1, 2).index_select(1, best)
+            wave = phases.index_select(1, best % frequencies).T
+            right = v.transpose(0, 1).flatten(1).index_select(1, best) * wave
+            direction = left.flatten(1) @ torch.view_as_real(right.flatten()).mT
+        chosen = rows if len(rows) == 1 else rows.index_select(0, best // frequencies)
+        return chosen.flatten().dot(direction.flatten())
 
     def _proved_norm(self, weight: Tensor) -> Tensor:
         known = self.proof is not None and self.proof[0].device == weight.device

@@ -48,8 +48,9 @@ def _kr(logits: Tensor, positive: Tensor, valid: Tensor) -> Tensor:
     n, n_positive = counts[-1], counts[:-1].reshape(classes)
     n_negative = n - n_positive
     estimable = (n_positive > 0) & (n_negative > 0)
+    n = n.to(logits.dtype)  # the quotient of two integers would be a float32 whatever the logits are
     weight = torch.where(positive, n / n_positive.clamp(min=1), -n / n_negative.clamp(min=1))
-    weight = torch.where(estimable, weight, 0.0).to(logits.dtype)
+    weight = torch.where(estimable, weight, 0.0)
     return (weight * logits).sum(1) / estimable.sum().clamp(min=1)
 
 

@@ -49,8 +49,9 @@ def polar(weight: Tensor) -> Tensor:
     tensor([[1., 0.],
             [0., 1.]])
     """
-    u, _, vh = torch.linalg.svd(weight, full_matrices=False)
-    return u @ vh
+    # In float32 the routine may not converge where all singular values are nearly equal.
+    u, _, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    return (u @ vh).to(weight.dtype)
 
 
 class OrthogonalMatrix(nn.Module):
@@ -128,4 +129,5 @@ class OrthogonalKernel(nn.Module):
         first = blocks.permute(4, 0, 3, 1, 2).flatten(1, 2)  # (inputs, groups · middle, k, k)
         (s1, s2), groups = self.stride, self.groups
         kernel = F.conv2d(first, last.flatten(0, 1).flip(2, 3), padding=(s1 - 1, s2 - 1), groups=groups)
-        return kernel.unflatten(1, (groups, self.outputs)).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        # contiguous: torch's convolutions are slower on a permuted kernel
+        return kernel.unflatten(1, (groups, self.outputs)).permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous()

@@ -239,3 +239,20 @@ def test_wrong_shapes_are_errors_that_say_what_would_do(layer, shape, advice):
 def test_senseless_sizes_are_errors(make):
     with pytest.raises(ValueError, match="is [0-3]"):
         make()
+
+
+@pytest.mark.parametrize("make", [GroupSort2, MaxMin])
+def test_sorted_pairs_pass_every_kind_of_derivative(make):
+    """Backward, double backward, forward mode, transforms and the compiler agree, with and without ties."""
+    layer, x = make(), randn(2, 6, 3).requires_grad_()
+    assert torch.autograd.gradcheck(layer, x, check_forward_ad=True) and torch.autograd.gradgradcheck(layer, x)
+    for point in (x.detach(), torch.zeros(1, 6, dtype=x.dtype)):
+        expected = torch.autograd.functional.jacobian(layer, point)
+        assert torch.equal(torch.func.jacrev(layer)(point), expected)
+        rows = torch.func.vmap(torch.func.jacrev(lambda z: layer(z[None])[0]))(point)
+        assert torch.equal(rows[0], expected[0, ..., 0, :, :] if point.dim() == 3 else expected[0, :, 0])
+        again = point.clone().requires_grad_()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(again)
+        assert torch.equal(compiled, layer(point))
+        (gradient,) = torch.autograd.grad(compiled.square().sum(), again)
+        assert torch.equal(gradient, torch.autograd.grad(layer(again).square().sum(), again)[0])

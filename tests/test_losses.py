@@ -321,6 +321,17 @@ def test_kr_leaves_out_the_classes_that_the_batch_does_not_hold():
     torch.testing.assert_close(losses.MulticlassKR()(moved, labels), expected)
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), n=st.integers(7, 50), classes=st.integers(2, 7))
+def test_kr_of_double_precision_logits_is_exact_to_double_precision(seed, n, classes):
+    """The class counts must not pass through float32 on their way: a third would be wrong from the eighth digit on."""
+    logits, labels = random_batch(seed, n, classes)
+    expected = torch.stack(
+        [logits[labels == c, c].mean() - logits[labels != c, c].mean() for c in range(classes)]
+    ).mean()  # fmt: skip
+    torch.testing.assert_close(losses.MulticlassKR()(logits, labels), expected, rtol=1e-13, atol=1e-14)
+
+
 def test_kr_of_a_batch_of_one_class_is_zero_with_zero_gradient():
     logits = LOGITS.clone().requires_grad_()
     losses.MulticlassKR()(logits, torch.zeros(6, dtype=torch.long)).backward()

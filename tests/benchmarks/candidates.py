@@ -1,0 +1,72 @@
+"""The same convolution, plain and under each constraint, of lipguide and of its peers."""
+
+from collections.abc import Callable
+
+import torch
+from deel.torchlip import SpectralConv2d
+from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
+from torch import nn
+
+from lipguide.activations import GroupSort2
+from lipguide.affine import aol, frobenius, orthogonal, spectral
+from lipguide.plain import export, without_parametrizations
+from lipguide.pooling import ScaledL2NormPool2d
+
+OURS = {"spectral": spectral, "orthogonal": orthogonal, "aol": aol, "frobenius": frobenius}
+PEERS = {"torchlip Spectral": SpectralConv2d, "orthogonium AOC": AdaptiveOrthoConv2d}
+
+
+def layers(channels: int, device: str) -> dict[str, nn.Module]:
+    """A 3×3 convolution that keeps channels and size, in each of its forms."""
+    torch.manual_seed(0)
+    made = {"plain": nn.Conv2d(channels, channels, 3, padding=1)}
+    made |= {name: constrain(nn.Conv2d(channels, channels, 3, padding=1)) for name, constrain in OURS.items()}
+    made |= {name: peer(channels, channels, 3, padding=1, padding_mode="zeros") for name, peer in PEERS.items()}
+    return {name: layer.to(device) for name, layer in made.items()}
+
+
+def exported(made: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """What each library hands over for inference; orthogonium has no export, so its weight is made plain here."""
+    return {
+        name: layer.eval().vanilla_export().eval()
+        if name == "torchlip Spectral"
+        else without_parametrizations(layer)
+        if name == "orthogonium AOC"
+        else export(layer)
+        for name, layer in made.items()
+    }
+
+
+def training_step(layer: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    """Forward, backward and an update, with a gradient for the input as every layer but the first needs one."""
+    layer.train()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    x = x.clone().requires_grad_()
+    direction = torch.randn_like(x)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        layer(x).backward(direction)
+        optimizer.step()
+
+    return step
+
+
+def inference_step(layer: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    def step() -> None:
+        with torch.inference_mode():
+            layer(x)
+
+    return step
+
+
+def vgg(constrain: Callable[[nn.Module], nn.Module] = nn.Sequential, logits: int = 10) -> nn.Sequential:
+    """32-32-pool-64-64-pool-128-128-pool-head for pictures of 32×32."""
+    torch.manual_seed(0)
+    parts: list[nn.Module] = []
+    for inputs, outputs in [(3, 32), (32, 64), (64, 128)]:
+        for a, b in [(inputs, outputs), (outputs, outputs)]:
+            parts += [constrain(nn.Conv2d(a, b, 3, padding=1)), GroupSort2()]
+        parts.append(ScaledL2NormPool2d(2))
+    return nn.Sequential(*parts, nn.Flatten(), constrain(nn.Linear(128 * 16, logits)))
