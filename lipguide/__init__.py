@@ -1,6 +1,18 @@
 """lipguide: 1-Lipschitz neural networks, an executable book and the small PyTorch package behind it."""
 
-from lipguide import attacks, certificates, data, losses, metrics, training
+from lipguide import (
+    attacks,
+    certificates,
+    classification,
+    data,
+    detection,
+    losses,
+    metrics,
+    pretrained,
+    segmentation,
+    smoothing,
+    training,
+)
 from lipguide.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
 from lipguide.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
 from lipguide.blocks import (
@@ -14,7 +26,7 @@ from lipguide.blocks import (
     most_stretched_pair,
     stretch,
 )
-from lipguide.network import lipschitz_bound, lipschitz_lower_bound
+from lipguide.network import Unbounded, lipschitz_bound, lipschitz_lower_bound
 from lipguide.plain import export
 from lipguide.pooling import (
     GlobalAvgPool2d,
@@ -47,12 +59,15 @@ __all__ = [
     "SLLLinear",
     "ScaledAvgPool2d",
     "ScaledL2NormPool2d",
+    "Unbounded",
     "aol",
     "attacks",
     "certificates",
+    "classification",
     "clip",
     "constrain_",
     "data",
+    "detection",
     "export",
     "frobenius",
     "l2_normalized",
@@ -62,6 +77,9 @@ __all__ = [
     "metrics",
     "most_stretched_pair",
     "orthogonal",
+    "pretrained",
+    "segmentation",
+    "smoothing",
     "spectral",
     "stretch",
     "training",

@@ -1,4 +1,4 @@
-"""The command line: `python -m lipguide build` and `python -m lipguide data`."""
+"""The command line: `python -m lipguide` with `build`, `data`, `train` or `study`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from lipguide.data.cli import add_commands
+from lipguide.detection.cli import add_arguments as _add_study
+from lipguide.train_cli import add_arguments
 
 __all__ = ["main"]
 
@@ -42,6 +44,8 @@ def _parser() -> Parser:
     build.set_defaults(run=_build)
     data = commands.add_parser("data", help="download SVHN, write the synthetic twin, compare the two")
     add_commands(data.add_subparsers(required=True, metavar="SET", parser_class=Parser))
+    add_arguments(commands.add_parser("train", help="make the weights that ship with the package"))
+    _add_study(commands.add_parser("study", help="the whole case study: train and attack four detectors"))
     return parser
 
 

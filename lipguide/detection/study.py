@@ -55,7 +55,7 @@ class Plan:
 
 PLANS = {
     "quick": Plan(256, 64, 16, 2, 16, 2e-3, 8, 3, "float32"),
-    "cpu": Plan(None, None, 1000, 8, 64, 2e-3, 32, 20, "bfloat16"),
+    "cpu": Plan(None, None, 500, 8, 64, 2e-3, 32, 20, "bfloat16"),
     "full": Plan(None, None, None, 30, 256, 4e-3, 256, 20, "bfloat16"),
 }
 

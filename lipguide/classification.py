@@ -1,0 +1,305 @@
+"""Classifiers of pictures: a VGG, a ResNet and an SLL network, 1-Lipschitz, each beside its ordinary twin.
+
+A 1-Lipschitz network is an `nn.Sequential` whose last layer is the head: `model[:-1]` is the 1-Lipschitz trunk, and the
+head's rows have norm 1, so that the radius of a picture is margin / ‖w_k − w_j‖. The ordinary twin has layers of the
+same shape, free, with batch norm and ReLU.
+
+Both halve the picture by 2×2 convolutions of stride 2. A VGG that pools by the L2 norm, the guide's first choice, is
+there to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lipguide.activations import GroupSort2
+from lipguide.affine import orthogonal, unit_rows
+from lipguide.blocks import SLL, Residual, SLLLinear
+from lipguide.pooling import ScaledL2NormPool2d
+
+__all__ = [
+    "NETWORKS",
+    "Centred",
+    "build",
+    "check_labels",
+    "ordinary_resnet",
+    "ordinary_sll",
+    "ordinary_vgg",
+    "resnet",
+    "sll",
+    "vgg",
+]
+
+
+class Centred(nn.Module):
+    """y = x − 1/2, an isometry that makes the zeros of padding medium grey; refuses pictures of another size.
+
+    Args:
+        channels, pixels: of the pictures, (N, channels, pixels, pixels).
+        halvings: how often the network halves a side: `pixels` must be a multiple of 2^halvings.
+
+    >>> Centred(3, 74, halvings=3)
+    Traceback (most recent call last):
+    ...
+    ValueError: a side of 74 pixels cannot be halved 3 times: 72 or 80 would do (crop or pad the pictures)
+    """
+
+    def __init__(self, channels: int, pixels: int, halvings: int) -> None:
+        super().__init__()
+        self.shape = (channels, pixels, pixels)
+        self.multiple = 2**halvings
+        below = pixels - pixels % self.multiple
+        if pixels != below or pixels < 1:
+            sizes = f"{below} or {below + self.multiple}" if below > 0 else f"{self.multiple}"
+            raise ValueError(
+                f"a side of {pixels} pixels cannot be halved {halvings} times: {sizes} would do (crop or pad the "
+                "pictures)"
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape[1:]) != self.shape:
+            need, got = "×".join(map(str, self.shape)), "×".join(map(str, x.shape[1:]))
+            raise ValueError(
+                f"this network was built for pictures of {need}, not of {got}: scale or crop them to {need}, or build "
+                f"it with other `channels` and `pixels` (a multiple of {self.multiple})"
+            )
+        return x - 0.5
+
+    def lipschitz(self, constant: float, through: Callable[[nn.Module, float], Any]) -> float:
+        return constant
+
+    def extra_repr(self) -> str:
+        return "×".join(map(str, self.shape))
+
+
+def vgg(
+    widths: Sequence[int] = (16, 32, 64),
+    depth: int = 1,
+    features: int = 128,
+    classes: int = 10,
+    pixels: int = 32,
+    channels: int = 3,
+    pooling: bool = False,
+) -> nn.Sequential:
+    """1-Lipschitz VGG: at each size `depth` convolutions of 3×3, then one of 2×2 that halves the side.
+
+    Args:
+        widths: channels at each size; the halving doubles them.
+        features: of the dense layer below the head.
+        pooling: halve the side by `ScaledL2NormPool2d` instead, followed by a convolution of 1×1.
+
+    >>> vgg()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    for width in widths:
+        for _ in range(depth):
+            layers += [orthogonal(nn.Conv2d(channels, width, 3, padding=1)), GroupSort2()]
+            channels = width
+        if pooling:
+            layers += [ScaledL2NormPool2d(2), orthogonal(nn.Conv2d(channels, 2 * width, 1)), GroupSort2()]
+        else:
+            layers += [orthogonal(nn.Conv2d(channels, 2 * width, 2, stride=2)), GroupSort2()]
+        channels, pixels = 2 * width, pixels // 2
+    layers += [nn.Flatten(), orthogonal(nn.Linear(channels * pixels**2, features)), GroupSort2()]
+    return nn.Sequential(*layers, unit_rows(nn.Linear(features, classes)))
+
+
+def ordinary_vgg(
+    widths: Sequence[int] = (16, 32, 64),
+    depth: int = 1,
+    features: int = 128,
+    classes: int = 10,
+    pixels: int = 32,
+    channels: int = 3,
+) -> nn.Sequential:
+    """The twin of `vgg`: the same shapes, batch norm and ReLU.
+
+    >>> ordinary_vgg()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    for width in widths:
+        for _ in range(depth):
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        layers += [nn.Conv2d(channels, 2 * width, 2, stride=2, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU()]
+        channels, pixels = 2 * width, pixels // 2
+    layers += [nn.Flatten(), nn.Linear(channels * pixels**2, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(features, classes))
+
+
+def resnet(
+    widths: Sequence[int] = (24, 48, 96),
+    depth: int = 1,
+    features: int = 128,
+    classes: int = 10,
+    pixels: int = 32,
+    channels: int = 3,
+) -> nn.Sequential:
+    """1-Lipschitz ResNet: each size begins with a 2×2 convolution that halves the side, then `depth` residual blocks.
+
+    >>> resnet()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def convolution(width: int) -> nn.Module:
+        return orthogonal(nn.Conv2d(width, width, 3, padding=1))
+
+    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    for width in widths:
+        layers += [orthogonal(nn.Conv2d(channels, width, 2, stride=2)), GroupSort2()]
+        for _ in range(depth):
+            layers += [Residual(nn.Sequential(convolution(width), GroupSort2(), convolution(width))), GroupSort2()]
+        channels, pixels = width, pixels // 2
+    layers += [nn.Flatten(), orthogonal(nn.Linear(channels * pixels**2, features)), GroupSort2()]
+    return nn.Sequential(*layers, unit_rows(nn.Linear(features, classes)))
+
+
+class OrdinaryBlock(nn.Module):
+    """y = x + f(x): the residual block without a bound.
+
+    >>> OrdinaryBlock(nn.Identity())(torch.ones(1, 2))
+    tensor([[2., 2.]])
+    """
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.branch(x)
+
+
+def ordinary_resnet(
+    widths: Sequence[int] = (24, 48, 96),
+    depth: int = 1,
+    features: int = 128,
+    classes: int = 10,
+    pixels: int = 32,
+    channels: int = 3,
+) -> nn.Sequential:
+    """The twin of `resnet`: the same shapes, batch norm and ReLU, x + f(x) without a half.
+
+    >>> ordinary_resnet()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def convolution(width: int) -> list[nn.Module]:
+        return [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+
+    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    for width in widths:
+        layers += [nn.Conv2d(channels, width, 2, stride=2, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        for _ in range(depth):
+            layers += [OrdinaryBlock(nn.Sequential(*convolution(width), nn.ReLU(), *convolution(width))), nn.ReLU()]
+        channels, pixels = width, pixels // 2
+    layers += [nn.Flatten(), nn.Linear(channels * pixels**2, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(features, classes))
+
+
+def sll(
+    widths: Sequence[int] = (24, 48, 96),
+    depth: int = 1,
+    features: int = 128,
+    classes: int = 10,
+    pixels: int = 32,
+    channels: int = 3,
+) -> nn.Sequential:
+    """SLL network: as `resnet`, with blocks that are residual without a half and need no activation between them.
+
+    >>> sll()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    for width in widths:
+        layers += [orthogonal(nn.Conv2d(channels, width, 2, stride=2))]
+        layers += [SLL(width, width, 3, iterations=2) for _ in range(depth)]
+        channels, pixels = width, pixels // 2
+    layers += [nn.Flatten(), orthogonal(nn.Linear(channels * pixels**2, features)), SLLLinear(features, features)]
+    return nn.Sequential(*layers, unit_rows(nn.Linear(features, classes)))
+
+
+def ordinary_sll(
+    widths: Sequence[int] = (24, 48, 96),
+    depth: int = 1,
+    features: int = 128,
+    classes: int = 10,
+    pixels: int = 32,
+    channels: int = 3,
+) -> nn.Sequential:
+    """The twin of `sll`: x + g(relu(batch norm(f(x)))) with two free convolutions for V and Vᵀ.
+
+    >>> ordinary_sll()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def block(width: int) -> nn.Module:
+        inward = [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+        return OrdinaryBlock(nn.Sequential(*inward, nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)))
+
+    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    for width in widths:
+        layers += [nn.Conv2d(channels, width, 2, stride=2), *(block(width) for _ in range(depth))]
+        channels, pixels = width, pixels // 2
+    layers += [nn.Flatten(), nn.Linear(channels * pixels**2, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(features, classes))
+
+
+NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
+    "vgg": vgg,
+    "pooled-vgg": partial(vgg, pooling=True),
+    "ordinary-vgg": ordinary_vgg,
+    "resnet": resnet,
+    "ordinary-resnet": ordinary_resnet,
+    "sll": sll,
+    "ordinary-sll": ordinary_sll,
+}
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu": {"vgg": {}, "resnet": {}, "sll": {}},  # the functions' own
+    "gpu": {
+        "vgg": {"widths": (64, 128, 256), "depth": 3, "features": 1024},
+        "resnet": {"widths": (128, 256, 512), "depth": 4, "features": 1024},
+        "sll": {"widths": (128, 256, 512), "depth": 5, "features": 1024},
+    },
+}
+
+
+def build(name: str, size: str = "cpu", classes: int = 10, pixels: int = 32) -> nn.Sequential:
+    """A network of `NETWORKS` in a size for two cores ("cpu") or for one GPU ("gpu").
+
+    >>> small, large = build("ordinary-vgg"), build("ordinary-vgg", "gpu")
+    >>> sum(p.numel() for p in large.parameters()) > 10 * sum(p.numel() for p in small.parameters())
+    True
+    """
+    if name not in NETWORKS or size not in SIZES:
+        raise ValueError(
+            f"no network {name!r} of size {size!r}; there are {', '.join(NETWORKS)}, {' and '.join(SIZES)}"
+        )
+    return NETWORKS[name](**SIZES[size][name.split("-")[-1]], classes=classes, pixels=pixels)
+
+
+def check_labels(model: nn.Sequential, labels: torch.Tensor) -> None:
+    """Raise ValueError unless every label has an output of the head.
+
+    >>> check_labels(vgg(), torch.tensor([3, 10]))
+    Traceback (most recent call last):
+    ...
+    ValueError: the labels go from 3 to 10, and the head has 10 outputs, for 0 to 9: build the network with classes=11
+    """
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(f"labels must be class indices (N,), not {tuple(labels.shape)} of {labels.dtype}")
+    outputs = model[-1].out_features
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    if low < 0:
+        raise ValueError(f"the labels go from {low} to {high}: number the classes from 0 on")
+    if high >= outputs:
+        raise ValueError(
+            f"the labels go from {low} to {high}, and the head has {outputs} outputs, for 0 to {outputs - 1}: build "
+            f"the network with classes={high + 1}"
+        )

@@ -1,0 +1,246 @@
+"""The trainings behind the weights that ship: which data, which loss, how long (`python -m lipguide train NAME`).
+
+Networks of one size see the same digits in the same order, moved by the same shifts; what differs is the layers and the
+loss, and that the adversarially trained one meets an attack at every step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sized
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import CIFAR10
+
+from lipguide import attacks, pretrained
+from lipguide.certificates import certified_accuracy
+from lipguide.classification import build, check_labels
+from lipguide.data import SVHN, Digits, SyntheticHouseNumbers, digits
+from lipguide.losses import OffsetCrossEntropy
+from lipguide.network import lipschitz_bound
+from lipguide.training import Supervised, fit
+
+__all__ = ["DATA", "TRAININGS", "Adversarial", "Moved", "Recipe", "network_of", "pictures", "train", "trained"]
+
+DATA = ("house-numbers", "svhn", "cifar10")
+
+
+def pictures(
+    data: str = "house-numbers",
+    split: str = "train",
+    items: int | None = None,
+    seed: int = 0,
+    root: str | Path = "data",
+) -> Digits:
+    """Pictures of 32×32 with their labels: images (N, 3, 32, 32) in [0, 1] and labels (N,).
+
+    Args:
+        data: "house-numbers", made on the spot; "svhn", the digits of SVHN's scenes; or "cifar10".
+        split: "train" or "test".
+        items: the first so many scenes of house numbers, or pictures of CIFAR-10; all of them when None.
+        seed: of the house numbers.
+        root: the folder that holds SVHN or CIFAR-10, as `python -m lipguide data svhn` and torchvision leave it.
+
+    >>> pictures("house-numbers", "test", items=2).images.shape[1:]
+    torch.Size([3, 32, 32])
+    """
+    if data not in DATA or split not in ("train", "test"):
+        raise ValueError(f"no data {data!r}, {split!r}; there are {', '.join(DATA)}, each with train and test")
+    if data == "house-numbers":
+        return digits(SyntheticHouseNumbers(split, items, seed))
+    dataset = SVHN(root, split) if data == "svhn" else _cifar10(root, split)
+    return digits(dataset if items is None else _first(dataset, items))
+
+
+def _cifar10(root: str | Path, split: str) -> Dataset:
+    try:
+        return CIFAR10(root, train=split == "train")
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"CIFAR-10 is missing or damaged in {root}: get it with torchvision.datasets.CIFAR10({str(root)!r}, "
+            "download=True)"
+        ) from error
+
+
+def _first(dataset: Dataset, items: int) -> Dataset:
+    if not isinstance(dataset, Sized) or not 0 < items <= len(dataset):
+        raise ValueError(f"items is {items}, and the data set has {len(dataset)}")
+    return Subset(dataset, range(items))
+
+
+class Moved(nn.Module):
+    """A training step on pictures moved by up to two pixels each way, and mirrored half of the time if they may be.
+
+    Args:
+        step: the training step behind it, such as `Supervised`.
+        mirror: for objects, which CIFAR-10 shows, but not for digits.
+
+    >>> step = Moved(Supervised(nn.CrossEntropyLoss()))
+    >>> step(nn.Flatten(), (torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))).shape
+    torch.Size([])
+    """
+
+    def __init__(self, step: nn.Module, mirror: bool = False) -> None:
+        super().__init__()
+        self.step, self.mirror = step, mirror
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        height, width = images.shape[2:]
+        down, right = torch.randint(5, (2,)).tolist()
+        moved = F.pad(images, (2, 2, 2, 2), mode="replicate")[:, :, down : down + height, right : right + width]
+        if self.mirror:
+            half = torch.rand(len(moved), 1, 1, 1, device=moved.device) < 0.5
+            moved = torch.where(half, moved.flip(3), moved)
+        return self.step(model, (moved, labels))
+
+
+class Adversarial(nn.Module):
+    """A training step on the worst pictures that an L2 attack finds (Madry et al., 2018).
+
+    Each picture is attacked within a distance of its own, drawn between 0 and `eps`: with all of them at `eps`, a small
+    network does not begin to learn.
+
+    Args:
+        loss: of the attacked pictures, `loss(logits, labels)`.
+        eps: largest L2 distance; steps: of the attack, each a forward and a backward pass more.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> Adversarial(nn.CrossEntropyLoss(), eps=0.5)(model, (torch.rand(2, 3, 2, 2), torch.tensor([0, 1]))).shape
+    torch.Size([])
+    """
+
+    def __init__(self, loss: nn.Module, eps: float, steps: int = 3) -> None:
+        super().__init__()
+        self.loss, self.eps, self.steps = loss, eps, steps
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        model.eval()  # batch norm should learn from the pictures that are kept, not from all on the way to them
+        distance = self.eps * torch.rand(len(images), device=images.device)
+        attacked = attacks.pgd_l2(model, images, labels, distance, steps=self.steps)
+        model.train()
+        return self.loss(model(attacked), labels)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained on what, and for how long."""
+
+    network: str
+    steps: int
+    size: str = "cpu"
+    data: str = "house-numbers"
+    items: int | None = 4500  # some 9,900 digits
+    test_items: int | None = 1000
+    batch_size: int = 128
+    rate: float = 3e-3
+    offset: float = 2 * math.sqrt(2) * 36 / 255  # of the 1-Lipschitz networks' loss
+    adversary: float = 0.0  # the ε of adversarial training
+
+    @property
+    def lipschitz(self) -> bool:
+        return not self.network.startswith("ordinary")
+
+
+def train(recipe: Recipe, steps: int | None, device: torch.device, seed: int) -> tuple[nn.Sequential, dict[str, Any]]:
+    """Train by a recipe and return the network, in eval mode with plain weights, and the facts of the run.
+
+    >>> short = Recipe("vgg", steps=2, items=20, test_items=5, batch_size=16)
+    >>> model, run = train(short, None, torch.device("cpu"), seed=0)
+    >>> run["steps"], run["recipe"]["network"]
+    (2, 'vgg')
+    """
+    images, labels = pictures(recipe.data, "train", recipe.items, seed=0)
+    torch.manual_seed(seed)
+    model = build(recipe.network, recipe.size).to(device)
+    check_labels(model, labels)
+    loss = OffsetCrossEntropy(recipe.offset) if recipe.lipschitz else nn.CrossEntropyLoss()
+    step = Adversarial(loss, recipe.adversary) if recipe.adversary else Supervised(loss)
+    history = fit(
+        model,
+        (images, labels),
+        Moved(step, mirror=recipe.data == "cifar10"),
+        torch.optim.Adam(model.parameters(), recipe.rate),
+        steps := steps or recipe.steps,
+        recipe.batch_size,
+        schedule="one-cycle",
+        seed=seed,
+    )
+    plain(model.eval())
+    run = {"steps": steps, "recipe": asdict(recipe), "loss": [[r["step"], round(r["loss"], 5)] for r in history]}
+    run["data"] = {"name": recipe.data, "pictures": len(labels), "hash": _hash(images, labels)}
+    return model, run | measured(model, recipe)
+
+
+@torch.no_grad()
+def plain(model: nn.Module) -> nn.Module:
+    """Replace every constrained weight by its value, in place: what is certified is the very tensor that runs.
+
+    >>> parametrize.is_parametrized(plain(build("vgg").eval())[1])
+    False
+    """
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    return model
+
+
+@torch.no_grad()
+def measured(model: nn.Sequential, recipe: Recipe) -> dict[str, Any]:
+    """Accuracy on the test pictures and, for a 1-Lipschitz network, its trunk's bound and the certified accuracy."""
+    images, labels = pictures(recipe.data, "test", recipe.test_items, seed=0)
+    device = next(model.parameters()).device
+    logits = torch.cat([model(part.to(device)) for part in images.split(250)]).cpu()
+    facts: dict[str, Any] = {"test": {"pictures": len(labels), "hash": _hash(images, labels)}}
+    facts["accuracy"] = (logits.argmax(1) == labels).double().mean().item()
+    if recipe.lipschitz:
+        facts["trunk"] = lipschitz_bound(model[:-1].eval(), tuple(images.shape[1:])).value
+        radii = [36 / 255, 72 / 255, 108 / 255, 0.5]
+        certified = certified_accuracy(logits, labels, radii, facts["trunk"], model[-1].weight.cpu())
+        facts["certified"] = [[round(r, 6), round(c, 5)] for r, c in zip(radii, certified.tolist(), strict=True)]
+    return facts
+
+
+def _hash(images: Tensor, labels: Tensor) -> str:
+    return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:12]
+
+
+def network_of(name: str) -> nn.Sequential:
+    """The untrained network, with plain weights, that the weights `name` belong to.
+
+    >>> len(network_of("classification-vgg"))
+    17
+    """
+    return plain(build(RECIPES[name].network, RECIPES[name].size).eval())
+
+
+def trained(name: str, device: str | torch.device = "cpu") -> tuple[nn.Sequential, dict[str, Any]]:
+    """A network with the weights that ship, in eval mode, and the run that made them; see `lipguide.pretrained`."""
+    model = network_of(name)
+    run = pretrained.load(name, model)
+    return model.requires_grad_(False).to(device), run
+
+
+RECIPES = {
+    "classification-vgg": Recipe("vgg", steps=2000),
+    "classification-pooled": Recipe("pooled-vgg", steps=2000),
+    "classification-resnet": Recipe("resnet", steps=2000),
+    "classification-sll": Recipe("sll", steps=1500),
+    "classification-ordinary": Recipe("ordinary-vgg", steps=2000, rate=2e-3),
+    "classification-adversarial": Recipe("ordinary-vgg", steps=800, rate=2e-3, adversary=0.5),
+    # For one GPU and an hour; not run for this book.
+    "classification-sll-cifar10": Recipe(
+        "sll", steps=20_000, size="gpu", data="cifar10", items=None, test_items=None, batch_size=256, rate=1e-3
+    ),
+}
+TRAININGS = {name: partial(train, recipe) for name, recipe in RECIPES.items()}

@@ -1,0 +1,194 @@
+"""The trainings behind the weights that ship: which data, which loss, how long (`python -m lipguide train NAME`).
+
+All networks see the same pictures in the same order, moved by the same shifts; what differs is the layers and the loss,
+and that the network for randomized smoothing is trained under its noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lipguide import losses, pretrained
+from lipguide.certificates import certified_miou, certified_pixel_accuracy
+from lipguide.data import BACKGROUND, SyntheticHouseNumbers, scenes
+from lipguide.network import lipschitz_bound
+from lipguide.segmentation import IGNORE, build, check_masks, miou, pixel_accuracy, pooled_miou
+from lipguide.training import fit
+
+__all__ = ["LOSSES", "RECIPES", "TRAININGS", "Recipe", "Shifted", "network_of", "pictures", "plain", "train", "trained"]
+
+
+def pictures(
+    split: str = "train", items: int | None = None, pixels: int = 40, labels: str = "digits", seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Windows around house numbers: images (N, 3, pixels, pixels) in [0, 1] and masks (N, pixels, pixels).
+
+    Scenes in which no window fits around the number are left out.
+
+    Args:
+        labels: "digits", the digit of every pixel or 10 where there is none; or "ink", 1 on a digit and 0 elsewhere.
+
+    >>> images, masks = pictures("test", items=3, pixels=16, labels="ink")
+    >>> images.shape[1:], masks.shape[1:], masks.unique().tolist()
+    (torch.Size([3, 16, 16]), torch.Size([16, 16]), [0, 1])
+    """
+    if labels not in CLASSES:
+        raise ValueError(f"no labels {labels!r}; there are: {', '.join(CLASSES)}")
+    images, _, _, masks = scenes(SyntheticHouseNumbers(split, items, seed), pixels)
+    if masks is None:
+        raise ValueError(f"none of {items} scenes of {split!r} has a window around its number: take more")
+    return images, (masks != BACKGROUND).long() if labels == "ink" else masks
+
+
+class Shifted(nn.Module):
+    """A training step on pictures moved by up to two pixels each way, with Gaussian noise if asked for.
+
+    What comes in at the edges repeats the last row or column of the picture; in the mask it is ignored.
+
+    Args:
+        loss: of logits (N, C, H, W) and masks (N, H, W); it must ignore the label `IGNORE`.
+        noise: standard deviation a pixel.
+
+    >>> step = Shifted(losses.TauCrossEntropy(10))
+    >>> step(build("unet", widths=(4, 8)), (torch.rand(2, 3, 8, 8), torch.randint(11, (2, 8, 8)))).shape
+    torch.Size([])
+    """
+
+    def __init__(self, loss: nn.Module, noise: float = 0.0) -> None:
+        super().__init__()
+        self.loss, self.noise = loss, noise
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, masks = batch
+        height, width = images.shape[2:]
+        down, right = torch.randint(5, (2,)).tolist()
+        rows, columns = slice(down, down + height), slice(right, right + width)
+        images = F.pad(images, (2, 2, 2, 2), mode="replicate")[:, :, rows, columns]
+        masks = F.pad(masks, (2, 2, 2, 2), value=IGNORE)[:, rows, columns]
+        if self.noise:
+            images = images + self.noise * torch.randn_like(images)
+        return self.loss(model(images), masks)
+
+
+CLASSES = {"digits": BACKGROUND + 1, "ink": 2}
+LOSSES = {"cross-entropy": losses.TauCrossEntropy, "focal": losses.TauFocal, "hkr": losses.MulticlassHKR}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained on what, with which loss, and for how long."""
+
+    network: str
+    steps: int
+    loss: str = "cross-entropy"
+    dial: tuple[float, ...] = (50.0,)  # the loss' arguments: (tau,), (tau, gamma) or (alpha, margin)
+    noise: float = 0.0
+    widths: tuple[int, ...] = (16, 32, 64, 96)
+    labels: str = "ink"
+    pixels: int = 32
+    items: int = 6000
+    test_items: int = 200
+    batch_size: int = 16
+    rate: float = 5e-3
+
+    @property
+    def lipschitz(self) -> bool:
+        return not self.network.startswith("ordinary")
+
+
+def train(recipe: Recipe, steps: int | None, device: torch.device, seed: int) -> tuple[nn.Sequential, dict[str, Any]]:
+    """Train by a recipe and return the network, in eval mode with plain weights, and the facts of the run.
+
+    >>> short = Recipe("unet", steps=2, widths=(4, 8), pixels=16, items=10, test_items=4, batch_size=4)
+    >>> model, run = train(short, None, torch.device("cpu"), seed=0)
+    >>> run["steps"], run["recipe"]["network"]
+    (2, 'unet')
+    """
+    images, masks = pictures("train", recipe.items, recipe.pixels, recipe.labels)
+    torch.manual_seed(seed)
+    model = build(recipe.network, widths=recipe.widths, classes=CLASSES[recipe.labels]).to(device)
+    check_masks(model, masks)
+    history = fit(
+        model,
+        (images, masks),
+        Shifted(LOSSES[recipe.loss](*recipe.dial), recipe.noise),
+        torch.optim.Adam(model.parameters(), recipe.rate),
+        steps := steps or recipe.steps,
+        recipe.batch_size,
+        schedule="one-cycle",
+        seed=seed,
+    )
+    plain(model.eval())
+    run = {"steps": steps, "recipe": asdict(recipe), "loss": [[r["step"], round(r["loss"], 5)] for r in history]}
+    run["data"] = {"name": "Synthetic House Numbers", "pictures": len(images), "hash": _hash(images, masks)}
+    return model, run | _measured(model, recipe)
+
+
+@torch.no_grad()
+def plain(model: nn.Module) -> nn.Module:
+    """Replace every constrained weight by its value, in place: what is certified is the very tensor that runs."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    return model
+
+
+@torch.no_grad()
+def _measured(model: nn.Sequential, recipe: Recipe) -> dict[str, Any]:
+    """Scores on the test pictures and, for a 1-Lipschitz network, its trunk's bound and certified scores."""
+    images, masks = pictures("test", recipe.test_items, recipe.pixels, recipe.labels)
+    device = next(model.parameters()).device
+    noise = recipe.noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    logits = torch.cat([model(part.to(device)) for part in (images + noise).split(50)]).cpu()
+    predicted, classes = logits.argmax(1), CLASSES[recipe.labels]
+    facts: dict[str, Any] = {"test": {"pictures": len(images), "hash": _hash(images, masks)}}
+    facts["pixel_accuracy"] = pixel_accuracy(predicted, masks).mean().item()
+    facts["miou"] = miou(predicted, masks, classes).mean().item()
+    facts["pooled_miou"] = pooled_miou(predicted, masks, classes).item()
+    if recipe.lipschitz:
+        facts["trunk"] = lipschitz_bound(model[:-1].eval(), tuple(images.shape[1:])).value
+        radii, rows = [0.25, 0.5, 1.0, 2.0], model[-1].weight.cpu()
+        for name, certify in (("pixel_accuracy", certified_pixel_accuracy), ("miou", certified_miou)):
+            scores = certify(logits, masks, radii, facts["trunk"], rows).mean(1)
+            facts[f"certified_{name}"] = [[r, round(s, 5)] for r, s in zip(radii, scores.tolist(), strict=True)]
+    return facts
+
+
+def _hash(images: Tensor, masks: Tensor) -> str:
+    return hashlib.sha256(images.numpy().tobytes() + masks.numpy().tobytes()).hexdigest()[:12]
+
+
+def network_of(name: str) -> nn.Sequential:
+    """The untrained network, with plain weights, that the weights `name` belong to.
+
+    >>> len(network_of("segmentation-unet"))
+    7
+    """
+    if name not in RECIPES:
+        raise ValueError(f"no weights {name!r}; there are: {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    return plain(build(recipe.network, widths=recipe.widths, classes=CLASSES[recipe.labels]).eval())
+
+
+def trained(name: str, device: str | torch.device = "cpu") -> tuple[nn.Sequential, dict[str, Any]]:
+    """A network with the weights that ship, in eval mode, and the run that made them; see `lipguide.pretrained`."""
+    model = network_of(name)
+    run = pretrained.load(name, model)
+    return model.requires_grad_(False).to(device), run
+
+
+RECIPES = {
+    "segmentation-unet": Recipe("unet", steps=1500, dial=(50.0,), rate=1.5e-2),
+    "segmentation-fcn": Recipe("fcn", steps=2000, dial=(50.0,), rate=1e-2),
+    "segmentation-ordinary": Recipe("ordinary-unet", steps=1000, dial=(1.0,)),
+    "segmentation-noisy": Recipe("ordinary-unet", steps=1000, dial=(1.0,), noise=0.15),
+}
+TRAININGS = {name: partial(train, recipe) for name, recipe in RECIPES.items()}
