@@ -10,7 +10,7 @@ __all__ = ["Difficulty"]
 
 @dataclass(frozen=True)
 class Difficulty:
-    """Knobs of Synthetic House Numbers; 1 is the calibrated default, 0 turns a nuisance off, 2 doubles it.
+    """Knobs of Synthetic House Numbers; 1 is the default, 0 turns a nuisance off, 2 doubles it.
 
     blur: width of defocus, motion and resampling blur.
     contrast: how much contrast is lost, by haze and by ink that is nearly as bright as its wall (0 loses none).
