@@ -261,7 +261,7 @@ def test_an_interrupted_run_leaves_whole_blocks_and_goes_on(tmp_path, monkeypatc
 def test_the_key_covers_everything_a_picture_depends_on():
     keys = {content_hash(s, n, d) for s in ("train", "test") for n in (0, 1) for d in (EASY, Difficulty())}
     assert len(keys) == 8
-    assert content_hash("train", 0, Difficulty(1, 1, 1, 1)) == content_hash("train", 0, Difficulty(1.0))
+    assert content_hash("train", 0, Difficulty(0.8, 0.4, 2, 3)) == content_hash("train", 0, Difficulty(noise=2.0))
     folder = Path(blocks_module.__file__).parent
     todo, found = ["blocks.py"], set()
     while todo:
