@@ -77,90 +77,6 @@ class Centred(nn.Module):
         return "×".join(map(str, self.shape))
 
 
-def vgg(
-    widths: Sequence[int] = (16, 32, 64),
-    depth: int = 1,
-    features: int = 128,
-    classes: int = 10,
-    pixels: int = 32,
-    channels: int = 3,
-    pooling: bool = False,
-) -> nn.Sequential:
-    """1-Lipschitz VGG: at each size `depth` convolutions of 3×3, then one of 2×2 that halves the side.
-
-    Args:
-        widths: channels at each size; the halving doubles them.
-        features: of the dense layer below the head.
-        pooling: halve the side by `ScaledL2NormPool2d` instead, followed by a convolution of 1×1.
-
-    >>> vgg()(torch.rand(2, 3, 32, 32)).shape
-    torch.Size([2, 10])
-    """
-    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
-    for width in widths:
-        for _ in range(depth):
-            layers += [orthogonal(nn.Conv2d(channels, width, 3, padding=1)), GroupSort2()]
-            channels = width
-        if pooling:
-            layers += [ScaledL2NormPool2d(2), orthogonal(nn.Conv2d(channels, 2 * width, 1)), GroupSort2()]
-        else:
-            layers += [orthogonal(nn.Conv2d(channels, 2 * width, 2, stride=2)), GroupSort2()]
-        channels, pixels = 2 * width, pixels // 2
-    layers += [nn.Flatten(), orthogonal(nn.Linear(channels * pixels**2, features)), GroupSort2()]
-    return nn.Sequential(*layers, unit_rows(nn.Linear(features, classes)))
-
-
-def ordinary_vgg(
-    widths: Sequence[int] = (16, 32, 64),
-    depth: int = 1,
-    features: int = 128,
-    classes: int = 10,
-    pixels: int = 32,
-    channels: int = 3,
-) -> nn.Sequential:
-    """The twin of `vgg`: the same shapes, batch norm and ReLU.
-
-    >>> ordinary_vgg()(torch.rand(2, 3, 32, 32)).shape
-    torch.Size([2, 10])
-    """
-    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
-    for width in widths:
-        for _ in range(depth):
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-        layers += [nn.Conv2d(channels, 2 * width, 2, stride=2, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU()]
-        channels, pixels = 2 * width, pixels // 2
-    layers += [nn.Flatten(), nn.Linear(channels * pixels**2, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(features, classes))
-
-
-def resnet(
-    widths: Sequence[int] = (24, 48, 96),
-    depth: int = 1,
-    features: int = 128,
-    classes: int = 10,
-    pixels: int = 32,
-    channels: int = 3,
-) -> nn.Sequential:
-    """1-Lipschitz ResNet: each size begins with a 2×2 convolution that halves the side, then `depth` residual blocks.
-
-    >>> resnet()(torch.rand(2, 3, 32, 32)).shape
-    torch.Size([2, 10])
-    """
-
-    def convolution(width: int) -> nn.Module:
-        return orthogonal(nn.Conv2d(width, width, 3, padding=1))
-
-    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
-    for width in widths:
-        layers += [orthogonal(nn.Conv2d(channels, width, 2, stride=2)), GroupSort2()]
-        for _ in range(depth):
-            layers += [Residual(nn.Sequential(convolution(width), GroupSort2(), convolution(width))), GroupSort2()]
-        channels, pixels = width, pixels // 2
-    layers += [nn.Flatten(), orthogonal(nn.Linear(channels * pixels**2, features)), GroupSort2()]
-    return nn.Sequential(*layers, unit_rows(nn.Linear(features, classes)))
-
-
 class OrdinaryBlock(nn.Module):
     """y = x + f(x): the residual block without a bound.
 
@@ -176,31 +92,150 @@ class OrdinaryBlock(nn.Module):
         return x + self.branch(x)
 
 
-def ordinary_resnet(
+Affine = nn.Conv2d | nn.Linear
+
+
+class _Lipschitz:
+    """The layers of a 1-Lipschitz network: orthogonal, with MaxMin, and blocks that stretch nothing."""
+
+    bias = True
+    activation, residual = GroupSort2, Residual
+    bare, head = staticmethod(orthogonal), staticmethod(unit_rows)
+
+    @staticmethod
+    def normed(affine: Affine) -> list[nn.Module]:
+        return [orthogonal(affine)]
+
+    @staticmethod
+    def sll(width: int) -> nn.Module:
+        return SLL(width, width, 3, iterations=2)
+
+    @staticmethod
+    def sll_dense(affine: nn.Linear) -> list[nn.Module]:
+        return [orthogonal(affine), SLLLinear(affine.out_features, affine.out_features)]
+
+
+class _Ordinary:
+    """The same layers, free, with batch norm and ReLU."""
+
+    bias = False  # batch norm has one
+    activation, residual = nn.ReLU, OrdinaryBlock
+
+    @staticmethod
+    def bare(affine: Affine) -> nn.Module:
+        return affine
+
+    head = bare
+
+    @staticmethod
+    def normed(affine: Affine) -> list[nn.Module]:
+        if isinstance(affine, nn.Linear):
+            return [affine, nn.BatchNorm1d(affine.out_features)]
+        return [affine, nn.BatchNorm2d(affine.out_channels)]
+
+    @staticmethod
+    def sll(width: int) -> nn.Module:
+        """x + g(relu(batch norm(f(x)))), with the free convolutions f and g for Vᵀ and V."""
+        inward = _layer(_Ordinary, nn.Conv2d(width, width, 3, padding=1, bias=False))
+        return OrdinaryBlock(nn.Sequential(*inward, nn.Conv2d(width, width, 3, padding=1)))
+
+    @staticmethod
+    def sll_dense(affine: nn.Linear) -> list[nn.Module]:
+        return _layer(_Ordinary, affine)
+
+
+Bricks = type[_Lipschitz] | type[_Ordinary]
+
+
+def _layer(bricks: Bricks, affine: Affine) -> list[nn.Module]:
+    return [*bricks.normed(affine), bricks.activation()]
+
+
+def vgg(
+    widths: Sequence[int] = (16, 32, 64),
+    depth: int = 1,
+    features: int = 128,
+    classes: int = 10,
+    pixels: int = 32,
+    channels: int = 3,
+    pooling: bool = False,
+    bricks: Bricks = _Lipschitz,
+) -> nn.Sequential:
+    """1-Lipschitz VGG: at each size `depth` convolutions of 3×3, then one of 2×2 that halves the side.
+
+    Args:
+        widths: channels at each size; the halving doubles them.
+        features: of the dense layer below the head.
+        pooling: halve the side by `ScaledL2NormPool2d` instead, followed by a convolution of 1×1.
+        bricks: what the layers are made of; `ordinary_vgg` has others.
+
+    >>> vgg()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    layer, bias = partial(_layer, bricks), bricks.bias
+    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    for width in widths:
+        for _ in range(depth):
+            layers += layer(nn.Conv2d(channels, width, 3, padding=1, bias=bias))
+            channels = width
+        if pooling:
+            layers += [ScaledL2NormPool2d(2), *layer(nn.Conv2d(channels, 2 * width, 1, bias=bias))]
+        else:
+            layers += layer(nn.Conv2d(channels, 2 * width, 2, stride=2, bias=bias))
+        channels, pixels = 2 * width, pixels // 2
+    layers += [nn.Flatten(), *layer(nn.Linear(channels * pixels**2, features, bias=bias))]
+    return nn.Sequential(*layers, bricks.head(nn.Linear(features, classes)))
+
+
+def ordinary_vgg(widths: Sequence[int] = (16, 32, 64), **options: int) -> nn.Sequential:
+    """The twin of `vgg`, which takes the same arguments: the same shapes, batch norm and ReLU.
+
+    >>> ordinary_vgg()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    return vgg(widths, **options, bricks=_Ordinary)
+
+
+def resnet(
     widths: Sequence[int] = (24, 48, 96),
     depth: int = 1,
     features: int = 128,
     classes: int = 10,
     pixels: int = 32,
     channels: int = 3,
+    bricks: Bricks = _Lipschitz,
 ) -> nn.Sequential:
-    """The twin of `resnet`: the same shapes, batch norm and ReLU, x + f(x) without a half.
+    """1-Lipschitz ResNet: each size begins with a 2×2 convolution that halves the side, then `depth` residual blocks.
+
+    Args as for `vgg`.
+
+    >>> resnet()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    layer, bias = partial(_layer, bricks), bricks.bias
+
+    def block(width: int) -> list[nn.Module]:
+        first = layer(nn.Conv2d(width, width, 3, padding=1, bias=bias))
+        second = bricks.normed(nn.Conv2d(width, width, 3, padding=1, bias=bias))
+        return [bricks.residual(nn.Sequential(*first, *second)), bricks.activation()]
+
+    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    for width in widths:
+        layers += layer(nn.Conv2d(channels, width, 2, stride=2, bias=bias))
+        for _ in range(depth):
+            layers += block(width)
+        channels, pixels = width, pixels // 2
+    layers += [nn.Flatten(), *layer(nn.Linear(channels * pixels**2, features, bias=bias))]
+    return nn.Sequential(*layers, bricks.head(nn.Linear(features, classes)))
+
+
+def ordinary_resnet(widths: Sequence[int] = (24, 48, 96), **options: int) -> nn.Sequential:
+    """The twin of `resnet`, which takes the same arguments: batch norm and ReLU, x + f(x) without a half.
 
     >>> ordinary_resnet()(torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-
-    def convolution(width: int) -> list[nn.Module]:
-        return [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
-
-    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
-    for width in widths:
-        layers += [nn.Conv2d(channels, width, 2, stride=2, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        for _ in range(depth):
-            layers += [OrdinaryBlock(nn.Sequential(*convolution(width), nn.ReLU(), *convolution(width))), nn.ReLU()]
-        channels, pixels = width, pixels // 2
-    layers += [nn.Flatten(), nn.Linear(channels * pixels**2, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(features, classes))
+    return resnet(widths, **options, bricks=_Ordinary)
 
 
 def sll(
@@ -210,45 +245,30 @@ def sll(
     classes: int = 10,
     pixels: int = 32,
     channels: int = 3,
+    bricks: Bricks = _Lipschitz,
 ) -> nn.Sequential:
     """SLL network: as `resnet`, with blocks that are residual without a half and need no activation between them.
+
+    Args as for `vgg`.
 
     >>> sll()(torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
     layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
     for width in widths:
-        layers += [orthogonal(nn.Conv2d(channels, width, 2, stride=2))]
-        layers += [SLL(width, width, 3, iterations=2) for _ in range(depth)]
+        layers += [bricks.bare(nn.Conv2d(channels, width, 2, stride=2)), *(bricks.sll(width) for _ in range(depth))]
         channels, pixels = width, pixels // 2
-    layers += [nn.Flatten(), orthogonal(nn.Linear(channels * pixels**2, features)), SLLLinear(features, features)]
-    return nn.Sequential(*layers, unit_rows(nn.Linear(features, classes)))
+    layers += [nn.Flatten(), *bricks.sll_dense(nn.Linear(channels * pixels**2, features, bias=bricks.bias))]
+    return nn.Sequential(*layers, bricks.head(nn.Linear(features, classes)))
 
 
-def ordinary_sll(
-    widths: Sequence[int] = (24, 48, 96),
-    depth: int = 1,
-    features: int = 128,
-    classes: int = 10,
-    pixels: int = 32,
-    channels: int = 3,
-) -> nn.Sequential:
-    """The twin of `sll`: x + g(relu(batch norm(f(x)))) with two free convolutions for V and Vᵀ.
+def ordinary_sll(widths: Sequence[int] = (24, 48, 96), **options: int) -> nn.Sequential:
+    """The twin of `sll`, which takes the same arguments: x + g(relu(batch norm(f(x)))) with free f and g for Vᵀ and V.
 
     >>> ordinary_sll()(torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-
-    def block(width: int) -> nn.Module:
-        inward = [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
-        return OrdinaryBlock(nn.Sequential(*inward, nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)))
-
-    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
-    for width in widths:
-        layers += [nn.Conv2d(channels, width, 2, stride=2), *(block(width) for _ in range(depth))]
-        channels, pixels = width, pixels // 2
-    layers += [nn.Flatten(), nn.Linear(channels * pixels**2, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(features, classes))
+    return sll(widths, **options, bricks=_Ordinary)
 
 
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {

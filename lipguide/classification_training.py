@@ -6,18 +6,15 @@ loss, and that the adversarially trained one meets an attack at every step.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sized
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10
 
@@ -27,7 +24,9 @@ from lipguide.classification import build, check_labels
 from lipguide.data import SVHN, Digits, SyntheticHouseNumbers, digits
 from lipguide.losses import OffsetCrossEntropy
 from lipguide.network import lipschitz_bound
-from lipguide.training import Supervised, fit
+from lipguide.plain import without_parametrizations
+from lipguide.pretrained import fingerprint
+from lipguide.training import Supervised, shifted
 
 __all__ = ["DATA", "TRAININGS", "Adversarial", "Moved", "Recipe", "network_of", "pictures", "train", "trained"]
 
@@ -95,9 +94,7 @@ class Moved(nn.Module):
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        height, width = images.shape[2:]
-        down, right = torch.randint(5, (2,)).tolist()
-        moved = F.pad(images, (2, 2, 2, 2), mode="replicate")[:, :, down : down + height, right : right + width]
+        (moved,) = shifted(images)
         if self.mirror:
             half = torch.rand(len(moved), 1, 1, 1, device=moved.device) < 0.5
             moved = torch.where(half, moved.flip(3), moved)
@@ -133,23 +130,17 @@ class Adversarial(nn.Module):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(pretrained.Schedule):
     """What is trained on what, and for how long."""
 
-    network: str
-    steps: int
+    batch_size: int = 128
+    rate: float = 3e-3
     size: str = "cpu"
     data: str = "house-numbers"
     items: int | None = 4500  # some 9,900 digits
     test_items: int | None = 1000
-    batch_size: int = 128
-    rate: float = 3e-3
     offset: float = 2 * math.sqrt(2) * 36 / 255  # of the 1-Lipschitz networks' loss
     adversary: float = 0.0  # the ε of adversarial training
-
-    @property
-    def lipschitz(self) -> bool:
-        return not self.network.startswith("ordinary")
 
 
 def train(recipe: Recipe, steps: int | None, device: torch.device, seed: int) -> tuple[nn.Sequential, dict[str, Any]]:
@@ -166,33 +157,10 @@ def train(recipe: Recipe, steps: int | None, device: torch.device, seed: int) ->
     check_labels(model, labels)
     loss = OffsetCrossEntropy(recipe.offset) if recipe.lipschitz else nn.CrossEntropyLoss()
     step = Adversarial(loss, recipe.adversary) if recipe.adversary else Supervised(loss)
-    history = fit(
-        model,
-        (images, labels),
-        Moved(step, mirror=recipe.data == "cifar10"),
-        torch.optim.Adam(model.parameters(), recipe.rate),
-        steps := steps or recipe.steps,
-        recipe.batch_size,
-        schedule="one-cycle",
-        seed=seed,
-    )
-    plain(model.eval())
-    run = {"steps": steps, "recipe": asdict(recipe), "loss": [[r["step"], round(r["loss"], 5)] for r in history]}
-    run["data"] = {"name": recipe.data, "pictures": len(labels), "hash": _hash(images, labels)}
+    moved = Moved(step, mirror=recipe.data == "cifar10")
+    model, run = pretrained.train(recipe, model, (images, labels), moved, steps, seed)
+    run["data"] = {"name": recipe.data, "pictures": len(labels), "hash": fingerprint(images, labels)}
     return model, run | measured(model, recipe)
-
-
-@torch.no_grad()
-def plain(model: nn.Module) -> nn.Module:
-    """Replace every constrained weight by its value, in place: what is certified is the very tensor that runs.
-
-    >>> parametrize.is_parametrized(plain(build("vgg").eval())[1])
-    False
-    """
-    for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
-    return model
 
 
 @torch.no_grad()
@@ -201,7 +169,7 @@ def measured(model: nn.Sequential, recipe: Recipe) -> dict[str, Any]:
     images, labels = pictures(recipe.data, "test", recipe.test_items, seed=0)
     device = next(model.parameters()).device
     logits = torch.cat([model(part.to(device)) for part in images.split(250)]).cpu()
-    facts: dict[str, Any] = {"test": {"pictures": len(labels), "hash": _hash(images, labels)}}
+    facts: dict[str, Any] = {"test": {"pictures": len(labels), "hash": fingerprint(images, labels)}}
     facts["accuracy"] = (logits.argmax(1) == labels).double().mean().item()
     if recipe.lipschitz:
         facts["trunk"] = lipschitz_bound(model[:-1].eval(), tuple(images.shape[1:])).value
@@ -211,24 +179,18 @@ def measured(model: nn.Sequential, recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def _hash(images: Tensor, labels: Tensor) -> str:
-    return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:12]
-
-
 def network_of(name: str) -> nn.Sequential:
     """The untrained network, with plain weights, that the weights `name` belong to.
 
     >>> len(network_of("classification-vgg"))
     17
     """
-    return plain(build(RECIPES[name].network, RECIPES[name].size).eval())
+    return without_parametrizations(build(RECIPES[name].network, RECIPES[name].size))
 
 
 def trained(name: str, device: str | torch.device = "cpu") -> tuple[nn.Sequential, dict[str, Any]]:
     """A network with the weights that ship, in eval mode, and the run that made them; see `lipguide.pretrained`."""
-    model = network_of(name)
-    run = pretrained.load(name, model)
-    return model.requires_grad_(False).to(device), run
+    return pretrained.trained(name, network_of(name), device)
 
 
 RECIPES = {

@@ -6,19 +6,83 @@ what. A chapter loads it, and prints the numbers of these very weights.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lipguide.data.files import replacing
+from lipguide.plain import without_parametrizations
+from lipguide.training import StepLoss, fit
 
-__all__ = ["WEIGHTS", "load", "save"]
+__all__ = ["WEIGHTS", "Schedule", "fingerprint", "load", "save", "train", "trained"]
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which network is trained, and how long; the recipes of the tasks add to it what else they need."""
+
+    network: str
+    steps: int
+    batch_size: int
+    rate: float
+
+    @property
+    def lipschitz(self) -> bool:
+        return not self.network.startswith("ordinary")
+
+
+def train(
+    recipe: Schedule, model: nn.Module, data: Sequence[Tensor], step: StepLoss, steps: int | None, seed: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train by a recipe, with Adam and one cycle of the rate; return a plain copy in eval mode and the run so far.
+
+    Every constrained weight of the copy is replaced by its value: what is certified is the very tensor that runs.
+
+    Args:
+        data, step: the columns of the data and the training step, as `lipguide.training.fit` takes them.
+        steps: updates, or None for as many as the recipe asks.
+
+    >>> from lipguide.training import Supervised
+    >>> data = torch.rand(8, 2), torch.randint(3, (8,))
+    >>> recipe, step = Schedule("one layer", steps=5, batch_size=4, rate=1e-3), Supervised(nn.CrossEntropyLoss())
+    >>> _, run = train(recipe, nn.Linear(2, 3), data, step, None, seed=0)
+    >>> run["steps"], run["recipe"]["rate"], run["loss"][0][0]
+    (5, 0.001, 5)
+    """
+    steps = steps or recipe.steps
+    adam = torch.optim.Adam(model.parameters(), recipe.rate)
+    history = fit(model, data, step, adam, steps, recipe.batch_size, schedule="one-cycle", seed=seed)
+    loss = [[record["step"], round(record["loss"], 5)] for record in history]
+    return without_parametrizations(model), {"steps": steps, "recipe": asdict(recipe), "loss": loss}
+
+
+def trained(name: str, model: Model, device: str | torch.device = "cpu") -> tuple[Model, dict[str, Any]]:
+    """``model`` with the weights ``name`` that ship, fixed and on a device, and the run that made them."""
+    run = load(name, model)
+    return model.requires_grad_(False).to(device), run
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Twelve digits that tell data apart: of the SHA-256 over the bytes of the tensors, one after the other.
+
+    >>> fingerprint(torch.tensor([1, 2]), torch.tensor([3])) == fingerprint(torch.tensor([1, 2, 3]))
+    True
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def save(name: str, model: nn.Module, run: dict[str, Any], folder: str | Path = WEIGHTS) -> Path:

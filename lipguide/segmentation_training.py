@@ -6,24 +6,23 @@ and that the network for randomized smoothing is trained under its noise.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lipguide import losses, pretrained
 from lipguide.certificates import certified_miou, certified_pixel_accuracy
 from lipguide.data import BACKGROUND, SyntheticHouseNumbers, scenes
 from lipguide.network import lipschitz_bound
+from lipguide.plain import without_parametrizations
+from lipguide.pretrained import fingerprint
 from lipguide.segmentation import IGNORE, build, check_masks, miou, pixel_accuracy, pooled_miou
-from lipguide.training import fit
+from lipguide.training import shifted
 
-__all__ = ["LOSSES", "RECIPES", "TRAININGS", "Recipe", "Shifted", "network_of", "pictures", "plain", "train", "trained"]
+__all__ = ["LOSSES", "RECIPES", "TRAININGS", "Recipe", "Shifted", "network_of", "pictures", "train", "trained"]
 
 
 def pictures(
@@ -67,12 +66,7 @@ class Shifted(nn.Module):
         self.loss, self.noise = loss, noise
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, masks = batch
-        height, width = images.shape[2:]
-        down, right = torch.randint(5, (2,)).tolist()
-        rows, columns = slice(down, down + height), slice(right, right + width)
-        images = F.pad(images, (2, 2, 2, 2), mode="replicate")[:, :, rows, columns]
-        masks = F.pad(masks, (2, 2, 2, 2), value=IGNORE)[:, rows, columns]
+        images, masks = shifted(*batch, outside=IGNORE)
         if self.noise:
             images = images + self.noise * torch.randn_like(images)
         return self.loss(model(images), masks)
@@ -83,11 +77,11 @@ LOSSES = {"cross-entropy": losses.TauCrossEntropy, "focal": losses.TauFocal, "hk
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(pretrained.Schedule):
     """What is trained on what, with which loss, and for how long."""
 
-    network: str
-    steps: int
+    batch_size: int = 16
+    rate: float = 5e-3
     loss: str = "cross-entropy"
     dial: tuple[float, ...] = (50.0,)  # the loss' arguments: (tau,), (tau, gamma) or (alpha, margin)
     noise: float = 0.0
@@ -96,12 +90,6 @@ class Recipe:
     pixels: int = 32
     items: int = 6000
     test_items: int = 200
-    batch_size: int = 16
-    rate: float = 5e-3
-
-    @property
-    def lipschitz(self) -> bool:
-        return not self.network.startswith("ordinary")
 
 
 def train(recipe: Recipe, steps: int | None, device: torch.device, seed: int) -> tuple[nn.Sequential, dict[str, Any]]:
@@ -116,29 +104,10 @@ def train(recipe: Recipe, steps: int | None, device: torch.device, seed: int) ->
     torch.manual_seed(seed)
     model = build(recipe.network, widths=recipe.widths, classes=CLASSES[recipe.labels]).to(device)
     check_masks(model, masks)
-    history = fit(
-        model,
-        (images, masks),
-        Shifted(LOSSES[recipe.loss](*recipe.dial), recipe.noise),
-        torch.optim.Adam(model.parameters(), recipe.rate),
-        steps := steps or recipe.steps,
-        recipe.batch_size,
-        schedule="one-cycle",
-        seed=seed,
-    )
-    plain(model.eval())
-    run = {"steps": steps, "recipe": asdict(recipe), "loss": [[r["step"], round(r["loss"], 5)] for r in history]}
-    run["data"] = {"name": "Synthetic House Numbers", "pictures": len(images), "hash": _hash(images, masks)}
+    step = Shifted(LOSSES[recipe.loss](*recipe.dial), recipe.noise)
+    model, run = pretrained.train(recipe, model, (images, masks), step, steps, seed)
+    run["data"] = {"name": "Synthetic House Numbers", "pictures": len(images), "hash": fingerprint(images, masks)}
     return model, run | _measured(model, recipe)
-
-
-@torch.no_grad()
-def plain(model: nn.Module) -> nn.Module:
-    """Replace every constrained weight by its value, in place: what is certified is the very tensor that runs."""
-    for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
-    return model
 
 
 @torch.no_grad()
@@ -149,7 +118,7 @@ def _measured(model: nn.Sequential, recipe: Recipe) -> dict[str, Any]:
     noise = recipe.noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     logits = torch.cat([model(part.to(device)) for part in (images + noise).split(50)]).cpu()
     predicted, classes = logits.argmax(1), CLASSES[recipe.labels]
-    facts: dict[str, Any] = {"test": {"pictures": len(images), "hash": _hash(images, masks)}}
+    facts: dict[str, Any] = {"test": {"pictures": len(images), "hash": fingerprint(images, masks)}}
     facts["pixel_accuracy"] = pixel_accuracy(predicted, masks).mean().item()
     facts["miou"] = miou(predicted, masks, classes).mean().item()
     facts["pooled_miou"] = pooled_miou(predicted, masks, classes).item()
@@ -162,10 +131,6 @@ def _measured(model: nn.Sequential, recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def _hash(images: Tensor, masks: Tensor) -> str:
-    return hashlib.sha256(images.numpy().tobytes() + masks.numpy().tobytes()).hexdigest()[:12]
-
-
 def network_of(name: str) -> nn.Sequential:
     """The untrained network, with plain weights, that the weights `name` belong to.
 
@@ -175,14 +140,12 @@ def network_of(name: str) -> nn.Sequential:
     if name not in RECIPES:
         raise ValueError(f"no weights {name!r}; there are: {', '.join(RECIPES)}")
     recipe = RECIPES[name]
-    return plain(build(recipe.network, widths=recipe.widths, classes=CLASSES[recipe.labels]).eval())
+    return without_parametrizations(build(recipe.network, widths=recipe.widths, classes=CLASSES[recipe.labels]))
 
 
 def trained(name: str, device: str | torch.device = "cpu") -> tuple[nn.Sequential, dict[str, Any]]:
     """A network with the weights that ship, in eval mode, and the run that made them; see `lipguide.pretrained`."""
-    model = network_of(name)
-    run = pretrained.load(name, model)
-    return model.requires_grad_(False).to(device), run
+    return pretrained.trained(name, network_of(name), device)
 
 
 RECIPES = {

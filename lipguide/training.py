@@ -43,6 +43,23 @@ class Supervised(nn.Module):
         return self.loss(model(images), labels)
 
 
+def shifted(images: Tensor, *masks: Tensor, outside: int = -100) -> tuple[Tensor, ...]:
+    """Pictures (N, C, H, W), and masks (N, H, W) with them, moved by up to two pixels each way, all alike.
+
+    What comes in at the edges repeats the last row or column of the pictures; in the masks it is ``outside``.
+
+    >>> images, masks = shifted(torch.rand(2, 3, 6, 8), torch.ones(2, 6, 8, dtype=torch.long))
+    >>> images.shape, masks.shape
+    (torch.Size([2, 3, 6, 8]), torch.Size([2, 6, 8]))
+    """
+    height, width = images.shape[2:]
+    down, right = torch.randint(5, (2,)).tolist()
+    rows, columns = slice(down, down + height), slice(right, right + width)
+    padded = nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    wider = [nn.functional.pad(mask, (2, 2, 2, 2), value=outside) for mask in masks]
+    return padded[..., rows, columns], *(mask[..., rows, columns] for mask in wider)
+
+
 def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
     """What the learning rate is multiplied by. "one-cycle" rises from 1/25 over the first 30 %, then falls to 0.
 
@@ -103,7 +120,7 @@ def fit(
     samples = _check(data, steps, batch_size, schedule, precision)
     device = next(model.parameters()).device
     data = [_to(column, device) for column in data]
-    rank, ranks = _rank_and_ranks()
+    rank, ranks = rank_and_ranks()
     if batch_size < ranks:
         raise ValueError(f"batch_size = {batch_size} leaves some of the {ranks} processes without a sample")
     net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
@@ -180,6 +197,16 @@ def start_distributed(device: str = "auto") -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return chosen
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """Which of how many processes this one is; the first of one without ``torchrun``.
+
+    >>> rank_and_ranks()
+    (0, 1)
+    """
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def _check(data: Sequence[Any], steps: int, batch_size: int, schedule: str, precision: torch.dtype) -> int:
@@ -269,11 +296,6 @@ def _save(
     os.replace(partial, path)
 
 
-def _rank_and_ranks() -> tuple[int, int]:
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-
-
 def _line(record: dict[str, float], steps: int) -> str:
     return (
         f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.4f}  "
@@ -283,7 +305,7 @@ def _line(record: dict[str, float], steps: int) -> str:
 
 
 def _mean_over_ranks(value: Tensor) -> float:
-    _, ranks = _rank_and_ranks()
+    _, ranks = rank_and_ranks()
     if ranks > 1:
         dist.all_reduce(value)
     return value.item() / ranks

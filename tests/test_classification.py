@@ -20,11 +20,11 @@ from lipguide.classification_training import (
     measured,
     network_of,
     pictures,
-    plain,
     trained,
 )
 from lipguide.data import SyntheticHouseNumbers
 from lipguide.losses import OffsetCrossEntropy
+from lipguide.plain import without_parametrizations
 from lipguide.pretrained import WEIGHTS
 from lipguide.training import Supervised, fit
 
@@ -47,7 +47,7 @@ def test_trunk_is_1_lipschitz_and_the_head_has_unit_rows(name, rate):
     data = torch.rand(64, 3, 8, 8), torch.randint(10, (64,))
     sgd = torch.optim.SGD(model.parameters(), lr=rate)
     fit(model, data, Supervised(OffsetCrossEntropy()), sgd, steps=4, batch_size=32, schedule="constant")
-    plain(model.eval())
+    model = without_parametrizations(model)
     assert bound(model) <= 1 + 1e-4
     torch.testing.assert_close(model[-1].weight.norm(dim=1), torch.ones(10))
 
@@ -55,7 +55,7 @@ def test_trunk_is_1_lipschitz_and_the_head_has_unit_rows(name, rate):
 @pytest.mark.parametrize("name", LIPSCHITZ)
 def test_no_direction_is_stretched_by_the_true_jacobian(name):
     torch.manual_seed(0)
-    trunk = plain(NETWORKS[name](**SMALL).eval())[:-1].double()
+    trunk = without_parametrizations(NETWORKS[name](**SMALL))[:-1].double()
     x = torch.rand(3, 8, 8, dtype=torch.float64)
     jacobian = torch.func.jacrev(lambda picture: trunk(picture[None])[0])(x).flatten(1)
     assert torch.linalg.matrix_norm(jacobian, ord=2) <= 1 + 1e-6
@@ -83,7 +83,7 @@ def test_twin_has_the_same_shapes_at_each_size_of_the_picture(name):
 def test_gpu_size_is_larger_and_of_the_same_kind(name):
     large = SIZES["gpu"][name]
     model = NETWORKS[name](**{**large, "widths": tuple(w // 16 for w in large["widths"]), "features": 16})
-    assert bound(plain(model.eval())) <= 1 + 1e-4
+    assert bound(without_parametrizations(model)) <= 1 + 1e-4
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -266,7 +266,7 @@ def test_the_chapter_shows_the_networks_of_the_package(name):
     namespace = {}
     exec(source, namespace)
     torch.manual_seed(0)
-    shown, packed = plain(namespace[name]().eval()), plain(NETWORKS[name]().eval())
+    shown, packed = without_parametrizations(namespace[name]()), without_parametrizations(NETWORKS[name]())
     packed.load_state_dict(shown.state_dict())
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(shown(x), packed(x))

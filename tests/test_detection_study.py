@@ -42,6 +42,8 @@ def test_entry_has_the_columns_of_the_table(whole):
     wanted = {"name", "parameters", "clean_map50", "pgd_map50", "strongest_map50", "lipschitz_bound"}
     assert wanted <= set(entry) and entry["name"] == "standard conv" and entry["attacked_scenes"] == 4
     assert entry["lipschitz_bound"] > 0 and 0 <= entry["strongest_map50"] <= 100
+    assert list(entry["attacks_map50"]) == ["training loss", "vanish", "fabricate", "mislabel"]
+    assert entry["attacks_map50"]["training loss"] == entry["pgd_map50"]
     run = load("tinier-ssd-standard-conv", module._configurations(4)["standard conv"](), folder)
     assert run["steps"] == 3 and "train, 2" in run["data"]
 
@@ -126,6 +128,34 @@ def test_scenes_reach_the_score_in_their_order(splits, monkeypatch):
     monkeypatch.setattr(module, "detections", perfect)
     result, _ = module._scored(None, Split(images, targets, "", ""), lambda x, t: x)
     assert result.map50 == 100 and result.recall == 100
+
+
+def test_each_attack_is_made_once_and_the_strongest_is_picked_from_those_very_pictures(splits, monkeypatch):
+    """300 scenes in three parts: the four attacks of a part meet again, beside that part's own targets."""
+    attacks = ("training loss", "vanish", "fabricate", "mislabel")
+    images = (torch.arange(300) // 128).to(torch.uint8)[:, None, None, None].expand(-1, 3, 74, 74)
+    split = Split(images, Targets(torch.zeros(300, 1, 4), (torch.arange(300) // 128)[:, None]), "", "")
+    calls, picked = [], []
+
+    def attack(model, pictures, targets, eps, name, steps):
+        calls.append(name)
+        return pictures + attacks.index(name)
+
+    def strongest(model, pictures, targets, candidates):
+        assert tuple(candidates) == attacks
+        for name, moved in candidates.items():
+            torch.testing.assert_close(moved, pictures + attacks.index(name))
+        assert (targets.labels[:, 0] == (255 * pictures[:, 0, 0, 0]).round().long()).all()
+        picked.append(len(pictures))
+        return pictures
+
+    nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
+    monkeypatch.setattr(module, "detections", lambda model, pictures: [dict(nothing) for _ in pictures])
+    monkeypatch.setattr(module, "attack_l2", attack)
+    monkeypatch.setattr(module, "strongest", strongest)
+    plan = dataclasses.replace(TINY, attacked_scenes=None)
+    module.evaluate(module._configurations(4)["standard conv"]().eval(), plan, split)
+    assert sorted(calls) == sorted(3 * attacks) and picked == [128, 128, 44]
 
 
 def test_unknown_configuration_is_named(splits, tmp_path):

@@ -1,5 +1,6 @@
 """Weights on disk: what was saved comes back, and nothing else passes for it."""
 
+import hashlib
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lipguide import orthogonal, spectral
-from lipguide.pretrained import WEIGHTS, load, save
+from lipguide.pretrained import WEIGHTS, fingerprint, load, save
 
 
 def network(width=4):
@@ -51,6 +52,13 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="'bias' of 'broken' is not finite"):
         save("broken", layer, {}, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_fingerprint_is_that_of_the_bytes_in_order_whatever_the_memory_format():
+    images, labels = torch.rand(2, 3, 4, 4), torch.tensor([1, 2])
+    expected = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:12]
+    assert fingerprint(images.contiguous(memory_format=torch.channels_last), labels) == expected
+    assert fingerprint(labels, images) != expected and fingerprint(images) != expected
 
 
 @pytest.mark.parametrize("path", sorted(WEIGHTS.glob("*.safetensors")), ids=lambda path: path.stem)

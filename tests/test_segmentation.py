@@ -13,6 +13,7 @@ from lipguide import lipschitz_bound, losses
 from lipguide.__main__ import main
 from lipguide.attacks import pgd_l2
 from lipguide.certificates import certified_miou, certified_pixel_accuracy, checked_logits, radius
+from lipguide.plain import without_parametrizations
 from lipguide.pretrained import WEIGHTS
 from lipguide.segmentation import (
     IGNORE,
@@ -26,7 +27,7 @@ from lipguide.segmentation import (
     pooled_miou,
     soft_flips,
 )
-from lipguide.segmentation_training import LOSSES, RECIPES, Recipe, Shifted, network_of, pictures, plain, train, trained
+from lipguide.segmentation_training import LOSSES, RECIPES, Recipe, Shifted, network_of, pictures, train, trained
 from lipguide.training import fit
 
 LIPSCHITZ = [name for name in NETWORKS if not name.startswith("ordinary")]
@@ -49,14 +50,14 @@ def test_trunk_is_1_lipschitz_and_the_head_has_unit_rows(name, rate):
     data = torch.rand(16, 3, 8, 8), torch.randint(11, (16, 8, 8))
     sgd = torch.optim.SGD(model.parameters(), lr=rate)
     fit(model, data, Shifted(losses.TauCrossEntropy(10)), sgd, steps=4, batch_size=8, schedule="constant")
-    plain(model.eval())
+    model = without_parametrizations(model)
     assert lipschitz_bound(model[:-1].eval(), (3, 8, 8)).value <= 1 + 1e-4
     torch.testing.assert_close(model[-1].weight.flatten(1).norm(dim=1), torch.ones(11))
 
 
 @pytest.mark.parametrize("name", LIPSCHITZ)
 def test_no_direction_is_stretched_by_the_true_jacobian(name):
-    trunk = plain(small(name).eval())[:-1].eval().double()
+    trunk = without_parametrizations(small(name))[:-1].eval().double()
     x = torch.rand(3, 6, 8, dtype=torch.float64)
     jacobian = torch.func.jacrev(lambda picture: trunk(picture[None])[0].flatten())(x).flatten(1)
     assert torch.linalg.matrix_norm(jacobian, ord=2) <= 1 + 1e-6
@@ -187,7 +188,7 @@ def test_scores_of_nothing_are_errors(score):
 @pytest.mark.parametrize("eps", [0.05, 0.3, 1.0])
 def test_no_certified_pixel_flips_and_no_score_falls_below_its_certificate(name, eps):
     """Labels are the network's own answers, so that all pixels are right and the attack has something to break."""
-    model = plain(small(name, seed=1).eval())
+    model = without_parametrizations(small(name, seed=1))
     x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     logits = checked_logits(model, x, 1.0001, model[-1].weight)
     masks, rows = logits.argmax(1), model[-1].weight

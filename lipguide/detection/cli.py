@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from lipguide.detection.study import CONFIGURATIONS, EPSILON, PLANS, load_split, study
 from lipguide.ledger import Ledger
-from lipguide.training import start_distributed
+from lipguide.training import rank_and_ranks, start_distributed
 
 __all__ = ["add_arguments"]
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     device = start_distributed(options.device)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = rank_and_ranks()[0] == 0
     folder, plan = options.folder or Path("study") / options.plan, PLANS[options.plan]
     ledger = Ledger("study", options.plan, device.type, options.seed, folder=folder)
     try:

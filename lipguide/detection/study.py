@@ -6,7 +6,6 @@ trains and a file of results when it is done, so a study that was interrupted go
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -30,7 +29,7 @@ from lipguide.detection.losses import DetectionStep
 from lipguide.detection.tinier_ssd import PICTURE, TinierSSD
 from lipguide.ledger import Ledger, write_json
 from lipguide.network import lipschitz_bound
-from lipguide.training import fit
+from lipguide.training import fit, rank_and_ranks
 
 __all__ = ["CONFIGURATIONS", "PLANS", "Plan", "Split", "load_split", "study"]
 
@@ -94,7 +93,7 @@ def load_split(split: str, count: int | None, seed: int, device: torch.device, s
     whole = SyntheticHouseNumbers(split, count, seed) if svhn is None else SVHN(svhn, split)
     cut = scenes(whole, PICTURE, seed=seed)
     images = (255 * cut.images[:count]).round().byte()
-    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
+    digest = pretrained.fingerprint(images)
     targets = pad_targets(cut.boxes[:count], cut.labels[:count])
     name = f"{'Synthetic House Numbers' if svhn is None else 'SVHN'}, {split}, {len(images)} scenes"
     return Split(images.to(device), Targets(*(part.to(device) for part in targets)), name, digest)
@@ -143,7 +142,8 @@ def _one(
         return known["entry"]
     torch.manual_seed(seed)
     model = make().to(train.images.device, memory_format=torch.channels_last)
-    if _ranks() > 1 and train.images.is_cuda:  # batch norm over the whole batch; torch has it for CUDA only
+    rank, ranks = rank_and_ranks()
+    if ranks > 1 and train.images.is_cuda:  # batch norm over the whole batch; torch has it for CUDA only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate)
     step, steps = DetectionStep(model.training_loss()), max(int(len(train.images) * plan.epochs / plan.batch_size), 1)
@@ -161,7 +161,7 @@ def _one(
     entry |= {"train_scenes_per_second": steps * plan.batch_size / seconds}
     entry["evaluate_seconds"] = time.perf_counter() - began
     report(f"{name}: clean {entry['clean_map50']:.2f}, PGD {entry['pgd_map50']:.2f} mAP")
-    if _rank() == 0:
+    if rank == 0:
         facts = Ledger(slug, "study", train.images.device.type, seed).provenance
         run = facts | {"steps": steps, "data": f"{train.name}, {train.hash}", "seconds": seconds} | entry
         pretrained.save(slug, model, run, folder)
@@ -179,49 +179,48 @@ def _seconds(history: list[dict[str, float]], batch_size: int) -> float:
 
 
 def evaluate(model: TinierSSD, plan: Plan, test: Split) -> dict[str, Any]:
-    """Clean on all scenes; under the training loss and under the three aimed attacks on the first of them."""
+    """Clean on all scenes; on the first of them under each attack, and under the strongest of them for each scene."""
     entry: dict[str, Any] = {"lipschitz_bound": lipschitz_bound(model, (3, PICTURE, PICTURE)).value}
     clean, rate = _scored(model, test, lambda images, targets: images)
     entry |= {"clean_map50": clean.map50, "clean": clean._asdict(), "detect_scenes_per_second": rate}
     few = test.part(slice(plan.attacked_scenes))
     entry["clean_map50_of_attacked_scenes"] = _scored(model, few, lambda images, targets: images)[0].map50
-    attack = partial(_attacked, model, plan.attack_steps)
-    pgd, rate = _scored(model, few, partial(attack, "training loss"))
+    made: dict[str, list[Tensor]] = {name: [] for name in ("training loss", *ATTACKS)}
+    precision = getattr(torch, plan.precision)
+
+    def attack(name: str, images: Tensor, targets: Targets) -> Tensor:
+        # The search may be rough; what it finds lies in the ball to float32, and is scored in float32.
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            made[name].append(attack_l2(model, images, targets, EPSILON, name, plan.attack_steps))
+        return made[name][-1]
+
+    scored = {name: _scored(model, few, partial(attack, name)) for name in made}
+    pgd, rate = scored["training loss"]
     entry |= {"pgd_map50": pgd.map50, "pgd": pgd._asdict(), "attack_scenes_per_second": rate}
+    entry["attacks_map50"] = {name: one.map50 for name, (one, _) in scored.items()}
+    turns = zip(*made.values(), strict=True)  # each scoring meets the parts of the scenes in the same order
 
     def hardest(images: Tensor, targets: Targets) -> Tensor:
-        candidates = {name: attack(name, images, targets) for name in ("training loss", *ATTACKS)}
-        return strongest(model, images, targets, candidates)
+        return strongest(model, images, targets, dict(zip(made, next(turns), strict=True)))
 
     worst, _ = _scored(model, few, hardest)
     return entry | {"strongest_map50": worst.map50, "strongest": worst._asdict(), "attacked_scenes": len(few.images)}
 
 
-def _attacked(model: nn.Module, steps: int, name: str, images: Tensor, targets: Targets) -> Tensor:
-    return attack_l2(model, images, targets, EPSILON, name, steps)
-
-
 def _scored(model: nn.Module, test: Split, change: Callable[[Tensor, Targets], Tensor]) -> tuple[Score, float]:
     """The score of a model on changed pictures, and scenes a second; processes share the scenes."""
     began, size = time.perf_counter(), 128
+    rank, ranks = rank_and_ranks()
     found: list[dict[str, Tensor]] = []
-    for start in list(range(0, len(test.images), size))[_rank() :: _ranks()]:
+    for start in list(range(0, len(test.images), size))[rank::ranks]:
         images, targets, *_ = test.part(slice(start, start + size))
         found += detections(model, change(unit_range(images), targets))
     found = [{key: value.cpu() for key, value in scene.items()} for scene in found]
     shares: list[Any] = [found]
-    if _ranks() > 1:
-        shares = [None] * _ranks()
+    if ranks > 1:
+        shares = [None] * ranks
         dist.all_gather_object(shares, found)
     starts = range(0, len(test.images), size)
     order = [share[size * turn : size * (turn + 1)] for turn in range(len(starts)) for share in shares]
     rate = len(test.images) / (time.perf_counter() - began)
     return score([scene for part in order for scene in part], test.targets), rate
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
