@@ -232,7 +232,7 @@ class SLL(nn.Module):
     Args:
         channels: of the input and of the output.
         inner: the number of filters, columns of W.
-        kernel_size: of the filters, odd.
+        kernel_size: of the filters, which are square; with circular padding an odd one.
         padding_mode: "zeros" or "circular"; the size of the picture is kept either way.
         iterations: of the Gram iteration, 0 for plain row sums. Each one more is tighter and dearer: 64 random 3×3
             filters over 64 channels reach ‖V‖ = 0.58, 0.73, 0.81, 0.92, 0.96, 0.97 with 0 to 5 of them, 0.36 with the
@@ -248,10 +248,15 @@ class SLL(nn.Module):
         self, channels: int, inner: int, kernel_size: int = 3, padding_mode: str = "zeros", iterations: int = 3
     ) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}: SLL keeps the picture's size, which needs an odd one")
+        if not isinstance(kernel_size, int) or kernel_size < 1:
+            raise ValueError(f"kernel_size is {kernel_size}: the filters of SLL are square, so give it one number ≥ 1")
         if padding_mode not in ("zeros", "circular"):
             raise ValueError(f'padding_mode is {padding_mode!r}: "zeros" and "circular" keep the bound')
+        if padding_mode == "circular" and kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size is {kernel_size}: circular padding has as much on either side, which needs an odd one; "
+                'use padding_mode="zeros" or an odd kernel'
+            )
         self.channels, self.inner, self.kernel_size = channels, inner, kernel_size
         self.padding_mode = padding_mode
         self.weight = nn.Parameter(_orthogonal_filters(inner, channels, kernel_size))

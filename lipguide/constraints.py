@@ -31,8 +31,13 @@ def _columns(z: Tensor) -> Tensor:
     return torch.view_as_real(z).flatten(2)
 
 
+def _nonzero(norm: Tensor) -> Tensor:
+    """A norm that can be divided by: a weight of zeros stays zero, with a finite gradient by which it can leave."""
+    return torch.where(norm < torch.finfo(norm.dtype).tiny, 1.0, norm)
+
+
 def _tiny(norm: Tensor) -> Tensor:
-    """A norm that can be divided by: a zero weight stays zero instead of becoming NaN."""
+    """The same where no gradient flows, and faster."""
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
@@ -69,7 +74,7 @@ class Scaled(Constraint):
         self.overlap = overlap
 
     def constrained(self, weight: Tensor) -> Tensor:
-        return weight / _tiny(math.sqrt(self.overlap) * torch.linalg.vector_norm(weight))
+        return weight / _nonzero(math.sqrt(self.overlap) * torch.linalg.vector_norm(weight))
 
 
 class UnitRows(Constraint):
@@ -81,12 +86,12 @@ class UnitRows(Constraint):
 
     def constrained(self, weight: Tensor) -> Tensor:
         if not self.transposed:
-            return weight / _tiny(torch.linalg.vector_norm(weight.flatten(1), dim=1)).reshape(
+            return weight / _nonzero(torch.linalg.vector_norm(weight.flatten(1), dim=1)).reshape(
                 -1, *[1] * (weight.ndim - 1)
             )
         # Stored as (inputs, outputs / groups, height, width): an output's filter spans the inputs of its group.
         grouped = weight.unflatten(0, (self.groups, -1))
-        return (grouped / _tiny(torch.linalg.vector_norm(grouped, dim=(1, 3, 4), keepdim=True))).flatten(0, 1)
+        return (grouped / _nonzero(torch.linalg.vector_norm(grouped, dim=(1, 3, 4), keepdim=True))).flatten(0, 1)
 
 
 class AOL(Constraint):
@@ -98,10 +103,10 @@ class AOL(Constraint):
 
     def constrained(self, weight: Tensor) -> Tensor:
         if self.shape.dense:
-            return weight / _tiny((weight.mT @ weight).abs().sum(1)).sqrt()
+            return weight / _nonzero((weight.mT @ weight).abs().sum(1)).sqrt()
         # A stride or a dilation is undone first: the same kernel on interleaved pictures.
         kernel = polyphase(weight, self.shape.stride, self.shape.dilation, self.shape.groups)
-        scaled = torch.stack([k / _tiny(self._gram_rows(k)).sqrt()[:, None, None] for k in kernel])
+        scaled = torch.stack([k / _nonzero(self._gram_rows(k)).sqrt()[:, None, None] for k in kernel])
         return _merge_phases(scaled, weight.shape, self.shape)
 
     @staticmethod
@@ -147,7 +152,7 @@ class Spectral(Constraint):
 
     def constrained(self, weight: Tensor) -> Tensor:
         sigma = self._power_step(self._kernel(weight)) if self.training else self._proved_norm(weight.detach())
-        return weight * _tiny(sigma).reciprocal()
+        return weight * _nonzero(sigma).reciprocal()
 
     def _kernel(self, weight: Tensor) -> Tensor:
         """The same map as a convolution of stride 1: taps (groups, outputs, inputs, k₁, k₂). Dense layers have one."""

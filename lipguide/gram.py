@@ -33,13 +33,14 @@ class GramScale(nn.Module):
     A *convolution* has one such G per frequency ω, and T must serve them all. It is computed on a grid of N = (k − 1)ρ
     frequencies an axis, with a density ρ that grows with the iterations. *Between them*: let M = sup ‖V(ω)‖, attained
     at ω* by unit vectors u, v. Along one axis, Re(uᴴV(ω)v) is a trigonometric polynomial of degree d = (k − 1)/2, with
-    taps counted from the centre, and never above M in modulus: from its maximum it falls no faster than M cos(d·)
-    (M. Riesz). A grid point lies within π/N, so ‖V‖ ≥ M cosθ where this axis is on the grid, θ = πd/N = π/(2ρ). In the
-    same way along the other axis, 1 ≥ ‖V‖ ≥ M cos²θ somewhere on the grid: M ≤ 1/cos²θ. A constant part needs no such
-    allowance. Shift each filter so that its largest tap, its own, is at 0: that multiplies the rows of V(ω) by phases,
-    which leaves ‖V(ω)‖ as it is, and at most doubles d. If the other taps have norm at most b together, Re(uᴴV(ω)v)
-    stays within ±b of a constant, the same argument about its mid-range shows a fall of at most b(1 − cos2θ) an axis,
-    and M ≤ 1 + 2b(1 − cos2θ): nothing is lost on filters of one tap each. V is divided by the smaller of the two.
+    taps counted from the centre, and never above M in modulus: from its maximum it falls no faster than M cos(d·) (M.
+    Riesz; where k is even and d a half, the polynomial is one in ω/2, of degree 2d). A grid point lies within π/N, so
+    ‖V‖ ≥ M cosθ where this axis is on the grid, θ = πd/N = π/(2ρ). In the same way along the other axis, 1 ≥ ‖V‖ ≥ M
+    cos²θ somewhere on the grid: M ≤ 1/cos²θ. A constant part needs no such allowance. Shift each filter so that its
+    largest tap, its own, is at 0: that multiplies the rows of V(ω) by phases, which leaves ‖V(ω)‖ as it is, and at most
+    doubles d. If the other taps have norm at most b together, Re(uᴴV(ω)v) stays within ±b of a constant, the same
+    argument about its mid-range shows a fall of at most b(1 − cos2θ) an axis, and M ≤ 1 + 2b(1 − cos2θ): nothing is
+    lost on filters of one tap each. V is divided by the smaller of the two.
     *At the border*: zero padding restricts the operator on the infinite lattice, circular padding samples its
     frequencies, so ‖V‖ ≤ 1 holds for pictures of every size.
 

@@ -200,7 +200,7 @@ def _nonnegative(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...])
     if ones.numel() <= DENSE and not even:  # where all sums are equal Schur's bound is the norm
         basis = torch.eye(ones.numel(), dtype=torch.float64).reshape(-1, 1, *pixels)
         return matrix_norm(operation(basis).flatten(1))
-    return math.sqrt(float(rows.detach().max() * columns.max())) * (1 + CUSHION)
+    return math.sqrt(float(rows.detach().abs().max() * columns.abs().max())) * (1 + CUSHION)
 
 
 def max_pool(layer: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d, call: Call) -> float:
@@ -314,6 +314,12 @@ def _elu(layer: nn.ELU, call: Call) -> float:
     return max(1.0, abs(layer.alpha))
 
 
+def _softplus(layer: nn.Softplus, call: Call) -> float:
+    if layer.threshold < 16:  # torch goes over to x there, with a jump of log(1 + e^-threshold) / beta
+        raise NoBound(f"it jumps at its threshold of {layer.threshold}; leave it at 20, where nothing is seen of it")
+    return 1.0
+
+
 def _rrelu(layer: nn.RReLU, call: Call) -> float:
     return max(1.0, abs(layer.lower + layer.upper) / 2)
 
@@ -335,8 +341,9 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
     **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d), isometry),
     nn.Flatten: flatten,
     # Activations: the largest slope.
-    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softplus, nn.Softsign, nn.CELU), _slope(1.0)),
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.CELU), _slope(1.0)),
     **dict.fromkeys((nn.Softshrink, nn.Tanhshrink, nn.LogSigmoid), _slope(1.0)),
+    nn.Softplus: _softplus,
     nn.Sigmoid: _slope(0.25),
     nn.Hardsigmoid: _slope(0.1666667),
     nn.Softmax: softmax,

@@ -273,6 +273,27 @@ def test_a_zero_weight_stays_finite(fn):
         assert bool(torch.isfinite(mode(torch.randn(1, 2, 5, 5))).all())
 
 
+@pytest.mark.parametrize("fn", [*SOUND, unit_rows, l2_normalized])
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (lambda: nn.Linear(4, 3), (4,)),
+        (lambda: nn.Conv2d(4, 4, 3, padding=1), (4, 6, 6)),
+        (lambda: nn.Conv2d(4, 4, 3, 2, 1, groups=2), (4, 6, 6)),
+        (lambda: nn.ConvTranspose2d(4, 4, 3), (4, 5, 5)),
+    ],
+)
+def test_training_leaves_a_weight_of_zeros(fn, make, shape):
+    """Divided by its norm, the smallest number, the gradient at zero would overflow in the first step."""
+    torch.manual_seed(0)
+    layer = make()
+    nn.init.zeros_(layer.weight)
+    train(fn(layer), shape, steps=5)
+    assert bool(torch.isfinite(layer.weight).all()) and bool((layer.weight != 0).any())
+    if fn in SOUND:
+        assert singular_values(layer, shape)[0] <= 1 + 1e-5
+
+
 @pytest.mark.parametrize("fn", [orthogonal, aol, frobenius, unit_rows])
 @pytest.mark.parametrize("make", [lambda: nn.Linear(3, 4), lambda: nn.Conv2d(2, 4, 3, stride=2)])
 def test_gradients_are_those_of_finite_differences(fn, make):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -265,22 +266,21 @@ def test_a_householder_activation_is_the_smallest_sll():
 @given(
     channels=st.integers(1, 4),
     inner=st.integers(1, 6),
-    k=st.sampled_from([1, 3, 5]),
-    mode=st.sampled_from(["zeros", "circular"]),
+    k_and_mode=st.sampled_from([*product((1, 3, 5), ("zeros", "circular")), (2, "zeros"), (4, "zeros")]),
     height=st.integers(2, 4),
     width=st.integers(2, 4),
     log_q=st.sampled_from([0.0, 8.0]),
     seed=seeds,
 )
-def test_the_true_jacobian_of_sll_never_exceeds_1(channels, inner, k, mode, height, width, log_q, seed):
+def test_the_true_jacobian_of_sll_never_exceeds_1(channels, inner, k_and_mode, height, width, log_q, seed):
     """It is symmetric, with eigenvalues in [−1, 1]: two convolutions that are each other's adjoint, at any border."""
-    block = frozen(disturb(SLL(channels, inner, k, mode), seed, log_q=log_q))
+    block = frozen(disturb(SLL(channels, inner, *k_and_mode), seed, log_q=log_q))
     j = jacobian(block, randn(1, channels, height, width, seed=seed))
     torch.testing.assert_close(j, j.T)
     assert torch.linalg.eigvalsh(j).abs().max() <= 1 + 1e-9
 
 
-@pytest.mark.parametrize("k", [1, 3, 5, 7])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7])
 def test_sll_works_on_a_picture_of_one_pixel(k):
     block = frozen(disturb(SLL(3, 4, k)))
     assert sigma_max(block, randn(1, 3, 1, 1)) <= 1
@@ -300,6 +300,7 @@ def test_the_true_jacobian_of_dense_sll_never_exceeds_1(features, inner, log_q, 
         (lambda: SLL(4, 6, 3), (8, 4, 5, 5)),
         (lambda: SLL(4, 4, 3, "circular"), (8, 4, 4, 4)),
         (lambda: SLL(4, 3, 5), (8, 4, 4, 4)),
+        (lambda: SLL(4, 6, 2), (8, 4, 5, 4)),
         (lambda: SLLLinear(10, 14), (8, 10)),
     ],
 )
@@ -378,7 +379,10 @@ def test_channels_and_stride_change_without_a_loss():
     torch.testing.assert_close(torch.linalg.svdvals(j), torch.ones(48, dtype=j.dtype), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("make", "shape"), [(lambda: SLL(3, 5), (2, 3, 6, 5)), (lambda: SLLLinear(6, 4), (2, 6))])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: SLL(3, 5, 3), (2, 3, 6, 5)), (lambda: SLL(3, 5, 4), (2, 3, 6, 5)), (lambda: SLLLinear(6, 4), (2, 6))],
+)
 def test_sll_survives_caching_export_compile_deepcopy_and_state_dict(make, shape):
     block, x = disturb(make(), log_q=1.0), randn(*shape, dtype=torch.float32)
     y = block(x)
@@ -426,7 +430,10 @@ def test_sll_repeats_bit_for_bit():
 
 def test_sll_says_what_does_not_fit():
     with pytest.raises(ValueError, match="needs an odd one"):
-        SLL(3, 3, 2)
+        SLL(3, 3, 2, "circular")
+    for size in (0, (3, 5)):
+        with pytest.raises(ValueError, match="give it one number"):
+            SLL(3, 3, size)
     with pytest.raises(ValueError, match="keep the bound"):
         SLL(3, 3, 3, "reflect")
     with pytest.raises(ValueError, match="smaller than the circular padding of 2"):

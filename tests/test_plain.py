@@ -42,6 +42,7 @@ BRICKS = {
     "PadChannels": lambda: PadChannels(11),
     "BatchCentering": lambda: BatchCentering(8),
     "SLL": lambda: SLL(8, 12, 3),
+    "SLL, even kernel": lambda: SLL(8, 12, 4),
     "circular SLL": lambda: SLL(8, 5, 5, padding_mode="circular"),
     "Residual": lambda: Residual(spectral(nn.Conv2d(8, 8, 3, padding=1))),
     "Concat": lambda: Concat(nn.Identity(), MaxMin(), nn.Identity()),
