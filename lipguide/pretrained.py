@@ -67,9 +67,11 @@ def train(
     return without_parametrizations(model), {"steps": steps, "recipe": asdict(recipe), "loss": loss}
 
 
-def trained(name: str, model: Model, device: str | torch.device = "cpu") -> tuple[Model, dict[str, Any]]:
-    """``model`` with the weights ``name`` that ship, fixed and on a device, and the run that made them."""
-    run = load(name, model)
+def trained(
+    name: str, model: Model, device: str | torch.device = "cpu", folder: str | Path = WEIGHTS
+) -> tuple[Model, dict[str, Any]]:
+    """``model`` with the weights ``name``, fixed and on a device, and the run that made them; see ``load``."""
+    run = load(name, model, folder)
     return model.requires_grad_(False).to(device), run
 
 

@@ -12,9 +12,10 @@ import torch
 
 from lipguide.__main__ import main
 from lipguide.detection import study as module
-from lipguide.detection.boxes import Targets
-from lipguide.detection.study import PLANS, Plan, Split, load_split, study
-from lipguide.pretrained import load
+from lipguide.detection.boxes import Targets, unit_range
+from lipguide.detection.evaluate import detections, score
+from lipguide.detection.study import CONFIGURATIONS, PLANS, Plan, Split, configurations, load_split, study, weights_of
+from lipguide.pretrained import WEIGHTS, load, trained
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Plan(24, 12, 4, 1.0, 7, 2e-3, 4, 2, "float32")
@@ -44,7 +45,7 @@ def test_entry_has_the_columns_of_the_table(whole):
     assert entry["lipschitz_bound"] > 0 and 0 <= entry["strongest_map50"] <= 100
     assert list(entry["attacks_map50"]) == ["training loss", "vanish", "fabricate", "mislabel"]
     assert entry["attacks_map50"]["training loss"] == entry["pgd_map50"]
-    run = load("tinier-ssd-standard-conv", module._configurations(4)["standard conv"](), folder)
+    run = load("tinier-ssd-standard-conv", configurations(4)["standard conv"](), folder)
     assert run["steps"] == 3 and "train, 2" in run["data"]
 
 
@@ -103,7 +104,7 @@ def test_two_processes_under_torchrun_have_the_numbers_of_one(whole, splits, tmp
     entry = json.loads((tmp_path / "tinier-ssd-standard-conv.json").read_text())["entry"]
     for key in ("loss", "lipschitz_bound", "clean_map50", "pgd_map50"):
         assert entry[key] == pytest.approx(entries[0][key], rel=1e-4)
-    one, two = (module._configurations(4)["standard conv"]() for _ in range(2))
+    one, two = (configurations(4)["standard conv"]() for _ in range(2))
     load("tinier-ssd-standard-conv", one, folder)
     load("tinier-ssd-standard-conv", two, tmp_path)
     for key, value in one.state_dict().items():  # Adam's first steps, 2e-3 each, magnify the rounding of tiny gradients
@@ -154,7 +155,7 @@ def test_each_attack_is_made_once_and_the_strongest_is_picked_from_those_very_pi
     monkeypatch.setattr(module, "attack_l2", attack)
     monkeypatch.setattr(module, "strongest", strongest)
     plan = dataclasses.replace(TINY, attacked_scenes=None)
-    module.evaluate(module._configurations(4)["standard conv"]().eval(), plan, split)
+    module.evaluate(configurations(4)["standard conv"]().eval(), plan, split)
     assert sorted(calls) == sorted(3 * attacks) and picked == [128, 128, 44]
 
 
@@ -172,3 +173,15 @@ def test_command_line_reports_what_went_wrong(tmp_path, capsys):
 
 def test_plans_leave_room_for_the_whole_set():
     assert PLANS["full"].train_scenes is None and PLANS["full"].attacked_scenes is None
+
+
+SHIPPED = [name for name in CONFIGURATIONS if (WEIGHTS / f"{weights_of(name)}.safetensors").exists()]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_detectors_score_what_their_run_says(name):
+    """On the very scenes that were attacked: other scenes, or other weights, would not."""
+    model, run = trained(weights_of(name), configurations(PLANS["cpu"].width)[name]().eval())
+    scenes = load_split("test", run["attacked_scenes"], run["seed"], CPU)
+    found = score(detections(model, unit_range(scenes.images)), scenes.targets)
+    assert found.map50 == pytest.approx(run["clean_map50_of_attacked_scenes"], abs=0.3)

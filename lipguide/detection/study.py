@@ -31,7 +31,7 @@ from lipguide.ledger import Ledger, write_json
 from lipguide.network import lipschitz_bound
 from lipguide.training import fit, rank_and_ranks
 
-__all__ = ["CONFIGURATIONS", "PLANS", "Plan", "Split", "load_split", "study"]
+__all__ = ["CONFIGURATIONS", "PLANS", "Plan", "Split", "configurations", "load_split", "study", "weights_of"]
 
 logger = logging.getLogger(__name__)
 EPSILON = 0.5  # the case study's
@@ -59,7 +59,12 @@ PLANS = {
 }
 
 
-def _configurations(width: int) -> dict[str, Callable[[], TinierSSD]]:
+def configurations(width: int) -> dict[str, Callable[[], TinierSSD]]:
+    """What makes each configuration, by its name, with SLL layers of a width.
+
+    >>> list(configurations(8))
+    ['naive', 'spectral-norm', 'standard conv', 'L2-normalised']
+    """
     return {
         "naive": naive,
         "spectral-norm": spectral_norm,
@@ -68,7 +73,16 @@ def _configurations(width: int) -> dict[str, Callable[[], TinierSSD]]:
     }
 
 
-CONFIGURATIONS = tuple(_configurations(8))
+def weights_of(name: str) -> str:
+    """The name of the file that a configuration's weights are in.
+
+    >>> weights_of("standard conv")
+    'tinier-ssd-standard-conv'
+    """
+    return "tinier-ssd-" + name.lower().replace(" ", "-")
+
+
+CONFIGURATIONS = tuple(configurations(8))
 
 
 class Split(NamedTuple):
@@ -113,7 +127,7 @@ def study(
     Under ``torchrun`` every process calls this with the same arguments; all return the same. ``folder`` holds what is
     needed to go on after an interruption; results of another plan or of other scenes there are an error.
     """
-    makers = _configurations(plan.width)
+    makers = configurations(plan.width)
     unknown = [name for name in only if name not in makers]
     if unknown:
         raise ValueError(f"no configuration {unknown[0]!r}; there are: {', '.join(makers)}")
@@ -130,7 +144,7 @@ def _one(
     seed: int,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    slug = "tinier-ssd-" + name.lower().replace(" ", "-")
+    slug = weights_of(name)
     path, setting = (
         folder / f"{slug}.json",
         {"plan": asdict(plan), "train": train.hash, "test": test.hash, "seed": seed},
