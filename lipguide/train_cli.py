@@ -31,7 +31,11 @@ __all__ = ["TASKS", "Training", "add_arguments", "train", "trainings"]
 
 Training = Callable[[int | None, torch.device, int], tuple[nn.Module, dict[str, Any]]]
 # The module that holds each task's dictionary.
-TASKS = {"classification": "lipguide.classification_training", "segmentation": "lipguide.segmentation_training"}
+TASKS = {
+    "classification": "lipguide.classification_training",
+    "segmentation": "lipguide.segmentation_training",
+    "detection": "lipguide.detection.training",
+}
 
 
 def trainings(task: str) -> Mapping[str, Training]:

@@ -140,6 +140,22 @@ def test_attacks_know_this_detector_too(name):
     assert 0 < (moved - x).norm() <= 0.5 + 1e-5
 
 
+@pytest.mark.parametrize("name", ["vanish", "fabricate"])
+def test_no_attack_takes_a_score_below_or_above_what_the_two_constants_allow(name):
+    """The theorem of the chapter for √(σ(τz) σ(c)): z moves by the distance at most, c by the constant of its head."""
+    torch.manual_seed(0)
+    model, x = fcos(4).eval(), torch.rand(1, 3, 74, 74)
+    moved = attack_l2(model, x, TWO, 0.5, name, steps=5)
+    distance = (moved - x).norm() * lipschitz_bound(model.trunk, (3, 74, 74)).value
+    reach = distance * lipschitz_bound(model.box_head, (8, 18, 18)).value
+    with torch.no_grad():
+        before, after = model(x), model.log_scores(model(moved))
+    for sign in (-1, 1):
+        shifted = before._replace(logits=before.logits + sign * distance, centerness=before.centerness + sign * reach)
+        assert (sign * (model.log_scores(shifted) - after) >= -1e-5).all()
+    assert (after - model.log_scores(before)).abs().max() > 1e-3
+
+
 def test_temperature_must_be_positive():
     with pytest.raises(ValueError, match="tau must lie strictly between 0"):
         fcos(4, tau=-1.0)

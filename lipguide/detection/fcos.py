@@ -7,21 +7,20 @@ the middle of the box it is. There are no priors.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from lipguide.activations import GroupSort2
 from lipguide.affine import orthogonal, unit_rows
 from lipguide.blocks import SLL
 from lipguide.detection.boxes import NOTHING, Targets
 from lipguide.loss_base import check_range, number_of_ranks, sum_over_ranks
-from lipguide.pooling import ScaledL2NormPool2d
 
-__all__ = ["FCOS", "FCOSLoss", "FCOSOutput", "assign", "fcos", "ordinary_fcos"]
+__all__ = ["FCOS", "Brightless", "FCOSLoss", "FCOSOutput", "assign", "fcos", "ordinary_fcos"]
 
 SIDE = 18  # cells of the map, for pictures of 74 pixels
 RARE = 0.01  # probability of an object at the start, as the focal loss wants it
@@ -158,34 +157,49 @@ def _free_box_head(width: int) -> nn.Sequential:
     return head
 
 
-def fcos(width: int = 32, classes: int = 10, tau: float = 20.0) -> FCOS:
+class Brightless(nn.Module):
+    """y = x − the mean of each channel over the picture: a projection, so 1-Lipschitz.
+
+    How bright a wall is says nothing about the number on it, and zeros, as padding brings them, become the mean colour.
+
+    >>> Brightless()(torch.tensor([[[[0.2, 0.4]]]]))
+    tensor([[[[-0.1000,  0.1000]]]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean((2, 3), keepdim=True)
+
+    def lipschitz(self, constant: float, through: Callable[[nn.Module, float], Any]) -> float:
+        return constant
+
+
+def fcos(width: int = 24, classes: int = 10, tau: float = 20.0) -> FCOS:
     """1-Lipschitz up to the class logits of a cell, each of which has a filter of norm 1."""
     trunk = nn.Sequential(
-        orthogonal(nn.Conv2d(3, width, 3, padding=1)),
-        GroupSort2(),
-        SLL(width, width, 3),
-        ScaledL2NormPool2d(2),
-        orthogonal(nn.Conv2d(width, 2 * width, 3, padding=1)),
-        GroupSort2(),
-        SLL(2 * width, 2 * width, 3),
-        ScaledL2NormPool2d(2),
-        *(SLL(2 * width, 2 * width, 3) for _ in range(3)),
+        Brightless(),
+        orthogonal(nn.Conv2d(3, width, 2, stride=2)),
+        SLL(width, width, 3, iterations=2),
+        orthogonal(nn.Conv2d(width, 2 * width, 2, stride=2)),
+        *(SLL(2 * width, 2 * width, 3, iterations=2) for _ in range(4)),
     )
     head = unit_rows(nn.Conv2d(2 * width, classes, 3, padding=1))
     nn.init.constant_(head.bias, math.log(RARE / (1 - RARE)) / tau)
     return FCOS(trunk, head, _free_box_head(2 * width), tau)
 
 
-def ordinary_fcos(width: int = 32, classes: int = 10) -> FCOS:
-    """The twin of the same shape with batch norm and ReLU, and free heads."""
+def ordinary_fcos(width: int = 24, classes: int = 10) -> FCOS:
+    """The twin with the same maps and kernels, batch norm and ReLU, and free heads."""
 
-    def layer(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    def layer(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2 if stride == 1 else 0, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
     trunk = nn.Sequential(
-        *layer(3, width), *layer(width, width), nn.MaxPool2d(2),
-        *layer(width, 2 * width), *layer(2 * width, 2 * width), nn.MaxPool2d(2),
-        *(part for _ in range(3) for part in layer(2 * width, 2 * width)),
+        Brightless(),
+        *layer(3, width, 2, stride=2),
+        *layer(width, width), *layer(width, width),  # an SLL block reads as far as two convolutions
+        *layer(width, 2 * width, 2, stride=2),
+        *(part for _ in range(4) for part in layer(2 * width, 2 * width)),
     )  # fmt: skip
     head = nn.Conv2d(2 * width, classes, 3, padding=1)
     nn.init.normal_(head.weight, std=0.01)

@@ -1,0 +1,144 @@
+"""The trainings behind the FCOS weights that ship (`python -m lipguide train detection-fcos …`).
+
+All networks see the same scenes in the same order. The first 1-Lipschitz one learns from scratch; those at other
+temperatures go on from it, so that what differs between them is the temperature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lipguide import pretrained
+from lipguide.blocks import SLL
+from lipguide.detection.evaluate import detections, score
+from lipguide.detection.fcos import FCOS, fcos, ordinary_fcos
+from lipguide.detection.losses import DetectionStep
+from lipguide.detection.study import Split, load_split
+from lipguide.detection.tinier_ssd import PICTURE
+from lipguide.network import lipschitz_bound
+from lipguide.plain import without_parametrizations
+
+__all__ = ["RECIPES", "TRAININGS", "HalfPrecision", "Recipe", "build", "measured", "network_of", "train", "trained"]
+
+
+class HalfPrecision(nn.Module):
+    """A training step whose convolutions run in bfloat16, which takes two thirds of the time on a CPU.
+
+    >>> step = HalfPrecision(lambda model, batch: model(batch))
+    >>> step(nn.Linear(2, 1), torch.rand(3, 2)).dtype
+    torch.bfloat16
+    """
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        with torch.autocast(batch[0].device.type, torch.bfloat16):
+            return self.step(model, batch)
+
+
+@dataclass(frozen=True)
+class Recipe(pretrained.Schedule):
+    """What is trained on what, and for how long."""
+
+    batch_size: int = 32
+    rate: float = 8e-3
+    width: int = 24
+    tau: float = 20.0  # of the 1-Lipschitz networks
+    start: str | None = None  # the weights to go on from
+    items: int = 7000
+    test_items: int = 400
+
+
+def build(recipe: Recipe) -> FCOS:
+    """The untrained network of a recipe.
+
+    >>> build(Recipe("fcos", steps=1, width=4, tau=5.0)).tau
+    5.0
+    """
+    if recipe.network == "fcos":
+        return fcos(recipe.width, tau=recipe.tau)
+    if recipe.network == "ordinary-fcos":
+        return ordinary_fcos(recipe.width)
+    raise ValueError(f"no network {recipe.network!r}; there are fcos and ordinary-fcos")
+
+
+def train(recipe: Recipe, steps: int | None, device: torch.device, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Train by a recipe and return the network, in eval mode with plain weights, and the facts of the run.
+
+    >>> short = Recipe("fcos", steps=2, batch_size=4, width=4, items=12, test_items=4)
+    >>> model, run = train(short, None, torch.device("cpu"), seed=0)
+    >>> run["steps"], run["recipe"]["network"]
+    (2, 'fcos')
+    """
+    split = load_split("train", recipe.items, 0, device)
+    torch.manual_seed(seed)
+    model = build(recipe).to(device, memory_format=torch.channels_last)
+    if recipe.start is not None:
+        _take_over(model, trained(recipe.start, device)[0])
+    step = HalfPrecision(DetectionStep(model.training_loss()))
+    model, run = pretrained.train(recipe, model, (split.images, *split.targets), step, steps, seed)
+    run["data"] = {"name": split.name, "hash": split.hash}
+    return model, run | measured(model, recipe)
+
+
+@torch.no_grad()
+def _take_over(model: nn.Module, plain: nn.Module) -> None:
+    """Give a model with constraints the values of one without; what satisfies a constraint stays nearly as it is."""
+    modules = dict(model.named_modules())
+    for name, value in plain.state_dict().items():
+        parent, _, last = name.rpartition(".")
+        if isinstance(modules[parent], SLL) and last == "weight":
+            modules[parent].parametrizations.weight.original.copy_(value)
+        elif parametrize.is_parametrized(modules[parent], last):
+            setattr(modules[parent], last, value)  # torch asks the constraint what to keep
+        else:
+            getattr(modules[parent], last).copy_(value)
+
+
+@torch.no_grad()
+def measured(model: FCOS, recipe: Recipe) -> dict[str, Any]:
+    """The score on the test scenes and, for a 1-Lipschitz network, the bound of its trunk."""
+    split = load_split("test", recipe.test_items, 0, next(model.parameters()).device)
+    facts: dict[str, Any] = {"test": {"name": split.name, "hash": split.hash}}
+    facts["score"] = _rounded(model, split)
+    if recipe.lipschitz:
+        facts["trunk"] = lipschitz_bound(model.trunk.eval(), (3, PICTURE, PICTURE)).value
+    return facts
+
+
+def _rounded(model: FCOS, split: Split) -> dict[str, float]:
+    found = detections(model, split.images.float() / 255)
+    return {name: round(value, 3) for name, value in score(found, split.targets)._asdict().items()}
+
+
+def network_of(name: str) -> FCOS:
+    """The untrained network, with plain weights, that the weights `name` belong to.
+
+    >>> network_of("detection-fcos").tau
+    20.0
+    """
+    if name not in RECIPES:
+        raise ValueError(f"no weights {name!r}; there are: {', '.join(RECIPES)}")
+    return without_parametrizations(build(RECIPES[name]))
+
+
+def trained(name: str, device: str | torch.device = "cpu") -> tuple[FCOS, dict[str, Any]]:
+    """A network with the weights that ship, in eval mode, and the run that made them; see `lipguide.pretrained`."""
+    return pretrained.trained(name, network_of(name), device)
+
+
+RECIPES = {
+    "detection-fcos": Recipe("fcos", steps=3000),
+    "detection-fcos-tau-5": Recipe("fcos", steps=300, rate=5e-3, tau=5.0, start="detection-fcos"),
+    "detection-fcos-tau-80": Recipe("fcos", steps=300, rate=5e-3, tau=80.0, start="detection-fcos"),
+    "detection-ordinary-fcos": Recipe("ordinary-fcos", steps=800, rate=1e-2),
+}
+TRAININGS = {name: partial(train, recipe) for name, recipe in RECIPES.items()}
