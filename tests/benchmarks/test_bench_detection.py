@@ -1,4 +1,4 @@
-"""Detection: a training step beside a plain torch loop over the same model, and scoring a whole test split."""
+"""Detection: a training step beside a plain torch loop over the same model."""
 
 import copy
 
@@ -8,13 +8,12 @@ from torch import nn
 from torchvision.ops import box_convert, box_iou
 
 from lipguide.cost import compare
-from lipguide.detection.boxes import Targets, detect, encode, pad_targets
+from lipguide.detection.boxes import Targets, encode, pad_targets
 from lipguide.detection.configurations import naive
-from lipguide.detection.evaluate import score
 from lipguide.detection.losses import DetectionStep
 from tests.benchmarks.test_bench_layers import rows
 
-BATCH, TEST_SCENES = 64, 13_068
+BATCH = 64
 
 
 def scenes(count: int, device: str) -> tuple[torch.Tensor, Targets]:
@@ -81,26 +80,3 @@ def test_training_step_of_the_naive_detector(benchmark, record, device):
     }
     costs = benchmark.pedantic(compare, args=(steps, 5), rounds=1, iterations=1)
     record(f"detector, training step, batch {BATCH}", rows(costs))
-
-
-def test_scores_of_a_whole_test_split(benchmark, record, device):
-    """Suppression of 1,700 priors a scene, and mean average precision."""
-    _, targets = scenes(TEST_SCENES, device)
-    generator = torch.Generator().manual_seed(0)
-    number, part = 1700, 256
-    some = torch.rand(part, number, 10, generator=generator).pow(60).to(device)  # a few dozen above the threshold
-    places = targets.boxes[:part].repeat(1, number // 2, 1) + 0.02 * torch.randn(
-        part, number, 4, generator=generator
-    ).to(device)
-    found = []
-
-    def suppress() -> None:
-        found.clear()
-        for start in range(0, TEST_SCENES, part):
-            found.extend(detect(some, places)[: TEST_SCENES - start])
-
-    def rate() -> None:
-        score(found, targets)
-
-    costs = benchmark.pedantic(compare, args=({"suppression": suppress, "mAP": rate}, 1), rounds=1, iterations=1)
-    record(f"detector, {TEST_SCENES} scenes", rows(costs))
