@@ -43,14 +43,21 @@ class Schedule:
 
 
 def train(
-    recipe: Schedule, model: nn.Module, data: Sequence[Tensor], step: StepLoss, steps: int | None, seed: int
+    recipe: Schedule,
+    model: nn.Module,
+    data: Sequence[Tensor],
+    step: StepLoss,
+    steps: int | None,
+    seed: int,
+    precision: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train by a recipe, with Adam and one cycle of the rate; return a plain copy in eval mode and the run so far.
 
     Every constrained weight of the copy is replaced by its value: what is certified is the very tensor that runs.
 
     Args:
-        data, step: the columns of the data and the training step, as `lipguide.training.fit` takes them.
+        data, step, precision: the columns of the data, the training step and its precision, as `lipguide.training.fit`
+            takes them.
         steps: updates, or None for as many as the recipe asks.
 
     >>> from lipguide.training import Supervised
@@ -62,7 +69,7 @@ def train(
     """
     steps = steps or recipe.steps
     adam = torch.optim.Adam(model.parameters(), recipe.rate)
-    history = fit(model, data, step, adam, steps, recipe.batch_size, schedule="one-cycle", seed=seed)
+    history = fit(model, data, step, adam, steps, recipe.batch_size, "one-cycle", precision, seed=seed)
     loss = [[record["step"], round(record["loss"], 5)] for record in history]
     return without_parametrizations(model), {"steps": steps, "recipe": asdict(recipe), "loss": loss}
 

@@ -9,6 +9,7 @@ import torch
 
 from lipguide import lipschitz_bound, train_cli
 from lipguide.detection.attacks import attack_l2
+from lipguide.detection.boxes import unit_range
 from lipguide.detection.fcos import FCOS, Brightless, fcos
 from lipguide.detection.study import load_split
 from lipguide.detection.training import (
@@ -91,7 +92,7 @@ def test_shipped_weights_score_what_their_run_says(name):
 def test_no_attack_moves_a_class_logit_of_shipped_weights_further_than_the_picture(name):
     """The promise of the chapter, for every cell and class at once; the logits of the ordinary twin do move further."""
     split = load_split("test", 4, 0, torch.device("cpu"))
-    x = split.images.float() / 255
+    x = unit_range(split.images)
     twin, _ = trained("detection-ordinary-fcos")
     assert _largest_move(trained(name)[0], x, split.targets) <= 1 + 1e-4
     assert _largest_move(twin, x, split.targets) > 1

@@ -18,6 +18,7 @@ __all__ = ["Matches", "Targets", "decode", "detect", "encode", "match", "pad_tar
 
 CENTRE, SIZE = 10.0, 5.0  # how finely offsets of centres and of logarithms of sizes are told apart
 NOTHING = -1  # the label of padding
+AT_ONCE = (32, 512)  # scenes, CPU and GPU, that one suppression takes: of many boxes torchvision loops over the classes
 
 
 class Targets(NamedTuple):
@@ -175,10 +176,17 @@ def detect(
     >>> found[0]["labels"].tolist(), found[0]["boxes"][1].tolist()
     ([0, 1], [0.5, 0.5, 1.0, 1.0])
     """
+    at_once = AT_ONCE[scores.device.type != "cpu"]
+    parts = zip(scores.split(at_once), boxes.split(at_once), strict=True)
+    return [scene for part in parts for scene in _detect(*part, min_score, overlap, most)]
+
+
+def _detect(scores: Tensor, boxes: Tensor, min_score: float, overlap: float, most: int) -> list[dict[str, Tensor]]:
     scenes, _, classes = scores.shape
     scene, prior, label = (scores > min_score).nonzero(as_tuple=True)
     values, found = scores[scene, prior, label], boxes[scene, prior]
-    kept = batched_nms(found.float(), values.float(), scene * classes + label, overlap)
+    # In double precision: torchvision tells classes apart by moving their boxes, and far from 0 floats are sparse.
+    kept = batched_nms(found.double(), values.double(), scene * classes + label, overlap)
     kept = kept[scene[kept].argsort(stable=True)]  # by scene, and within one by falling score
     parts = torch.bincount(scene[kept], minlength=scenes).tolist()
     columns = {"boxes": found[kept], "scores": values[kept], "labels": label[kept]}

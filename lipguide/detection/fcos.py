@@ -191,7 +191,7 @@ def ordinary_fcos(width: int = 24, classes: int = 10) -> FCOS:
     """The twin with the same maps and kernels, batch norm and ReLU, and free heads."""
 
     def layer(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
-        convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2 if stride == 1 else 0, bias=False)
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2, bias=False)
         return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
     trunk = nn.Sequential(

@@ -193,7 +193,8 @@ def _seconds(history: list[dict[str, float]], batch_size: int) -> float:
 
 
 def evaluate(model: TinierSSD, plan: Plan, test: Split) -> dict[str, Any]:
-    """Clean on all scenes; on the first of them under each attack, and under the strongest of them for each scene."""
+    """Clean on all scenes; on the first of them under each attack, and under the strongest: the one that does most harm
+    for each scene, or one attack for all where that leaves a lower mAP."""
     entry: dict[str, Any] = {"lipschitz_bound": lipschitz_bound(model, (3, PICTURE, PICTURE)).value}
     clean, rate = _scored(model, test, lambda images, targets: images)
     entry |= {"clean_map50": clean.map50, "clean": clean._asdict(), "detect_scenes_per_second": rate}
@@ -217,7 +218,8 @@ def evaluate(model: TinierSSD, plan: Plan, test: Split) -> dict[str, Any]:
     def hardest(images: Tensor, targets: Targets) -> Tensor:
         return strongest(model, images, targets, dict(zip(made, next(turns), strict=True)))
 
-    worst, _ = _scored(model, few, hardest)
+    # The picture on which fewest objects are found need not be the one that costs most precision.
+    worst = min(_scored(model, few, hardest)[0], *(one for one, _ in scored.values()), key=lambda one: one.map50)
     return entry | {"strongest_map50": worst.map50, "strongest": worst._asdict(), "attacked_scenes": len(few.images)}
 
 
