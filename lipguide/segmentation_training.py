@@ -88,7 +88,7 @@ class Recipe(pretrained.Schedule):
     widths: tuple[int, ...] = (16, 32, 64, 96)
     labels: str = "ink"
     pixels: int = 32
-    items: int = 6000
+    items: int | None = 6000
     test_items: int = 200
 
 
@@ -153,5 +153,20 @@ RECIPES = {
     "segmentation-fcn": Recipe("fcn", steps=2000, dial=(50.0,), rate=1e-2),
     "segmentation-ordinary": Recipe("ordinary-unet", steps=1000, dial=(1.0,)),
     "segmentation-noisy": Recipe("ordinary-unet", steps=1000, dial=(1.0,), noise=0.15),
+    "segmentation-ordinary-fcn": Recipe("ordinary-fcn", steps=1000, dial=(1.0,)),
+    "segmentation-digits": Recipe("unet", steps=4500, dial=(100.0,), rate=1e-2, labels="digits", items=20_000),
+    "segmentation-digits-ordinary": Recipe("ordinary-unet", steps=4500, dial=(1.0,), labels="digits", items=20_000),
+    # For one GPU; not run for this book.
+    "segmentation-digits-gpu": Recipe(
+        "unet",
+        steps=30_000,
+        batch_size=128,
+        dial=(100.0,),
+        labels="digits",
+        items=None,
+        test_items=5000,
+        widths=(64, 128, 256, 512),
+        pixels=64,
+    ),
 }
 TRAININGS = {name: partial(train, recipe) for name, recipe in RECIPES.items()}

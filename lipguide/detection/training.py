@@ -117,8 +117,10 @@ def trained(name: str, device: str | torch.device = "cpu") -> tuple[FCOS, dict[s
 
 RECIPES = {
     "detection-fcos": Recipe("fcos", steps=3000),
-    "detection-fcos-tau-5": Recipe("fcos", steps=300, rate=5e-3, tau=5.0, start="detection-fcos"),
-    "detection-fcos-tau-80": Recipe("fcos", steps=300, rate=5e-3, tau=80.0, start="detection-fcos"),
+    **{
+        f"detection-fcos-tau-{tau}": Recipe("fcos", steps=1000, rate=5e-3, tau=float(tau), start="detection-fcos")
+        for tau in (5, 20, 80)
+    },
     "detection-ordinary-fcos": Recipe("ordinary-fcos", steps=800, rate=1e-2),
 }
 TRAININGS = {name: partial(train, recipe) for name, recipe in RECIPES.items()}
