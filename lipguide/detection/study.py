@@ -35,6 +35,9 @@ __all__ = ["CONFIGURATIONS", "PLANS", "Plan", "Split", "configurations", "load_s
 
 logger = logging.getLogger(__name__)
 EPSILON = 0.5  # the case study's
+# Times the plan's rate. A weight that is divided by its norm is only turned by a step, which may be longer: at the rate
+# of the others spectral-norm was after 600 steps no better than a detector that says "background" everywhere.
+FASTER = {"spectral-norm": 5.0, "L2-normalised": 5.0}
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def _one(
     rank, ranks = rank_and_ranks()
     if ranks > 1 and train.images.is_cuda:  # batch norm over the whole batch; torch has it for CUDA only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate * FASTER.get(name, 1.0))
     step, steps = DetectionStep(model.training_loss()), max(int(len(train.images) * plan.epochs / plan.batch_size), 1)
     precision, checkpoint = getattr(torch, plan.precision), folder / f"{slug}.checkpoint"
     columns = (train.images, *train.targets)
