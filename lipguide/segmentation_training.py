@@ -148,25 +148,15 @@ def trained(name: str, device: str | torch.device = "cpu") -> tuple[nn.Sequentia
     return pretrained.trained(name, network_of(name), device)
 
 
+LARGE: dict[str, Any] = {"labels": "digits", "pixels": 64, "widths": (64, 128, 256, 512), "items": None}
 RECIPES = {
     "segmentation-unet": Recipe("unet", steps=1500, dial=(50.0,), rate=1.5e-2),
     "segmentation-fcn": Recipe("fcn", steps=2000, dial=(50.0,), rate=1e-2),
     "segmentation-ordinary": Recipe("ordinary-unet", steps=1000, dial=(1.0,)),
     "segmentation-noisy": Recipe("ordinary-unet", steps=1000, dial=(1.0,), noise=0.15),
     "segmentation-ordinary-fcn": Recipe("ordinary-fcn", steps=1000, dial=(1.0,)),
-    "segmentation-digits": Recipe("unet", steps=4500, dial=(100.0,), rate=1e-2, labels="digits", items=20_000),
-    "segmentation-digits-ordinary": Recipe("ordinary-unet", steps=4500, dial=(1.0,), labels="digits", items=20_000),
-    # For one GPU; not run for this book.
-    "segmentation-digits-gpu": Recipe(
-        "unet",
-        steps=30_000,
-        batch_size=128,
-        dial=(100.0,),
-        labels="digits",
-        items=None,
-        test_items=5000,
-        widths=(64, 128, 256, 512),
-        pixels=64,
-    ),
+    # For one GPU, all scenes and the digit at every pixel; not run for this book.
+    "segmentation-digits": Recipe("unet", steps=30_000, batch_size=128, dial=(100.0,), **LARGE),
+    "segmentation-digits-ordinary": Recipe("ordinary-unet", steps=10_000, batch_size=128, dial=(1.0,), **LARGE),
 }
 TRAININGS = {name: partial(train, recipe) for name, recipe in RECIPES.items()}

@@ -75,7 +75,7 @@ def test_spectral_norm_is_one_at_every_layer_and_two_over_four_maps():
     assert bound.heads["logits"] == pytest.approx(math.sqrt(4), rel=1e-4)  # one unit for each of the four maps
 
 
-@pytest.mark.parametrize("name", ["naive", "standard conv"])
+@pytest.mark.parametrize("name", ["naive", "standard conv", "L2-normalised"])
 def test_one_picture_is_learnt_by_heart(name):
     """The configurations that can learn reach an mAP of 100 on a scene of two digits."""
     g = torch.Generator().manual_seed(0)
