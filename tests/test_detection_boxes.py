@@ -143,6 +143,18 @@ def test_suppression_is_torchvisions_class_by_class(seed):
         assert torch.equal(found["boxes"], boxes[scene, [k for *_, k in expected]])
 
 
+def test_many_scenes_at_once_are_those_of_one_at_a_time():
+    """Suppression takes the scenes in parts, whose edges must not show, nor where a scene stands within its part."""
+    g = torch.Generator().manual_seed(0)
+    boxes, scores = torch.stack([random_boxes(9, g) for _ in range(70)]), torch.rand(70, 9, 3, generator=g)
+    scores[31:34] = 0  # nothing is found on either side of an edge
+    together = detect(scores, boxes)
+    for scene, found in enumerate(together):
+        (alone,) = detect(scores[scene : scene + 1], boxes[scene : scene + 1])
+        assert all(torch.equal(found[key], alone[key]) for key in alone)
+    assert not len(together[32]["labels"]) and len(together[69]["labels"])
+
+
 def test_no_detection_at_all_is_an_empty_result():
     found = detect(torch.zeros(2, 5, 3), torch.rand(2, 5, 4))
     assert [tuple(part.shape) for part in found[1].values()] == [(0, 4), (0,), (0,)]
