@@ -182,6 +182,8 @@ SHIPPED = [name for name in CONFIGURATIONS if (WEIGHTS / f"{weights_of(name)}.sa
 def test_shipped_detectors_score_what_their_run_says(name):
     """On the very scenes that were attacked: other scenes, or other weights, would not."""
     model, run = trained(weights_of(name), configurations(PLANS["cpu"].width)[name]().eval())
-    scenes = load_split("test", run["attacked_scenes"], run["seed"], CPU)
+    attacked = run["attacked_scenes"]  # of those in which a window fits around the number, which are not all
+    scenes = load_split("test", attacked + 100, run["seed"], CPU).part(slice(attacked))
+    assert len(scenes.images) == attacked
     found = score(detections(model, unit_range(scenes.images)), scenes.targets)
-    assert found.map50 == pytest.approx(run["clean_map50_of_attacked_scenes"], abs=0.3)
+    assert found.map50 == pytest.approx(run["clean_map50_of_attacked_scenes"], abs=0.05)
