@@ -137,7 +137,7 @@ class Recipe(pretrained.Schedule):
     rate: float = 3e-3
     size: str = "cpu"
     data: str = "house-numbers"
-    items: int | None = 4500  # some 9,900 digits
+    items: int | None = None  # all 30,311 scenes, 73,216 digits
     test_items: int | None = 1000
     offset: float = 2 * math.sqrt(2) * 36 / 255  # of the 1-Lipschitz networks' loss
     adversary: float = 0.0  # the ε of adversarial training
@@ -194,15 +194,15 @@ def trained(name: str, device: str | torch.device = "cpu") -> tuple[nn.Sequentia
 
 
 RECIPES = {
-    "classification-vgg": Recipe("vgg", steps=2000),
-    "classification-pooled": Recipe("pooled-vgg", steps=2000),
-    "classification-resnet": Recipe("resnet", steps=2000),
-    "classification-sll": Recipe("sll", steps=1500),
-    "classification-ordinary": Recipe("ordinary-vgg", steps=2000, rate=2e-3),
-    "classification-adversarial": Recipe("ordinary-vgg", steps=800, rate=2e-3, adversary=0.5),
+    "classification-vgg": Recipe("vgg", steps=5000),
+    "classification-pooled": Recipe("pooled-vgg", steps=5000),
+    "classification-resnet": Recipe("resnet", steps=5000),
+    "classification-sll": Recipe("sll", steps=4000),
+    "classification-ordinary": Recipe("ordinary-vgg", steps=5000, rate=2e-3),
+    "classification-adversarial": Recipe("ordinary-vgg", steps=2500, rate=2e-3, adversary=0.5),
     # For one GPU and an hour; not run for this book.
     "classification-sll-cifar10": Recipe(
-        "sll", steps=20_000, size="gpu", data="cifar10", items=None, test_items=None, batch_size=256, rate=1e-3
+        "sll", steps=20_000, size="gpu", data="cifar10", test_items=None, batch_size=256, rate=1e-3
     ),
 }
 TRAININGS = {name: partial(train, recipe) for name, recipe in RECIPES.items()}
