@@ -25,7 +25,7 @@ from lipguide.data import SVHN, Digits, SyntheticHouseNumbers, digits
 from lipguide.losses import OffsetCrossEntropy
 from lipguide.network import lipschitz_bound
 from lipguide.plain import without_parametrizations
-from lipguide.pretrained import fingerprint
+from lipguide.pretrained import TEST_SEED, fingerprint
 from lipguide.training import Supervised, shifted
 
 __all__ = ["DATA", "TRAININGS", "Adversarial", "Moved", "Recipe", "network_of", "pictures", "train", "trained"]
@@ -166,7 +166,7 @@ def train(recipe: Recipe, steps: int | None, device: torch.device, seed: int) ->
 @torch.no_grad()
 def measured(model: nn.Sequential, recipe: Recipe) -> dict[str, Any]:
     """Accuracy on the test pictures and, for a 1-Lipschitz network, its trunk's bound and the certified accuracy."""
-    images, labels = pictures(recipe.data, "test", recipe.test_items, seed=0)
+    images, labels = pictures(recipe.data, "test", recipe.test_items, TEST_SEED)
     device = next(model.parameters()).device
     logits = torch.cat([model(part.to(device)) for part in images.split(250)]).cpu()
     facts: dict[str, Any] = {"test": {"pictures": len(labels), "hash": fingerprint(images, labels)}}

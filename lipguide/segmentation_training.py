@@ -18,7 +18,7 @@ from lipguide.certificates import certified_miou, certified_pixel_accuracy
 from lipguide.data import BACKGROUND, SyntheticHouseNumbers, scenes
 from lipguide.network import lipschitz_bound
 from lipguide.plain import without_parametrizations
-from lipguide.pretrained import fingerprint
+from lipguide.pretrained import TEST_SEED, fingerprint
 from lipguide.segmentation import IGNORE, build, check_masks, miou, pixel_accuracy, pooled_miou
 from lipguide.training import shifted
 
@@ -113,7 +113,7 @@ def train(recipe: Recipe, steps: int | None, device: torch.device, seed: int) ->
 @torch.no_grad()
 def _measured(model: nn.Sequential, recipe: Recipe) -> dict[str, Any]:
     """Scores on the test pictures and, for a 1-Lipschitz network, its trunk's bound and certified scores."""
-    images, masks = pictures("test", recipe.test_items, recipe.pixels, recipe.labels)
+    images, masks = pictures("test", recipe.test_items, recipe.pixels, recipe.labels, TEST_SEED)
     device = next(model.parameters()).device
     noise = recipe.noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     logits = torch.cat([model(part.to(device)) for part in (images + noise).split(50)]).cpu()

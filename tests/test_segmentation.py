@@ -14,7 +14,7 @@ from lipguide.__main__ import main
 from lipguide.attacks import pgd_l2
 from lipguide.certificates import certified_miou, certified_pixel_accuracy, checked_logits, radius
 from lipguide.plain import without_parametrizations
-from lipguide.pretrained import WEIGHTS
+from lipguide.pretrained import TEST_SEED, WEIGHTS
 from lipguide.segmentation import (
     IGNORE,
     NETWORKS,
@@ -207,7 +207,7 @@ def test_no_certified_pixel_flips_and_no_score_falls_below_its_certificate(name,
 @pytest.mark.parametrize("eps", [0.03, 0.3])
 def test_shipped_network_keeps_its_promises_and_promises_something(eps):
     model, run = trained("segmentation-unet")
-    x, y = pictures("test", 6, 32, "ink")
+    x, y = pictures("test", 6, 32, "ink", TEST_SEED)
     bound, rows = run["trunk"], model[-1].weight
     logits = checked_logits(model, x, bound, rows)
     certain = radius(logits, y, bound, rows) > eps
@@ -290,7 +290,7 @@ def test_command_writes_weights_that_the_package_can_load(tmp_path, monkeypatch)
 def test_shipped_weights_score_what_their_run_says(name):
     model, run = trained(name)
     recipe = RECIPES[name]
-    images, masks = pictures("test", recipe.test_items, recipe.pixels, recipe.labels)
+    images, masks = pictures("test", recipe.test_items, recipe.pixels, recipe.labels, TEST_SEED)
     generator = torch.Generator().manual_seed(0)
     images = images + recipe.noise * torch.randn(images.shape, generator=generator)
     with torch.no_grad():
