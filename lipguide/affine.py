@@ -132,7 +132,7 @@ def frobenius(layer: nn.Module) -> nn.Module:
 
 
 def l2_normalized(layer: nn.Module) -> nn.Module:
-    """Divide the weight by its L2 norm, the layer of the blog on object detection.
+    """Divide the weight by its L2 norm: one reading of a layer of the case study; the other is `unit_rows`.
 
     For a dense layer this is `frobenius`. For a convolution the true norm may still reach √(taps): it is *not* a
     certificate by itself, and `lip.lipschitz_bound` says what it is worth.
