@@ -188,9 +188,11 @@ def network_of(name: str) -> nn.Sequential:
     return without_parametrizations(build(RECIPES[name].network, RECIPES[name].size))
 
 
-def trained(name: str, device: str | torch.device = "cpu") -> tuple[nn.Sequential, dict[str, Any]]:
+def trained(
+    name: str, device: str | torch.device = "cpu", folder: str | Path = pretrained.WEIGHTS
+) -> tuple[nn.Sequential, dict[str, Any]]:
     """A network with the weights that ship, in eval mode, and the run that made them; see `lipguide.pretrained`."""
-    return pretrained.trained(name, network_of(name), device)
+    return pretrained.trained(name, network_of(name), device, folder)
 
 
 RECIPES = {

@@ -22,7 +22,7 @@ from lipguide.data.files import replacing
 from lipguide.plain import without_parametrizations
 from lipguide.training import StepLoss, fit
 
-__all__ = ["TEST_SEED", "WEIGHTS", "Schedule", "fingerprint", "load", "save", "train", "trained"]
+__all__ = ["TEST_SEED", "WEIGHTS", "Schedule", "fingerprint", "load", "run_of", "save", "train", "trained"]
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 TEST_SEED = 1  # of the synthetic pictures that judge the weights; layers, losses and rates were chosen on seed 0
@@ -126,14 +126,27 @@ def load(name: str, model: nn.Module, folder: str | Path = WEIGHTS) -> dict[str,
     if not path.exists():
         there = ", ".join(sorted(p.stem for p in Path(folder).glob("*.safetensors"))) or "none"
         raise FileNotFoundError(f"no weights {name!r} in {folder}; there are: {there}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            run = json.loads((file.metadata() or {})["run"])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no file of weights that lipguide wrote ({error}): install it again") from error
+    run, state = _read(path)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"the weights {name!r} belong to another model: {error}") from error
     return run
+
+
+def run_of(path: str | Path) -> dict[str, Any]:
+    """The run that made a file of weights. See ``save`` for an example.
+
+    >>> run_of(WEIGHTS / "segmentation-unet.safetensors")["recipe"]["network"]
+    'unet'
+    """
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            run = json.loads((file.metadata() or {})["run"])
+            return run, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no file of weights that lipguide wrote ({error}): install it again") from error

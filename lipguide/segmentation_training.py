@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,9 +144,11 @@ def network_of(name: str) -> nn.Sequential:
     return without_parametrizations(build(recipe.network, widths=recipe.widths, classes=CLASSES[recipe.labels]))
 
 
-def trained(name: str, device: str | torch.device = "cpu") -> tuple[nn.Sequential, dict[str, Any]]:
+def trained(
+    name: str, device: str | torch.device = "cpu", folder: str | Path = pretrained.WEIGHTS
+) -> tuple[nn.Sequential, dict[str, Any]]:
     """A network with the weights that ship, in eval mode, and the run that made them; see `lipguide.pretrained`."""
-    return pretrained.trained(name, network_of(name), device)
+    return pretrained.trained(name, network_of(name), device, folder)
 
 
 LARGE: dict[str, Any] = {"labels": "digits", "pixels": 64, "widths": (64, 128, 256, 512), "items": None}

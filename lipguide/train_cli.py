@@ -11,10 +11,12 @@ commit, the device, the seed and the seconds are added here. Progress goes to th
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,10 @@ from torch import nn
 
 from lipguide.data.download import DownloadError
 from lipguide.ledger import Ledger
-from lipguide.pretrained import WEIGHTS, save
+from lipguide.pretrained import WEIGHTS, run_of, save
 from lipguide.training import start_distributed
 
-__all__ = ["TASKS", "Training", "add_arguments", "train", "trainings"]
+__all__ = ["TASKS", "Training", "add_arguments", "ensure", "train", "trainings"]
 
 Training = Callable[[int | None, torch.device, int], tuple[nn.Module, dict[str, Any]]]
 # The module that holds each task's dictionary.
@@ -70,6 +72,23 @@ def train(name: str, steps: int | None, device: str, seed: int, folder: str | Pa
     kept = {key: facts[key] for key in ("commit", "lock", "device", "torch", "python", "seed", "start")}
     kept["threads"] = torch.get_num_threads()
     return save(name, model, run | kept | {"seconds": round(time.perf_counter() - began, 1)}, folder)
+
+
+def ensure(name: str, device: str, seed: int, folder: str | Path) -> Path:
+    """The file of weights `name` in a folder: what an earlier run of this recipe left there, or else trained now.
+
+    This is how the profile "full" trains: interrupted, it goes on with the first network that is missing.
+
+    Args:
+        name, device, seed, folder: as `train` takes them.
+    """
+    path = Path(folder) / f"{name}.safetensors"
+    if not path.exists():
+        return train(name, None, device, seed, folder)
+    recipe = import_module(TASKS[name.split("-")[0]]).RECIPES[name]
+    if (made := run_of(path)["recipe"]) != json.loads(json.dumps(asdict(recipe))):
+        raise ValueError(f"{path} was made by another recipe, {made}: move it away to train by this one, {recipe}")
+    return path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,9 +111,11 @@ def network_of(name: str) -> FCOS:
     return without_parametrizations(build(RECIPES[name]))
 
 
-def trained(name: str, device: str | torch.device = "cpu") -> tuple[FCOS, dict[str, Any]]:
+def trained(
+    name: str, device: str | torch.device = "cpu", folder: str | Path = pretrained.WEIGHTS
+) -> tuple[FCOS, dict[str, Any]]:
     """A network with the weights that ship, in eval mode, and the run that made them; see `lipguide.pretrained`."""
-    return pretrained.trained(name, network_of(name), device)
+    return pretrained.trained(name, network_of(name), device, folder)
 
 
 RECIPES = {
