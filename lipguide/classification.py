@@ -304,7 +304,7 @@ def build(name: str, size: str = "cpu", classes: int = 10, pixels: int = 32) -> 
     return NETWORKS[name](**SIZES[size][name.split("-")[-1]], classes=classes, pixels=pixels)
 
 
-def check_labels(model: nn.Sequential, labels: torch.Tensor) -> None:
+def check_labels(model: nn.Module, labels: torch.Tensor) -> None:
     """Raise ValueError unless every label has an output of the head.
 
     >>> check_labels(vgg(), torch.tensor([3, 10]))
@@ -314,6 +314,8 @@ def check_labels(model: nn.Sequential, labels: torch.Tensor) -> None:
     """
     if labels.is_floating_point() or labels.ndim != 1:
         raise ValueError(f"labels must be class indices (N,), not {tuple(labels.shape)} of {labels.dtype}")
+    if not isinstance(model, nn.Sequential) or not isinstance(model[-1], nn.Linear):
+        raise ValueError("the network must be an nn.Sequential that ends in its head, an nn.Linear with a row a class")
     outputs = model[-1].out_features
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if low < 0:

@@ -27,6 +27,7 @@ __all__ = [
     "build",
     "check_masks",
     "confusion",
+    "counted",
     "fcn",
     "flipped",
     "miou",
@@ -216,6 +217,7 @@ classes=11, or mark these pixels with ignore_index = -100
     if not isinstance(head, nn.Conv2d):
         raise ValueError("the network must be an nn.Sequential that ends in its head, an nn.Conv2d with a row a class")
     classes = head.out_channels
+    masks = masks.long()  # -100 in eight bits without a sign would be 156
     found = masks[masks != ignore_index].unique()
     unknown = found[(found < 0) | (found >= classes)].tolist()
     if unknown:
@@ -227,16 +229,40 @@ classes=11, or mark these pixels with ignore_index = -100
         )
 
 
+def counted(predicted: Tensor, masks: Tensor, ignore_index: int = IGNORE, classes: int | None = None) -> Tensor:
+    """Which pixels a score counts, or ValueError for predictions and masks that it cannot compare.
+
+    Args:
+        classes: how many labels there are; None for any number.
+
+    >>> counted(torch.tensor([[[3, 1]]]), torch.tensor([[[0, -100]]]), classes=2)
+    Traceback (most recent call last):
+    ...
+    ValueError: the predictions hold label 3, and a score of 2 classes knows 0 to 1
+    """
+    if predicted.shape != masks.shape:
+        raise ValueError(f"predictions {tuple(predicted.shape)} and masks {tuple(masks.shape)} must agree in shape")
+    for what, labels in (("predictions", predicted), ("masks", masks)):
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"the {what} hold one whole number a pixel, the class, not {labels.dtype}")
+    valid = masks.long() != ignore_index
+    if classes is not None:
+        for what, labels in (("predictions", predicted[valid]), ("masks", masks[valid])):
+            wrong = labels[(labels < 0) | (labels >= classes)]
+            if len(wrong):
+                known = f"a score of {classes} classes knows 0 to {classes - 1}"
+                raise ValueError(f"the {what} hold label {int(wrong[0])}, and {known}")
+    return valid
+
+
 def confusion(predicted: Tensor, masks: Tensor, classes: int = CLASSES, ignore_index: int = IGNORE) -> Tensor:
     """Counts (C, C) over all pixels that are not ignored: how often class i (row) is predicted as j (column).
 
     >>> confusion(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 0]]]), classes=2).tolist()
     [[1, 1], [0, 0]]
     """
-    if predicted.shape != masks.shape:
-        raise ValueError(f"predictions {tuple(predicted.shape)} and masks {tuple(masks.shape)} must agree in shape")
-    valid = masks != ignore_index
-    pairs = masks[valid] * classes + predicted[valid]
+    valid = counted(predicted, masks, ignore_index, classes)
+    pairs = masks[valid].long() * classes + predicted[valid].long()
     if pairs.numel() == 0:
         raise ValueError("every pixel is ignored: nothing is left to score")
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
@@ -274,9 +300,7 @@ def pixel_accuracy(predicted: Tensor, masks: Tensor, ignore_index: int = IGNORE)
     >>> pixel_accuracy(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 0, -100]]]))
     tensor([0.5000], dtype=torch.float64)
     """
-    if predicted.shape != masks.shape:
-        raise ValueError(f"predictions {tuple(predicted.shape)} and masks {tuple(masks.shape)} must agree in shape")
-    valid = (masks != ignore_index).flatten(1)
+    valid = counted(predicted, masks, ignore_index).flatten(1)
     if not valid.any(1).all():
         raise ValueError("every pixel of a picture is ignored: its accuracy is undefined")
     return ((predicted == masks).flatten(1) & valid).sum(1) / valid.sum(1).double()

@@ -17,6 +17,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from lipguide.segmentation import counted
+
 __all__ = ["ABSTAIN", "Votes", "holm", "segcertify", "smoothed_miou", "smoothing_radius", "votes"]
 
 ABSTAIN = -1
@@ -123,9 +125,10 @@ def smoothed_miou(labels: Tensor, masks: Tensor, classes: int, ignore_index: int
     >>> smoothed_miou(torch.tensor([[[0, 0, ABSTAIN, 1]]]), torch.tensor([[[0, 0, 0, 1]]]), classes=2)
     tensor([0.5833], dtype=torch.float64)
     """
-    if labels.shape != masks.shape:
-        raise ValueError(f"labels {tuple(labels.shape)} and masks {tuple(masks.shape)} must agree in shape")
-    valid = masks.flatten(1) != ignore_index
+    given = torch.where(labels == ABSTAIN, 0, labels)
+    valid = counted(given, masks, ignore_index, classes).flatten(1)
+    if not valid.any(1).all():
+        raise ValueError("every pixel of a picture is ignored: its mIoU is undefined")
     given, truth = labels.flatten(1), masks.flatten(1)
     bounds = []
     for c in range(classes):

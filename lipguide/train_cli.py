@@ -29,9 +29,10 @@ from lipguide.ledger import Ledger
 from lipguide.pretrained import WEIGHTS, run_of, save
 from lipguide.training import start_distributed
 
-__all__ = ["TASKS", "Training", "add_arguments", "ensure", "train", "trainings"]
+__all__ = ["FULL", "TASKS", "Training", "add_arguments", "ensure", "train", "trainings"]
 
 Training = Callable[[int | None, torch.device, int], tuple[nn.Module, dict[str, Any]]]
+FULL = Path("study", "full")  # where networks in the size for a GPU go, seen from the checkout
 # The module that holds each task's dictionary.
 TASKS = {
     "classification": "lipguide.classification_training",
@@ -49,7 +50,7 @@ def trainings(task: str) -> Mapping[str, Training]:
     return import_module(TASKS[task]).TRAININGS
 
 
-def train(name: str, steps: int | None, device: str, seed: int, folder: str | Path = WEIGHTS) -> Path:
+def train(name: str, steps: int | None, device: str, seed: int, folder: str | Path | None = None) -> Path:
     """Train `name` by its recipe, write its weights with the run that made them, and return the file's path.
 
     Args:
@@ -57,6 +58,7 @@ def train(name: str, steps: int | None, device: str, seed: int, folder: str | Pa
         steps: updates, or None for as many as the recipe asks.
         device: "auto", "cpu" or "cuda".
         seed: of the weights at first and of the batches.
+        folder: that the file goes into; None for that of the weights that ship, or `FULL` for those that do not.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: training takes one step or more")
@@ -65,6 +67,8 @@ def train(name: str, steps: int | None, device: str, seed: int, folder: str | Pa
     if name not in recipes:
         known = recipes or {recipe for other in TASKS for recipe in trainings(other)}
         raise ValueError(f"no training {name!r}; there are: {', '.join(sorted(known))}")
+    if folder is None:
+        folder = FULL if name.endswith("-full") else WEIGHTS
     where = start_distributed(device)
     facts = Ledger(name, "train", where.type, seed).provenance
     began = time.perf_counter()
@@ -103,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="updates (default: as many as the recipe asks)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", default=WEIGHTS, help="where the file goes (default: into the package)")
+    parser.add_argument("--folder", help=f"where the file goes (default: into the package, or {FULL} for NAME-full)")
     parser.set_defaults(run=_run)
 
 

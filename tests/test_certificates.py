@@ -475,6 +475,30 @@ def test_training_mode_is_caught_and_dropout_named():
         checked_logits(model, images())
 
 
+class TensorFloat(nn.Linear):
+    """What TF32 does on a GPU: inputs and weights keep 10 bits of their fraction, sums are in float32."""
+
+    def forward(self, x):
+        if x.dtype == torch.float64:
+            return super().forward(x)
+        x, weight = ((v.view(torch.int32) & ~0x1FFF).view(torch.float32) for v in (x.contiguous(), self.weight))
+        return nn.functional.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tf32_is_caught_and_plain_float32_is_not(seed):
+    torch.manual_seed(seed)
+    for layer, caught in ((nn.Linear, False), (TensorFloat, True)):
+        layers = [nn.Flatten(), *(nn.utils.parametrizations.orthogonal(layer(n, m)) for n, m in ((48, 32), (32, 10)))]
+        model = nn.Sequential(*layers).eval()
+        images = torch.rand(8, 3, 4, 4)
+        if caught:
+            with pytest.raises(ValueError, match="reduced precision"):
+                checked_logits(model, images)
+        else:
+            checked_logits(model, images)
+
+
 def test_reduced_precision_is_caught():
     model = lipschitz_network(0).float()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="reduced precision"):

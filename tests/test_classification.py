@@ -248,6 +248,41 @@ def test_command_says_in_one_line_what_is_wrong(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
+def test_ensured_weights_are_trained_once_and_only_by_their_recipe(tmp_path, monkeypatch):
+    name, calls = "classification-vgg-svhn-full", []
+
+    def counted(steps, device, seed):
+        calls.append(name)
+        return classification_training.train(TINY, steps, device, seed)
+
+    monkeypatch.setitem(classification_training.RECIPES, name, TINY)
+    monkeypatch.setitem(classification_training.TRAININGS, name, counted)
+    path = train_cli.ensure(name, "cpu", 0, tmp_path)
+    before = path.read_bytes()
+    assert train_cli.ensure(name, "cpu", 0, tmp_path) == path
+    assert path.read_bytes() == before and calls == [name]
+    model, run = trained(name, "cpu", tmp_path)
+    assert run["recipe"] == asdict(TINY) and not model.training
+    monkeypatch.setitem(classification_training.RECIPES, name, replace(TINY, rate=0.5))
+    with pytest.raises(ValueError, match="made by another recipe"):
+        train_cli.ensure(name, "cpu", 0, tmp_path)
+
+
+def test_weights_that_do_not_ship_are_not_written_into_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "classification-sll-cifar10-full"
+    tiny = {name: lambda steps, device, seed: classification_training.train(TINY, steps, device, seed)}
+    monkeypatch.setattr(classification_training, "TRAININGS", tiny)
+    assert train_cli.train(name, 1, "cpu", 0).resolve() == tmp_path / "study" / "full" / f"{name}.safetensors"
+
+
+def test_unknown_weights_and_a_network_without_a_head_are_named():
+    with pytest.raises(ValueError, match="no weights 'classification-vit'; there are: classification-vgg"):
+        trained("classification-vit")
+    with pytest.raises(ValueError, match="ends in its head"):
+        check_labels(nn.Sequential(nn.Linear(3, 10), nn.ReLU()), torch.tensor([1]))
+
+
 def test_an_interrupted_training_writes_nothing_and_says_so(tmp_path, monkeypatch, capsys):
     def interrupted(steps, device, seed):
         raise KeyboardInterrupt
@@ -257,7 +292,7 @@ def test_an_interrupted_training_writes_nothing_and_says_so(tmp_path, monkeypatc
     assert "were not written" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet"])
+@pytest.mark.parametrize("name", ["vgg", "resnet", "sll"])
 def test_the_chapter_shows_the_networks_of_the_package(name):
     """The code that a reader copies makes the very network that the weights belong to."""
     cells = jupytext.read(CHAPTER).cells

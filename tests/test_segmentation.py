@@ -300,6 +300,34 @@ def test_shipped_weights_score_what_their_run_says(name):
         assert lipschitz_bound(model[:-1].eval(), tuple(images.shape[1:])).value <= 1 + 1e-4
 
 
+@pytest.mark.parametrize("score", [miou, pooled_miou, confusion])
+@pytest.mark.parametrize(
+    "predicted, masks, message",
+    [
+        ([3, 1], [0, 1], "predictions hold label 3, and a score of 2 classes knows 0 to 1"),
+        ([0, 2], [0, -1], "predictions hold label 2"),
+        ([0, 1], [0, -1], "masks hold label -1"),
+        ([0, 1], [0, 255], "masks hold label 255"),
+    ],
+)
+def test_a_score_refuses_labels_that_it_does_not_know(score, predicted, masks, message):
+    with pytest.raises(ValueError, match=message):
+        score(torch.tensor([[predicted]]), torch.tensor([[masks]]), classes=2)
+
+
+@pytest.mark.parametrize("score", [miou, pixel_accuracy])
+def test_a_score_refuses_masks_of_fractions_and_counts_no_ignored_pixel(score):
+    with pytest.raises(ValueError, match="masks hold one whole number a pixel, the class, not torch.float32"):
+        score(torch.zeros(1, 2, 2, dtype=torch.long), torch.zeros(1, 2, 2))
+    assert score(torch.tensor([[[0, 7]]]), torch.tensor([[[0, -100]]])).item() == 1
+
+
+def test_masks_of_bytes_do_not_take_156_for_the_label_that_is_ignored():
+    model = build("unet", widths=(4, 8))
+    with pytest.raises(ValueError, match="hold 156 too"):
+        check_masks(model, torch.full((1, 4, 4), 156, dtype=torch.uint8))
+
+
 def test_unknown_weights_are_answered_with_those_that_there_are():
     with pytest.raises(ValueError, match="no weights 'segmentation-vit'; there are: segmentation-unet"):
         network_of("segmentation-vit")
