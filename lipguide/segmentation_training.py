@@ -6,7 +6,7 @@ and that the network for randomized smoothing is trained under its noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Recipe(pretrained.Schedule):
     widths: tuple[int, ...] = (16, 32, 64, 96)
     labels: str = "ink"
     pixels: int = 32
-    items: int | None = 6000
+    items: int | None = None  # all scenes
     test_items: int = 200
 
 
@@ -165,15 +165,20 @@ def trained(
     return pretrained.trained(name, network_of(name), device, folder)
 
 
-LARGE: dict[str, Any] = {"labels": "digits", "pixels": 64, "widths": (64, 128, 256, 512), "items": None}
 RECIPES = {
-    "segmentation-unet": Recipe("unet", steps=1500, dial=(50.0,), rate=1.5e-2),
-    "segmentation-fcn": Recipe("fcn", steps=2000, dial=(50.0,), rate=1e-2),
-    "segmentation-ordinary": Recipe("ordinary-unet", steps=1000, dial=(1.0,)),
-    "segmentation-noisy": Recipe("ordinary-unet", steps=1000, dial=(1.0,), noise=0.15),
-    "segmentation-ordinary-fcn": Recipe("ordinary-fcn", steps=1000, dial=(1.0,)),
-    # For one GPU, all scenes and the digit at every pixel; not run for this book.
-    "segmentation-digits": Recipe("unet", steps=30_000, batch_size=128, dial=(100.0,), **LARGE),
-    "segmentation-digits-ordinary": Recipe("ordinary-unet", steps=10_000, batch_size=128, dial=(1.0,), **LARGE),
+    "segmentation-unet": Recipe("unet", steps=2500, dial=(50.0,), rate=1.5e-2),
+    "segmentation-fcn": Recipe("fcn", steps=3000, dial=(50.0,), rate=1e-2),
+    "segmentation-ordinary": Recipe("ordinary-unet", steps=1500, dial=(1.0,)),
+    "segmentation-noisy": Recipe("ordinary-unet", steps=1500, dial=(1.0,), noise=0.15),
+    "segmentation-ordinary-fcn": Recipe("ordinary-fcn", steps=1500, dial=(1.0,)),
+    "segmentation-digits": Recipe("unet", 6000, batch_size=32, rate=1.5e-2, dial=(100.0,), labels="digits"),
+    "segmentation-digits-ordinary": Recipe("ordinary-unet", 5000, batch_size=32, dial=(1.0,), labels="digits"),
+}
+# The profile "full": for one GPU. Not run for this book.
+RECIPES |= {
+    f"{name}-full": replace(
+        recipe, widths=tuple(4 * w for w in recipe.widths), steps=4 * recipe.steps, batch_size=128, test_items=2000
+    )
+    for name, recipe in list(RECIPES.items())
 }
 TRAININGS = {name: partial(train, recipe) for name, recipe in RECIPES.items()}
