@@ -349,6 +349,8 @@ def _budgets(epsilon: float | Sequence[float] | Tensor, device: torch.device) ->
 def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
     if labels.ndim < 2:
         raise ValueError(f"labels {tuple(labels.shape)} must be one map of classes a picture, (N, H, W)")
+    if len(labels) == 0:
+        raise ValueError("the certificate of no pictures is undefined: there is none in labels")
     valid = labels.long() != ignore_index  # -100 in eight bits without a sign would be 156
     for index, picture in enumerate(valid.flatten(1).any(1).tolist()):
         if not picture:

@@ -49,7 +49,7 @@ class Ledger:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         self.provenance: dict[str, Any] = {
-            "commit": _commit(),
+            "commit": _commit("book/results", *(["lipguide/weights"] if profile == "train" else [])),
             "lock": lock_hash(),
             "profile": profile,
             "device": device_name(device),
@@ -186,13 +186,13 @@ def _plain(value: Any, key: str) -> Any:
     raise TypeError(f"{key} is a {type(value).__name__}; record numbers, text, or lists and dicts of those")
 
 
-def _commit() -> str:
-    """The commit of the checkout, with a plus sign where tracked sources differ from it."""
+def _commit(*products: str) -> str:
+    """The commit of the checkout, with a plus sign where tracked files differ from it, apart from what runs write."""
     try:
         git = ["git", "-C", str(PACKAGE.parent)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        # Ledger files change with every run; they say nothing about the code that ran.
-        changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!book/results"]
+        others = [f":!{path}" for path in products]  # they say nothing about the code that ran
+        changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *others]
         status = subprocess.run(changed, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

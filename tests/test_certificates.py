@@ -520,3 +520,9 @@ def test_reduced_precision_is_caught():
 def test_images_of_another_kind_are_refused(bad):
     with pytest.raises(ValueError, match="images must be"):
         checked_logits(lipschitz_network(0).float(), bad)
+
+
+@pytest.mark.parametrize("certify", [certified_pixel_accuracy, certified_miou])
+def test_no_pictures_have_no_certified_score(certify):
+    with pytest.raises(ValueError, match="no pictures is undefined"):
+        certify(torch.zeros(0, 2, 4, 4), torch.zeros(0, 4, 4, dtype=torch.long), 0.1)

@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import subprocess
 
 import numpy as np
 import pytest
@@ -103,3 +104,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError):
         write_json(path, {"x": math.nan})
     assert json.loads(path.read_text()) == {"x": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_runs_write_does_not_mark_a_commit_as_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True
+        )
+
+    for name in ("book/results/a.json", "lipguide/weights/a.safetensors", "lipguide/a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr("lipguide.ledger.PACKAGE", tmp_path / "lipguide")
+
+    def marks():
+        commits = (Ledger("a", profile, "cpu", 0).provenance["commit"] for profile in ("quick", "train"))
+        return [commit.endswith("+") for commit in commits]
+
+    assert marks() == [False, False]
+    (tmp_path / "book/results/a.json").write_text("two")
+    assert marks() == [False, False]
+    (tmp_path / "lipguide/weights/a.safetensors").write_text("two")
+    assert marks() == [True, False]
+    (tmp_path / "lipguide/a.py").write_text("two")
+    assert marks() == [True, True]
