@@ -166,13 +166,13 @@ def trained(
 
 
 RECIPES = {
-    "segmentation-unet": Recipe("unet", steps=2500, dial=(50.0,), rate=1.5e-2),
-    "segmentation-fcn": Recipe("fcn", steps=3000, dial=(50.0,), rate=1e-2),
+    "segmentation-unet": Recipe("unet", steps=2000, dial=(50.0,), rate=1.5e-2),
+    "segmentation-fcn": Recipe("fcn", steps=2500, dial=(50.0,), rate=1e-2),
     "segmentation-ordinary": Recipe("ordinary-unet", steps=1500, dial=(1.0,)),
     "segmentation-noisy": Recipe("ordinary-unet", steps=1500, dial=(1.0,), noise=0.15),
     "segmentation-ordinary-fcn": Recipe("ordinary-fcn", steps=1500, dial=(1.0,)),
-    "segmentation-digits": Recipe("unet", 6000, batch_size=32, rate=1.5e-2, dial=(100.0,), labels="digits"),
-    "segmentation-digits-ordinary": Recipe("ordinary-unet", 5000, batch_size=32, dial=(1.0,), labels="digits"),
+    "segmentation-digits": Recipe("unet", 4000, batch_size=32, rate=1.5e-2, dial=(100.0,), labels="digits"),
+    "segmentation-digits-ordinary": Recipe("ordinary-unet", 3000, batch_size=32, dial=(1.0,), labels="digits"),
 }
 # The profile "full": for one GPU. Not run for this book.
 RECIPES |= {
