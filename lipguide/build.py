@@ -30,7 +30,7 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from lipguide.fingerprint import chapter_key
+from lipguide.fingerprint import chapter_key, records_read
 from lipguide.ledger import lock_hash
 
 __all__ = ["DEVICES", "PROFILES", "Book", "BuildError", "build"]
@@ -164,7 +164,8 @@ def _execute(book: Book, chapter: str, profile: str, device: str) -> tuple[Outco
     notebook = jupytext.read(source)
     parameters = {"profile": profile, "device": device, "seed": SEED}
     code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
-    key = chapter_key(code, source.read_text(encoding="utf-8"), parameters, lock_hash())
+    records = records_read(code, source.parent)
+    key = chapter_key(code, source.read_text(encoding="utf-8"), parameters, lock_hash(), records)
     target = book.executed(chapter, profile)
     if _key_of(target) == key and book.ledger(chapter, profile).exists():
         return Outcome(chapter, time.perf_counter() - began), False

@@ -1,20 +1,21 @@
-"""What a chapter's outcome depends on, as one hash: its source, its parameters, the lock and the code it imports."""
+"""What a chapter's outcome depends on, as one hash: source, parameters, lock, code it imports, records it reads."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-__all__ = ["chapter_key", "modules_behind"]
+__all__ = ["chapter_key", "modules_behind", "records_read"]
 
 PACKAGE = Path(__file__).resolve().parent
 NAME = PACKAGE.name
 
 
-def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str) -> str:
+def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str, records: Iterable[Path] = ()) -> str:
     """A hash that changes when the chapter must run again, and only then.
 
     Args:
@@ -22,6 +23,7 @@ def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str
         source: the whole chapter, prose included (it is part of the executed notebook).
         parameters: what papermill injects.
         lock: the hash of the locked environment.
+        records: files beside the chapter that it reads, as `records_read` finds them.
 
     >>> key = chapter_key("import math", "# A\\n", {"profile": "quick"}, "abc")
     >>> key == chapter_key("import math", "# A\\n", {"profile": "full"}, "abc")
@@ -32,7 +34,32 @@ def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str
     files = sorted(modules) + (_data_files() if modules else [])
     for path in files:
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted(records):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def records_read(code: str, folder: Path) -> list[Path]:
+    """The files `results/...` in a chapter's folder that its code reads by `read(...)`: what other runs left on record.
+
+    What stands in braces in a name may be anything: all files that fit count.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "results").mkdir()
+    >>> for name in ("bench.full", "study.cpu", "why.quick"):
+    ...     _ = (folder / f"results/{name}.json").write_text("")
+    >>> code = "read('results/bench.full.json')\\nread(f'results/{name}.cpu.json')"
+    >>> [path.name for path in records_read(code, folder)]
+    ['bench.full.json', 'study.cpu.json']
+    """
+    patterns = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "read":
+            for name in node.args[:1]:
+                parts = name.values if isinstance(name, ast.JoinedStr) else [name]
+                patterns.add("".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in parts))
+    return sorted({path for name in patterns if name.startswith("results/") for path in folder.glob(name)})
 
 
 def modules_behind(code: str) -> set[Path]:

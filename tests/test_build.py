@@ -11,6 +11,7 @@ import pytest
 
 from lipguide.__main__ import main
 from lipguide.build import Book, BuildError, build
+from lipguide.ledger import read
 
 CHAPTER = """---
 jupytext: {{text_representation: {{extension: .md, format_name: myst}}}}
@@ -100,6 +101,21 @@ def test_build_rebuild_change_fail_and_recover(root, capsys):
     write(root, "one", title="Mended")
     assert build(Book(root), "quick", "cpu", only=["one"]) == 0
     assert "Mended" in (root / "_build/html/book/one.html").read_text()
+
+
+def test_a_chapter_runs_again_when_a_record_that_it_reads_changes(root, capsys):
+    code = "from lipguide.ledger import read\nledger['was'] = read('results/run.cpu.json')['results']['was']"
+    write(root, "one", code=code)
+    record = root / "book" / "results" / "run.cpu.json"
+    record.parent.mkdir()
+    record.write_text('{"provenance": {}, "results": {"was": 1}}')
+    assert build(Book(root), "quick", "cpu") == 0
+    capsys.readouterr()
+    record.write_text('{"provenance": {}, "results": {"was": 2}}')
+    assert build(Book(root), "quick", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "executed" in lines[0] and "unchanged" in lines[1]
+    assert read(root / "book" / "results" / "one.quick.json")["results"]["was"] == 2
 
 
 def test_a_wrong_ledger_key_fails_the_rendering(root, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lipguide.fingerprint import PACKAGE, chapter_key, modules_behind
+from lipguide.fingerprint import PACKAGE, chapter_key, modules_behind, records_read
 
 
 def names(code):
@@ -40,3 +40,23 @@ def test_each_ingredient_changes_the_key():
     ]
     keys = {chapter_key(*v) for v in [base, *variants]}
     assert len(keys) == 5 and chapter_key(*base) == chapter_key(*base)
+
+
+@pytest.mark.parametrize("reads", ["read('results/study.cpu.json')", "read(f'results/{name}.cpu.json')"])
+def test_a_new_record_makes_the_chapters_that_read_it_stale(tmp_path, reads):
+    """Those that read it by its name or by a pattern, and no other."""
+
+    def keys():
+        codes = (f"from lipguide.ledger import read\n{reads}", "from lipguide.ledger import read\nread(path)")
+        return [chapter_key(code, "text", {}, "lock", records_read(code, tmp_path)) for code in codes]
+
+    (tmp_path / "results").mkdir()
+    record = tmp_path / "results" / "study.cpu.json"
+    record.write_text("{}")
+    (tmp_path / "results" / "other.quick.json").write_text("{}")
+    first = keys()
+    (tmp_path / "results" / "other.quick.json").write_text("[]")
+    assert keys() == first
+    record.write_text("[]")
+    reader, other = keys()
+    assert reader != first[0] and other == first[1]

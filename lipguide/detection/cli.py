@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from lipguide.detection.study import CONFIGURATIONS, EPSILON, PLANS, load_split, study
-from lipguide.ledger import Ledger
+from lipguide.ledger import Ledger, write_json
 from lipguide.training import rank_and_ranks, start_distributed
 
 __all__ = ["add_arguments"]
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ['naive']
     """
     parser.add_argument("--plan", choices=PLANS, default="full", help="full (a GPU), cpu (hours), quick (a minute)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto, cpu or cuda")
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=CONFIGURATIONS, metavar="CONFIGURATION")
     parser.add_argument("--svhn", type=Path, metavar="DIR", help="real SVHN instead of its synthetic twin")
     parser.add_argument("--seed", type=int, default=0)
@@ -33,7 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
+def _problem(options: argparse.Namespace) -> str:
+    """What keeps the study from starting as asked, and what would do; nothing if all is well."""
+    if torch.cuda.is_available():
+        return ""
+    if options.device == "cuda":
+        return "torch sees no CUDA device; --plan cpu --device cpu runs the study without one, in hours"
+    if options.plan == "full" and options.device == "auto":
+        return "torch sees no CUDA device, and plan full takes days without: take --plan cpu, or insist by --device cpu"
+    return ""
+
+
 def _run(options: argparse.Namespace) -> int:
+    if problem := _problem(options):
+        print(f"python -m lipguide study: {problem}", file=sys.stderr)
+        return 2
     device = start_distributed(options.device)
     first = rank_and_ranks()[0] == 0
     folder, plan = options.folder or Path("study") / options.plan, PLANS[options.plan]
@@ -52,7 +66,10 @@ def _run(options: argparse.Namespace) -> int:
         ledger.used(splits["train"].name, splits["train"].hash)
         ledger["configurations"] = entries
         ledger["epsilon"], ledger["threads"] = EPSILON, torch.get_num_threads()
-        print(f"on record: {ledger.save()}")
+        path = ledger.save()
+        # What all configurations took, also those that an earlier call trained.
+        ledger.provenance["seconds"] = round(sum(e["train_seconds"] + e["evaluate_seconds"] for e in entries), 2)
+        print(f"on record: {write_json(path, {'provenance': ledger.provenance, 'results': ledger.results})}")
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,13 +34,24 @@ from lipguide.ledger import Ledger, write_json
 from lipguide.network import lipschitz_bound
 from lipguide.training import fit, rank_and_ranks
 
-__all__ = ["CONFIGURATIONS", "PLANS", "Plan", "Split", "configurations", "load_split", "study", "weights_of"]
+__all__ = [
+    "CONFIGURATIONS",
+    "PLANS",
+    "Plan",
+    "Split",
+    "attacked",
+    "configurations",
+    "load_split",
+    "study",
+    "weights_of",
+]
 
 logger = logging.getLogger(__name__)
 EPSILON = 0.5  # the case study's
 # Times the plan's rate: with that of the others, spectral-norm was after 600 steps no better than a detector that says
 # "background" everywhere. If it cannot learn, that shall not be for want of speed.
 FASTER = {"spectral-norm": 5.0}
+BLIND = re.compile(r"the gradient of the loss was zero at every step for (\d+) of")
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,12 @@ def study(
     """Train and evaluate the configurations ``only``, and return one entry for each, in the order of the study.
 
     Under ``torchrun`` every process calls this with the same arguments; all return the same. ``folder`` holds what is
-    needed to go on after an interruption; results of another plan or of other scenes there are an error.
+    needed to go on after an interruption; results of another plan or of other scenes there are an error. An entry's
+    ``run`` says on what, until when and for how long it ran; it stays with the entry when a later call reads it again.
+
+    On several CUDA devices batch norm goes over the whole batch. torch has no such batch norm for processes on the CPU:
+    there each normalises its own share, so that *naive* comes out differently on one and on two of them. The other
+    configurations have no batch norm and do not.
     """
     makers = configurations(plan.width)
     unknown = [name for name in only if name not in makers]
@@ -160,7 +179,8 @@ def _one(
     torch.manual_seed(seed)
     model = make().to(train.images.device, memory_format=torch.channels_last)
     rank, ranks = rank_and_ranks()
-    if ranks > 1 and train.images.is_cuda:  # batch norm over the whole batch; torch has it for CUDA only
+    facts = Ledger(slug, "study", train.images.device.type, seed).provenance  # of the code that runs, so before it does
+    if ranks > 1 and train.images.is_cuda:  # see the docstring of study
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate * FASTER.get(name, 1.0))
     step, steps = DetectionStep(model.training_loss()), max(int(len(train.images) * plan.epochs / plan.batch_size), 1)
@@ -170,6 +190,8 @@ def _one(
         model, columns, step, optimizer, steps, plan.batch_size, "one-cycle", precision,
         seed=seed, checkpoint=checkpoint, report=lambda line: report(f"{name}: {line}"),
     )  # fmt: skip
+    for buffer in model.buffers() if ranks > 1 else ():  # running statistics: all shall evaluate the same detector
+        dist.broadcast(buffer, 0)
     began = time.perf_counter()
     entry = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
     entry |= evaluate(model.eval(), plan, test)
@@ -177,9 +199,11 @@ def _one(
     entry |= {"steps": steps, "loss": history[-1]["loss"], "train_seconds": seconds}
     entry |= {"train_scenes_per_second": steps * plan.batch_size / seconds}
     entry["evaluate_seconds"] = time.perf_counter() - began
+    entry["run"] = {key: facts[key] for key in ("commit", "lock", "device")}
+    entry["run"] |= {"end": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    entry["run"] |= {"seconds": seconds + entry["evaluate_seconds"]}
     report(f"{name}: clean {entry['clean_map50']:.2f}, PGD {entry['pgd_map50']:.2f} mAP")
     if rank == 0:
-        facts = Ledger(slug, "study", train.images.device.type, seed).provenance
         run = facts | {"steps": steps, "data": f"{train.name}, {train.hash}", "seconds": seconds} | entry
         pretrained.save(slug, model, run, folder)
         write_json(path, {"setting": setting, "entry": entry})
@@ -202,20 +226,26 @@ def evaluate(model: TinierSSD, plan: Plan, test: Split) -> dict[str, Any]:
     clean, rate = _scored(model, test, lambda images, targets: images)
     entry |= {"clean_map50": clean.map50, "clean": clean._asdict(), "detect_scenes_per_second": rate}
     few = test.part(slice(plan.attacked_scenes))
-    entry["clean_map50_of_attacked_scenes"] = _scored(model, few, lambda images, targets: images)[0].map50
+    if len(few.images) < len(test.images):
+        clean, _ = _scored(model, few, lambda images, targets: images)
+    entry["clean_map50_of_attacked_scenes"] = clean.map50
     made: dict[str, list[Tensor]] = {name: [] for name in ("training loss", *ATTACKS)}
+    blind = dict.fromkeys(made, 0)
     precision = getattr(torch, plan.precision)
 
     def attack(name: str, images: Tensor, targets: Targets) -> Tensor:
         # The search may be rough; what it finds lies in the ball to float32, and is scored in float32.
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-            made[name].append(attack_l2(model, images, targets, EPSILON, name, plan.attack_steps))
-        return made[name][-1]
+            moved, unseen = attacked(model, images, targets, EPSILON, name, plan.attack_steps)
+        made[name].append(moved)
+        blind[name] += unseen
+        return moved
 
     scored = {name: _scored(model, few, partial(attack, name)) for name in made}
     pgd, rate = scored["training loss"]
     entry |= {"pgd_map50": pgd.map50, "pgd": pgd._asdict(), "attack_scenes_per_second": rate}
     entry["attacks_map50"] = {name: one.map50 for name, (one, _) in scored.items()}
+    entry["blind_scenes"] = {name: sum(share[name] for share in _shares(blind)) for name in blind}
     turns = zip(*made.values(), strict=True)  # each scoring meets the parts of the scenes in the same order
 
     def hardest(images: Tensor, targets: Targets) -> Tensor:
@@ -224,6 +254,40 @@ def evaluate(model: TinierSSD, plan: Plan, test: Split) -> dict[str, Any]:
     # The picture on which fewest objects are found need not be the one that costs most precision.
     worst = min(_scored(model, few, hardest)[0], *(one for one, _ in scored.values()), key=lambda one: one.map50)
     return entry | {"strongest_map50": worst.map50, "strongest": worst._asdict(), "attacked_scenes": len(few.images)}
+
+
+def attacked(
+    model: nn.Module, images: Tensor, targets: Targets, eps: float, name: str, steps: int
+) -> tuple[Tensor, int]:
+    """What ``attack_l2`` finds, and for how many scenes it was blind: never met a gradient that was not zero.
+
+    That such scenes stand says nothing about the detector. A run of hours puts their number on record; elsewhere a
+    warning says it.
+
+    >>> from lipguide.detection.boxes import pad_targets
+    >>> targets = pad_targets([torch.tensor([[0.1, 0.1, 0.5, 0.9]])], [torch.tensor([1])])
+    >>> attacked(naive().eval(), torch.rand(1, 3, 74, 74), targets, 0.5, "vanish", 2)[1]
+    0
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        moved = attack_l2(model, images, targets, eps, name, steps)
+    blind = 0
+    for warning in caught:
+        if found := BLIND.search(str(warning.message)):
+            blind += int(found[1])
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return moved, blind
+
+
+def _shares(own: Any) -> list[Any]:
+    """What each process has, in their order."""
+    ranks = rank_and_ranks()[1]
+    shares = [own] * ranks
+    if ranks > 1:
+        dist.all_gather_object(shares, own)
+    return shares
 
 
 def _scored(model: nn.Module, test: Split, change: Callable[[Tensor, Targets], Tensor]) -> tuple[Score, float]:
@@ -235,11 +299,7 @@ def _scored(model: nn.Module, test: Split, change: Callable[[Tensor, Targets], T
         images, targets, *_ = test.part(slice(start, start + size))
         found += detections(model, change(unit_range(images), targets))
     found = [{key: value.cpu() for key, value in scene.items()} for scene in found]
-    shares: list[Any] = [found]
-    if ranks > 1:
-        shares = [None] * ranks
-        dist.all_gather_object(shares, found)
-    starts = range(0, len(test.images), size)
+    shares, starts = _shares(found), range(0, len(test.images), size)
     order = [share[size * turn : size * (turn + 1)] for turn in range(len(starts)) for share in shares]
     rate = len(test.images) / (time.perf_counter() - began)
     return score([scene for part in order for scene in part], test.targets), rate
