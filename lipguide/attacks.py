@@ -318,12 +318,14 @@ def _ascend(
     for step in range(steps + 1):
         moved = (x + delta).clamp(0, 1).requires_grad_()
         output = model(moved)
-        value = _per_sample(score(output, y), x).detach()
+        scored = _per_sample(score(output, y), x)
+        value = scored.detach()
         better = value > best
         worst, best = torch.where(_like(better, x), moved.detach(), worst), torch.maximum(value, best)
         finite &= ~value.isnan()
         if step < steps:
-            (gradient,) = torch.autograd.grad(_per_sample(loss(output, y), x).sum(), moved)
+            climbed = scored if loss is score else _per_sample(loss(output, y), x)
+            (gradient,) = torch.autograd.grad(climbed.sum(), moved)
             largest = _like(gradient.abs().flatten(1).amax(1), x)
             dead = ~((largest > 0) & largest.isfinite())
             blind &= dead.flatten()

@@ -380,6 +380,27 @@ def test_pixelwise_outputs_and_their_own_score():
     assert (wrong_pixels(network(by_count), y) >= wrong_pixels(network(by_loss), y)).all()
 
 
+@pytest.mark.parametrize("attack", [pgd_l2, pgd_linf])
+def test_an_objective_that_is_also_the_score_is_asked_once_a_step_and_gives_the_very_same_pictures(attack, models):
+    """Detectors ascend what they are judged by, and to ask them is dear. Two names mean two questions, as before."""
+    x, model = pictures(20, seed=3)[0], models["ordinary"]
+    aim = torch.linspace(-1, 1, 20)[:, None]  # as y: no labels, so that nothing is known but the loss
+    calls = []
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        calls.append(len(output))
+        return (output.tanh() * y).sum(1) + (output.square() * y.cos()).mean(1)
+
+    def the_same(output: Tensor, y: Tensor) -> Tensor:
+        return loss(output, y)
+
+    once = attack(model, x, aim, 0.3, steps=6, restarts=2, loss=loss)
+    asked_once = len(calls)
+    twice = attack(model, x, aim, 0.3, steps=6, restarts=2, loss=loss, score=the_same)
+    assert torch.equal(once, twice) and not torch.equal(once, x)
+    assert asked_once == 2 * 7 and len(calls) - asked_once == 2 * (7 + 6)
+
+
 def test_any_model_and_loss_will_do():
     """Outputs in a dictionary and targets in a list, as a detector has them."""
 

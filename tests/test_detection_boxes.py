@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_convert, box_iou, nms
 
-from lipguide.detection.boxes import Targets, decode, detect, encode, match, pad_targets, prior_boxes
+from lipguide.detection.boxes import (
+    Targets,
+    check_targets,
+    decode,
+    detect,
+    encode,
+    match,
+    pad_targets,
+    prior_boxes,
+)
 
 SEEDS = st.integers(0, 10_000)
 PRIORS = prior_boxes((6, 3), (0.25, 0.6), (0.85, 0.4))
@@ -116,12 +125,56 @@ def test_padding_changes_nothing():
         ([[0.1, 0.1, 0.3, 0.4]], [10], "scene 1: labels must be 0 to 9"),
         ([[0.1, 0.1, 0.3, 0.4]], [-1], "scene 1: labels must be 0 to 9"),
         ([[0.1, 0.1, 0.3, 0.4]], [1, 2], r"scene 1: boxes \(1, 4\) for 2 labels"),
+        ([[0.1, 0.1, 0.3, 0.4]], [1.7], r"scene 1: labels must be whole numbers, not \[1.7"),
+        ([[0.1, 0.1, 0.3, 0.4]], [float("nan")], "scene 1: labels must be whole numbers"),
     ],
 )
 def test_bad_targets_are_named(boxes, labels, message):
     good = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([3])
     with pytest.raises(ValueError, match=message):
         pad_targets([good[0], torch.tensor(boxes)], [good[1], torch.tensor(labels)])
+
+
+def test_labels_may_be_floats_as_long_as_they_are_whole():
+    assert pad_targets([torch.tensor([[0.1, 0.1, 0.3, 0.4]])], [torch.tensor([7.0])]).labels.tolist() == [[7]]
+
+
+BY_HAND = {
+    "10 passes for background": ([0.1, 0.1, 0.5, 0.5], 10, "scene 1: labels must be 0 to 9, not \\[10\\]"),
+    "12 is an index out of range": ([0.1, 0.1, 0.5, 0.5], 12, "scene 1: labels must be 0 to 9, not \\[12\\]"),
+    "-2 is no padding": ([0.1, 0.1, 0.5, 0.5], -2, "scene 1: labels must be 0 to 9"),
+    "no area makes the loss infinite": ([0.1, 0.1, 0.1, 0.5], 3, "scene 1: a box has no area"),
+    "outside": ([0.1, 0.1, 0.5, 1.5], 3, "scene 1: a box lies outside the picture"),
+    "NaN": ([0.1, 0.1, 0.5, math.nan], 3, "scene 1: a box lies outside the picture"),
+}
+
+
+def targets_by_hand(box, label):
+    """Two scenes of two columns; the second scene has padding first, and then the object in question."""
+    good, nothing = [0.2, 0.2, 0.6, 0.8], [0.0] * 4
+    return Targets(torch.tensor([[good, good], [nothing, box]]), torch.tensor([[1, 2], [-1, label]]))
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_targets_built_by_hand_are_checked_where_priors_are_matched_with_them(case):
+    box, label, message = BY_HAND[case]
+    for use in (check_targets, lambda targets: match(targets, PRIORS)):
+        with pytest.raises(ValueError, match=message):
+            use(targets_by_hand(box, label))
+
+
+def test_targets_of_another_shape_or_kind_are_refused():
+    boxes, labels = targets_by_hand([0.1, 0.1, 0.5, 0.5], 3)
+    check_targets(Targets(boxes, labels))
+    for wrong in (Targets(boxes[:1], labels), Targets(boxes[0], labels[0]), Targets(boxes, labels.float())):
+        with pytest.raises(ValueError, match="targets must be boxes"):
+            check_targets(wrong)
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(SEEDS)
+def test_what_pad_targets_makes_is_never_refused(seed):
+    check_targets(pad_targets(*random_scenes(seed)))
 
 
 @settings(deadline=None, max_examples=15, derandomize=True)
@@ -158,3 +211,14 @@ def test_many_scenes_at_once_are_those_of_one_at_a_time():
 def test_no_detection_at_all_is_an_empty_result():
     found = detect(torch.zeros(2, 5, 3), torch.rand(2, 5, 4))
     assert [tuple(part.shape) for part in found[1].values()] == [(0, 4), (0,), (0,)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", ["scores", "boxes"])
+def test_a_broken_detector_is_not_one_that_finds_nothing(part, value):
+    """NaN is above no threshold: it came out as "nothing found", which is an honest answer of another detector."""
+    g = torch.Generator().manual_seed(0)
+    inputs = {"scores": torch.rand(40, 5, 3, generator=g), "boxes": torch.rand(40, 5, 4, generator=g)}
+    inputs[part][37, 2, 1] = inputs[part][39, 0, 0] = value
+    with pytest.raises(ValueError, match="scene 37: the detector's scores or boxes are not finite, in 2 of 40 scenes"):
+        detect(**inputs)

@@ -16,7 +16,7 @@ from lipguide.detection.fcos import FCOSLoss, FCOSOutput, assign, fcos, ordinary
 from lipguide.detection.losses import DetectionStep
 from lipguide.network import lipschitz_bound
 from lipguide.training import fit
-from tests.test_detection_boxes import random_scenes
+from tests.test_detection_boxes import BY_HAND, random_scenes, targets_by_hand
 
 CENTRES = fcos(4).centres
 
@@ -154,6 +154,16 @@ def test_no_attack_takes_a_score_below_or_above_what_the_two_constants_allow(nam
         shifted = before._replace(logits=before.logits + sign * distance, centerness=before.centerness + sign * reach)
         assert (sign * (model.log_scores(shifted) - after) >= -1e-5).all()
     assert (after - model.log_scores(before)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_targets_built_by_hand_are_refused_with_the_scene(case):
+    box, label, message = BY_HAND[case]
+    model = fcos(4)
+    output = model(torch.rand(2, 3, 74, 74))
+    for use in (model.training_loss(), lambda _, targets: assign(targets, CENTRES)):
+        with pytest.raises(ValueError, match=message):
+            use(output, targets_by_hand(box, label))
 
 
 def test_temperature_must_be_positive():

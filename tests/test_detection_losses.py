@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lipguide.detection.boxes import encode, match, pad_targets
 from lipguide.detection.losses import DetectionStep, Multibox
-from tests.test_detection_boxes import PRIORS, random_scenes
+from tests.test_detection_boxes import BY_HAND, PRIORS, random_scenes, targets_by_hand
 
 
 def by_hand(logits, offsets, targets, negatives=3):
@@ -69,6 +69,16 @@ def test_step_takes_bytes_and_floats_alike():
 
     step = DetectionStep(Multibox(PRIORS))
     assert torch.equal(step(Model(), (images, *targets)), step(Model(), (images.float() / 255, *targets)))
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_targets_built_by_hand_are_refused_with_the_scene(case):
+    """A label out of range passed for background, or was an IndexError; a box without area made the loss infinite."""
+    box, label, message = BY_HAND[case]
+    output = torch.zeros(2, len(PRIORS), 11), torch.zeros(2, len(PRIORS), 4)
+    for reduction in ("mean", "none"):
+        with pytest.raises(ValueError, match=message):
+            Multibox(PRIORS, reduction=reduction)(output, targets_by_hand(box, label))
 
 
 def test_unknown_reduction_is_refused():

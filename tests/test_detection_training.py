@@ -1,19 +1,22 @@
 """The trainings of FCOS, the weights that they made, and the claims of the chapter about them."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import jupytext
 import pytest
 import torch
 
-from lipguide import lipschitz_bound, train_cli
+from lipguide import lipschitz_bound, pretrained, train_cli
+from lipguide.detection import training
 from lipguide.detection.attacks import attack_l2
 from lipguide.detection.boxes import unit_range
 from lipguide.detection.fcos import FCOS, Brightless, fcos
 from lipguide.detection.study import load_split
 from lipguide.detection.training import (
     RECIPES,
+    TRAININGS,
     Recipe,
     _take_over,
     build,
@@ -26,7 +29,9 @@ from lipguide.plain import without_parametrizations
 
 CHAPTER = Path(__file__).resolve().parent.parent / "book" / "detection.md"
 SHORT = Recipe("fcos", steps=3, batch_size=4, width=4, items=12, test_items=6)
-LIPSCHITZ = [name for name, recipe in RECIPES.items() if recipe.lipschitz]
+FULL = [name for name in RECIPES if name.endswith("-full")]  # for a GPU; their weights do not ship
+SHIPPED = [name for name in RECIPES if name not in FULL]
+LIPSCHITZ = [name for name in SHIPPED if RECIPES[name].lipschitz]
 
 
 @pytest.mark.parametrize("network", ["fcos", "ordinary-fcos"])
@@ -77,7 +82,47 @@ def test_every_recipe_is_registered_under_its_task():
     assert all(name.startswith("detection-") for name in RECIPES)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def test_every_network_of_the_chapter_has_a_recipe_in_the_size_for_a_gpu():
+    """From scratch, on all scenes. At temperature 20 the first network serves, which learns from scratch as well."""
+    twins = {f"{name}-full" for name in SHIPPED if name != "detection-fcos-tau-20"}
+    assert twins == set(FULL) and RECIPES["detection-fcos-full"].tau == RECIPES["detection-fcos-tau-20"].tau
+    assert not [name for name in FULL if (pretrained.WEIGHTS / f"{name}.safetensors").exists()]
+    for name in FULL:
+        small, large = RECIPES[name.removesuffix("-full")], RECIPES[name]
+        assert (large.network, large.tau) == (small.network, small.tau)
+        assert large.start is None and large.items is None and large.test_items is None
+        assert large.width > small.width and large.steps * large.batch_size > small.steps * small.batch_size
+        assert network_of(name).class_head.in_channels == 2 * large.width
+
+
+def test_what_ensure_trained_by_a_full_recipe_is_loaded_by_its_name(tmp_path, monkeypatch):
+    """The way of the chapter in the profile "full", with a recipe of the same kind in toy size."""
+    name, toy = "detection-fcos-tau-80-full", replace(SHORT, tau=80.0)
+    monkeypatch.setitem(RECIPES, name, toy)
+    monkeypatch.setitem(TRAININGS, name, partial(train, toy))
+    path = train_cli.ensure(name, "cpu", 0, tmp_path)
+    first = path.read_bytes()
+    assert train_cli.ensure(name, "cpu", 0, tmp_path).read_bytes() == first
+    model, run = trained(name, "cpu", tmp_path)
+    assert model.tau == 80 and run["recipe"] == asdict(toy) and run["steps"] == 3
+    with pytest.raises(FileNotFoundError, match="no weights 'detection-fcos-full'"):
+        trained("detection-fcos-full", "cpu", tmp_path)
+
+
+@pytest.mark.parametrize("items", [None, 12])
+def test_all_scenes_are_asked_for_by_none(items, monkeypatch):
+    asked = []
+
+    def few(split, count, seed, device):
+        asked.append((split, count))
+        return load_split(split, 12, seed, device)
+
+    monkeypatch.setattr(training, "load_split", few)
+    train(replace(SHORT, items=items, test_items=items), 1, torch.device("cpu"), 0)
+    assert asked == [("train", items), ("test", items)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_score_what_their_run_says(name):
     model, run = trained(name)
     assert run["recipe"] == asdict(RECIPES[name]) and run["steps"] == RECIPES[name].steps

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from lipguide.attacks import pgd_l2
-from lipguide.detection.boxes import NOTHING, Targets
-from lipguide.detection.evaluate import detections, hits
+from lipguide.detection.boxes import MIN_SCORE, NOTHING, Targets, check_targets
+from lipguide.detection.evaluate import check_call, detections, hits
 
 __all__ = ["ATTACKS", "attack_l2", "strongest"]
 
@@ -36,9 +36,9 @@ class _Margins:
 
     def __init__(self, output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> None:
         self.log_p = model.log_scores(output)
-        boxes = model.boxes(output).detach()
+        check_targets(targets, classes=self.log_p.shape[2])
         there = targets.labels != NOTHING
-        overlaps = torch.stack([box_iou(b, t) for b, t in zip(boxes, targets.boxes, strict=True)])
+        overlaps = box_iou(model.boxes(output).detach(), targets.boxes)
         self.overlaps = overlaps.masked_fill(~there[:, None], 0.0)  # (N, P, M)
         self.there, self.labels = there, targets.labels.clamp(min=0)
 
@@ -74,6 +74,7 @@ def _mislabel(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) ->
 
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {"vanish": _vanish, "fabricate": _fabricate, "mislabel": _mislabel}
+OF_OBJECTS = ("vanish", "mislabel")  # which ask nothing of a scene without objects
 
 
 def objective(name: str, model: nn.Module) -> Objective:
@@ -101,6 +102,9 @@ def attack_l2(
 ) -> Tensor:
     """Pictures within ``eps`` of ``images`` that one attack finds, batch by batch.
 
+    A scene without objects stays as it is under "vanish" and "mislabel": there is nothing to vanish. More ``restarts``
+    never find a weaker attack: each picture keeps the best of all.
+
     >>> from lipguide.detection.boxes import pad_targets
     >>> from lipguide.detection.configurations import naive
     >>> model, x = naive().eval(), torch.rand(2, 3, 74, 74)
@@ -109,22 +113,37 @@ def attack_l2(
     >>> bool(((moved - x).flatten(1).norm(dim=1) <= 0.5 + 1e-4).all())
     True
     """
-    aim = objective(name, model)
-    parts = zip(
-        images.split(batch_size), targets.boxes.split(batch_size), targets.labels.split(batch_size), strict=True
-    )
-    return torch.cat([pgd_l2(model, x, Targets(b, c), eps, steps, restarts, loss=aim) for x, b, c in parts])
+    aim, (boxes, labels) = objective(name, model), targets
+    check_call(model, batch_size)
+    if len(labels) != len(images):
+        raise ValueError(f"pictures of {len(images)} scenes, but targets of {len(labels)}")
+    moved, chosen = images.detach().clone(), torch.ones(len(images), dtype=torch.bool, device=images.device)
+    if name in OF_OBJECTS:
+        chosen = (labels != NOTHING).any(1)
+    for part in chosen.nonzero().squeeze(1).split(batch_size):
+        if len(part):  # many a model refuses an empty batch
+            x, y = images[part], Targets(boxes[part], labels[part])
+            moved[part] = pgd_l2(model, x, y, eps, steps, restarts, loss=aim)
+    return moved
 
 
-def strongest(model: nn.Module, images: Tensor, targets: Targets, candidates: dict[str, Tensor]) -> Tensor:
+def strongest(
+    model: nn.Module, images: Tensor, targets: Targets, candidates: dict[str, Tensor], min_score: float = MIN_SCORE
+) -> Tensor:
     """For each picture the candidate with the fewest objects found, and of those the one with the most false alarms.
 
     Args:
         candidates: attacked pictures by the name of the attack, such as ``attack_l2`` gives.
+        min_score: above which a box counts, as for the recall and the false alarms that are reported. At another one
+            the choice is another, and may be the weaker attack.
     """
+    if not candidates:
+        raise ValueError("the strongest of no attack is undefined: give one candidate or more")
     harm = []
-    for moved in candidates.values():
-        found = detections(model, moved)
+    for name, moved in candidates.items():
+        if moved.shape != images.shape:
+            raise ValueError(f"candidate {name!r} has shape {tuple(moved.shape)}, the pictures {tuple(images.shape)}")
+        found = detections(model, moved, min_score=min_score)
         right = torch.tensor(hits(found, targets), dtype=torch.float64)
         made = torch.tensor([len(scene["labels"]) for scene in found], dtype=torch.float64)
         harm.append(-right + (made - right) / 1000)

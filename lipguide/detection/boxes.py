@@ -14,10 +14,23 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert, box_iou
 
-__all__ = ["Matches", "Targets", "decode", "detect", "encode", "match", "pad_targets", "prior_boxes", "unit_range"]
+__all__ = [
+    "Matches",
+    "Targets",
+    "check_finite",
+    "check_targets",
+    "decode",
+    "detect",
+    "encode",
+    "match",
+    "pad_targets",
+    "prior_boxes",
+    "unit_range",
+]
 
 CENTRE, SIZE = 10.0, 5.0  # how finely offsets of centres and of logarithms of sizes are told apart
 NOTHING = -1  # the label of padding
+MIN_SCORE = 0.2  # above which a box counts as a detection
 AT_ONCE = (32, 512)  # scenes, CPU and GPU, that one suppression takes: of many boxes torchvision loops over the classes
 
 
@@ -49,7 +62,8 @@ def unit_range(images: Tensor) -> Tensor:
 def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], classes: int = 10) -> Targets:
     """Lists of boxes and labels, one a scene, as padded tensors. A scene may be empty.
 
-    Raises ValueError, and names the scene, for a box without area or outside [0, 1], and for a label out of range.
+    Raises ValueError, and names the scene, for a box without area or outside [0, 1], and for a label that is out of
+    range or no whole number.
 
     >>> one, none = torch.tensor([[0.1, 0.2, 0.5, 0.6]]), torch.zeros(0, 4)
     >>> pad_targets([one, none], [torch.tensor([7]), torch.tensor([])]).labels
@@ -76,8 +90,31 @@ def _check_scene(index: int, boxes: Tensor, labels: Tensor, classes: int) -> Non
         raise ValueError(f"scene {index}: a box lies outside the picture, [0, 1]: {boxes.tolist()}")
     if not (boxes[:, 2:] > boxes[:, :2]).all():
         raise ValueError(f"scene {index}: a box has no area: {boxes.tolist()}")
+    if labels.is_floating_point() and not (labels == labels.round()).all():
+        raise ValueError(f"scene {index}: labels must be whole numbers, not {labels.tolist()}")
     if len(labels) and not (labels.min() >= 0 and labels.max() < classes):
         raise ValueError(f"scene {index}: labels must be 0 to {classes - 1}, not {labels.tolist()}")
+
+
+def check_targets(targets: Targets, classes: int = 10) -> None:
+    """Raise ValueError, and name the scene, for targets that ``pad_targets`` would not have made.
+
+    A label out of range would pass for background, and a box without area makes the loss infinite.
+
+    >>> check_targets(Targets(torch.tensor([[[0.1, 0.2, 0.5, 0.6]]]), torch.tensor([[7]])))
+    """
+    boxes, labels = targets
+    if labels.ndim != 2 or labels.is_floating_point() or boxes.shape != (*labels.shape, 4):
+        raise ValueError(
+            f"targets must be boxes (N, M, 4) and labels (N, M) of whole numbers, not {tuple(boxes.shape)} and "
+            f"{tuple(labels.shape)} of {labels.dtype}: pad_targets makes them of lists"
+        )
+    there = labels != NOTHING
+    right = ((boxes >= 0) & (boxes <= 1)).all(2) & (boxes[..., 2:] > boxes[..., :2]).all(2)
+    wrong = (there & ~(right & (labels >= 0) & (labels < classes))).any(1)
+    if wrong.any():
+        index = int(wrong.nonzero()[0])
+        _check_scene(index, boxes[index, there[index]], labels[index, there[index]], classes)
 
 
 def prior_boxes(sides: Sequence[int], scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
@@ -127,12 +164,13 @@ def match(targets: Targets, priors: Tensor, classes: int = 10, threshold: float 
     """Give each prior the object that it overlaps most, if their overlap is ``threshold`` or more, else background.
 
     Before that, each object gets a prior of its own: of all pairs the one with the largest overlap first, then of
-    those that remain. So no object is left without a prior.
+    those that remain. So no object is left without a prior. Bad targets are refused as by ``check_targets``.
 
     >>> targets = pad_targets([torch.tensor([[0.0, 0.0, 0.4, 0.4]])], [torch.tensor([3])])
     >>> match(targets, torch.tensor([[0.2, 0.2, 0.5, 0.5], [0.8, 0.8, 0.3, 0.3]])).classes
     tensor([[ 3, 10]])
     """
+    check_targets(targets, classes)
     (boxes, labels), (scenes, objects) = targets, targets.labels.shape
     nothing = torch.full((scenes, len(priors)), classes, device=labels.device)
     if objects == 0:
@@ -162,10 +200,12 @@ def _one_prior_each(overlaps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def detect(
-    scores: Tensor, boxes: Tensor, min_score: float = 0.2, overlap: float = 0.3, most: int = 20
+    scores: Tensor, boxes: Tensor, min_score: float = MIN_SCORE, overlap: float = 0.3, most: int = 20
 ) -> list[dict[str, Tensor]]:
     """Detections of every scene, as torchmetrics takes them: the boxes of each class that score above ``min_score``,
     less those that overlap a better one of their class by more than ``overlap``, the ``most`` best of a scene.
+
+    Raises ValueError, and names the scene, for scores or boxes that are not finite: nothing found is another answer.
 
     Args:
         scores: (N, P, C), of the classes alone, without background.
@@ -176,9 +216,20 @@ def detect(
     >>> found[0]["labels"].tolist(), found[0]["boxes"][1].tolist()
     ([0, 1], [0.5, 0.5, 1.0, 1.0])
     """
+    check_finite(scores, boxes)
     at_once = AT_ONCE[scores.device.type != "cpu"]
     parts = zip(scores.split(at_once), boxes.split(at_once), strict=True)
     return [scene for part in parts for scene in _detect(*part, min_score, overlap, most)]
+
+
+def check_finite(scores: Tensor, boxes: Tensor, first: int = 0) -> None:
+    """Raise ValueError for scores or boxes, (N, …), that are not finite; the first scene has the number ``first``."""
+    whole = scores.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1)
+    if not whole.all():
+        raise ValueError(
+            f"scene {first + int((~whole).nonzero()[0])}: the detector's scores or boxes are not finite, in "
+            f"{int((~whole).sum())} of {len(whole)} scenes: its weights have diverged, or the pictures are not"
+        )
 
 
 def _detect(scores: Tensor, boxes: Tensor, min_score: float, overlap: float, most: int) -> list[dict[str, Tensor]]:

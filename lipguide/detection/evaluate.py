@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from lipguide.detection.boxes import NOTHING, Targets, detect
+from lipguide.detection.boxes import MIN_SCORE, NOTHING, Targets, check_finite, detect
 
 __all__ = ["Score", "detections", "hits", "score"]
 
@@ -26,25 +26,43 @@ class Score(NamedTuple):
     detections: float
 
 
+def check_call(model: nn.Module, batch_size: int) -> None:
+    """Raise ValueError for a model in training mode, whose statistics a mere look would move, and for empty batches."""
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"{training[0]} is in training mode: call model.eval() before it detects or is attacked")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+
+
 @torch.no_grad()
-def detections(model: nn.Module, images: Tensor, batch_size: int = 256) -> list[dict[str, Tensor]]:
+def detections(
+    model: nn.Module, images: Tensor, batch_size: int = 256, min_score: float = MIN_SCORE
+) -> list[dict[str, Tensor]]:
     """What ``model``, which has methods ``log_scores`` and ``boxes`` of its output, detects in each picture.
+
+    Raises ValueError for a model in training mode, and, naming the scene, for scores or boxes that are not finite.
 
     >>> from lipguide.detection.configurations import naive
     >>> found = detections(naive().eval(), torch.rand(2, 3, 74, 74))
     >>> len(found), sorted(found[0])
     (2, ['boxes', 'labels', 'scores'])
     """
+    check_call(model, batch_size)
     found: list[dict[str, Tensor]] = []
     with parametrize.cached():
         for part in images.split(batch_size):
             output = model(part)
-            found += detect(model.log_scores(output).exp(), model.boxes(output).clamp(0, 1))
+            scores, boxes = model.log_scores(output).exp(), model.boxes(output).clamp(0, 1)
+            check_finite(scores, boxes, first=len(found))
+            found += detect(scores, boxes, min_score)
     return found
 
 
 def score(found: list[dict[str, Tensor]], targets: Targets) -> Score:
     """Rate detections. mAP averages over the classes that occur; a scene without detections counts like any other.
+
+    Raises ValueError, and names the scene, for detections whose boxes or scores are not finite.
 
     >>> from lipguide.detection.boxes import pad_targets
     >>> boxes, labels = torch.tensor([[0.0, 0.0, 0.5, 0.5]]), torch.tensor([3])
@@ -52,12 +70,10 @@ def score(found: list[dict[str, Tensor]], targets: Targets) -> Score:
     Score(map50=100.0, recall=100.0, false_positives=0.0, detections=1.0)
     """
     metric = MeanAveragePrecision(iou_thresholds=[OVERLAP])
-    truth = _unpadded(targets)
-    if len(found) != len(truth):
-        raise ValueError(f"detections of {len(found)} scenes, but targets of {len(truth)}")
-    metric.update([{name: column.cpu() for name, column in scene.items()} for scene in found], truth)
+    found, truth = _compared(found, targets)
+    metric.update(found, truth)
     scenes, objects = max(len(truth), 1), sum(len(true["labels"]) for true in truth)
-    made, right = sum(len(scene["labels"]) for scene in found), sum(hits(found, targets))
+    made, right = sum(len(scene["labels"]) for scene in found), sum(map(_hits, found, truth))
     return Score(
         map50=100 * max(float(metric.compute()["map_50"]), 0.0),  # torchmetrics says -1 where there is no object
         recall=100 * right / max(objects, 1),
@@ -69,20 +85,30 @@ def score(found: list[dict[str, Tensor]], targets: Targets) -> Score:
 def hits(found: list[dict[str, Tensor]], targets: Targets) -> list[int]:
     """How many detections of each scene are right: by falling score, each takes, of the objects of its class that are
     still free, the one that it overlaps most, if by half or more."""
-    return [_hits(scene, true) for scene, true in zip(found, _unpadded(targets), strict=True)]
+    return list(map(_hits, *_compared(found, targets)))
 
 
-def _unpadded(targets: Targets) -> list[dict[str, Tensor]]:
+def _compared(
+    found: list[dict[str, Tensor]], targets: Targets
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Detections and targets on the CPU, one a scene each, the former finite and the latter without padding."""
     there = targets.labels.cpu() != NOTHING
     scenes = zip(targets.boxes.cpu(), targets.labels.cpu(), there, strict=True)
-    return [{"boxes": boxes[real], "labels": labels[real]} for boxes, labels, real in scenes]
+    truth = [{"boxes": boxes[real], "labels": labels[real]} for boxes, labels, real in scenes]
+    if len(found) != len(truth):
+        raise ValueError(f"detections of {len(found)} scenes, but targets of {len(truth)}")
+    found = [{name: column.cpu() for name, column in scene.items()} for scene in found]
+    for index, scene in enumerate(found):
+        if not (scene["boxes"].isfinite().all() and scene["scores"].isfinite().all()):
+            raise ValueError(f"scene {index}: a detection has a box or a score that is not finite")
+    return found, truth
 
 
 def _hits(found: dict[str, Tensor], true: dict[str, Tensor]) -> int:
     if not len(found["labels"]) or not len(true["labels"]):
         return 0
-    overlaps = box_iou(found["boxes"].cpu(), true["boxes"])
-    overlaps = overlaps.masked_fill(found["labels"].cpu()[:, None] != true["labels"], 0.0).tolist()
+    overlaps = box_iou(found["boxes"], true["boxes"])
+    overlaps = overlaps.masked_fill(found["labels"][:, None] != true["labels"], 0.0).tolist()
     free, count = set(range(len(true["labels"]))), 0
     for row in found["scores"].argsort(descending=True).tolist():
         best = max(free, key=lambda thing: overlaps[row][thing], default=None)

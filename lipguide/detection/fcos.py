@@ -17,7 +17,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from lipguide.affine import orthogonal, unit_rows
 from lipguide.blocks import SLL
-from lipguide.detection.boxes import NOTHING, Targets
+from lipguide.detection.boxes import NOTHING, Targets, check_targets
 from lipguide.loss_base import check_range, number_of_ranks, sum_over_ranks
 
 __all__ = ["FCOS", "Brightless", "FCOSLoss", "FCOSOutput", "assign", "fcos", "ordinary_fcos"]
@@ -84,13 +84,14 @@ def assign(targets: Targets, centres: Tensor, classes: int = 10, radius: float =
 
     A centre belongs to a box if it lies in it and within ``radius`` cells of its middle along both axes; of several
     boxes it takes the smallest. The centre nearest to the middle of a box always belongs to it, unless a smaller box
-    claims it.
+    claims it. Bad targets are refused as by ``check_targets``.
 
     >>> from lipguide.detection.boxes import pad_targets
     >>> targets = pad_targets([torch.tensor([[0.0, 0.0, 0.5, 1.0]])], [torch.tensor([3])])
     >>> assign(targets, torch.tensor([[0.25, 0.5], [0.75, 0.5]]))[0]
     tensor([[ 3, 10]])
     """
+    check_targets(targets, classes)
     boxes, labels = targets
     if labels.shape[1] == 0:
         return labels.new_full((len(labels), len(centres)), classes), boxes.new_zeros(len(labels), len(centres), 4)
