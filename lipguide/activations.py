@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipguide.arguments import whole
+
 __all__ = ["FullSort", "GroupSort", "GroupSort2", "Householder", "MaxMin", "MaxMinDouble"]
 
 
@@ -88,9 +90,7 @@ class GroupSort(nn.Module):
 
     def __init__(self, group_size: int) -> None:
         super().__init__()
-        if group_size < 2:
-            raise ValueError(f"group_size is {group_size}: sorting needs groups of 2 channels or more")
-        self.group_size = group_size
+        self.group_size = whole("group_size", group_size, "sorting needs groups of 2 channels or more", least=2)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_channels(self, x, self.group_size)
@@ -173,7 +173,7 @@ class Householder(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 2 or channels % 2:
+        if whole("channels", channels, "Householder reflects pairs of channels", least=2) % 2:
             raise ValueError(f"channels is {channels}: Householder needs an even number, it reflects pairs")
         self.channels = channels
         self.theta = nn.Parameter(torch.full((channels // 2,), math.pi / 2))

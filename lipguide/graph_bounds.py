@@ -1,8 +1,11 @@
 """How a Lipschitz constant travels through a forward method that torch.fx can trace.
 
 Each value in the graph has a constant with respect to the network's input: sums add constants, concatenations add
-squares, reshaping keeps them. An operation that is not listed here is an error, never a guess. The graph is run once,
-on an input, so that shapes and the values of weights are known, and must compute what the forward itself computes.
+squares, reshaping keeps them. An operation that is not listed here is an error. The graph is run on inputs, so that
+shapes and the values of weights are known, and must compute what the forward itself computes.
+
+What an operation changes in place must not be looked at again, for its constant would be that of the value before. Each
+tensor counts its changes (`_version`), together with all its views: a change is seen whichever way it came about.
 """
 
 from __future__ import annotations
@@ -15,10 +18,34 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from lipguide.layer_bounds import NoBound
+from lipguide.layer_bounds import LAYERS, NoBound
+from lipguide.plain import inherited
 
-__all__ = ["travel"]
+__all__ = ["only_shrinks", "travel", "versions"]
+
+
+def versions(value: Any) -> list[int]:
+    """How often each tensor in a value was changed in place.
+
+    >>> x = torch.zeros(2)
+    >>> versions((x.view(1, 2), x.add_(1)))
+    [1, 1]
+    """
+    parts = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    # Tensors made in inference mode do not count, but outside of it nothing can change them.
+    return [part._version for part in parts if isinstance(part, Tensor) and not part.is_inference()]
+
+
+def only_shrinks(part: nn.Module, before: Any, after: Any) -> bool:
+    """Does it put in place of its input a function of slope at most 1 of each entry, so that constants still hold?
+
+    >>> only_shrinks(nn.ReLU(inplace=True), 2.0, 2.0), only_shrinks(nn.SELU(inplace=True), 1.0, 1.76)
+    (True, False)
+    """
+    known = getattr(part, "inplace", False) and inherited(part, LAYERS) is not None
+    return known and isinstance(after, float | int) and after <= before
 
 
 def travel(module: nn.Module, x: Tensor, constant: float, through: Callable[[nn.Module, float], Any]) -> Any:
@@ -36,18 +63,27 @@ def travel(module: nn.Module, x: Tensor, constant: float, through: Callable[[nn.
     >>> travel(Twice(), torch.zeros(1, 2), 1.0, None)
     2.0
     """
-    if isinstance(module, fx.GraphModule):
-        graph = module.graph
-    else:
-        try:
-            graph = _EveryPartALeaf().trace(module)
-        except Exception as error:
-            raise NoBound(f"its forward cannot be traced ({error})") from error
+    graph = module.graph if isinstance(module, fx.GraphModule) else _trace(module)
     traveller = _Traveller(module, graph, constant, through)
     with torch.no_grad():
-        if not _same_values(traveller.run(x.clone()), module(x.clone())):
+        pairs = [(traveller.run(x.clone()), module(x.clone()))]
+        other = -30 * x  # where what is bent is bent the other way
+        pairs.append((fx.Interpreter(module, graph=graph).run(other.clone()), module(other.clone())))
+        if not all(_same_values(a, b) for a, b in pairs):
             raise NoBound("its forward does not compute what tracing saw of it; does it change a tensor in place?")
     return traveller.outcome
+
+
+def _trace(module: nn.Module) -> fx.Graph:
+    held = set(vars(module))
+    try:
+        return _EveryPartALeaf().trace(module)
+    except Exception as error:
+        raise NoBound(f"its forward cannot be traced ({error})") from error
+    finally:
+        for name in set(vars(module)) - held:  # where tracing puts the tensors that a forward makes
+            if name.startswith("_tensor_constant"):
+                delattr(module, name)
 
 
 def _same_values(a: Any, b: Any) -> bool:
@@ -72,11 +108,36 @@ class _Traveller(fx.Interpreter):
         self.start, self.through = constant, through
         self.constants: dict[fx.Node, Any] = {}
         self.outcome: Any = None
+        self.lasting = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        self.lasting |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
 
     def run_node(self, node: fx.Node) -> Any:
+        if node.op == "get_attr" and node.target not in self.lasting:
+            raise NoBound(
+                f"its forward uses the tensor {node.target}, which is neither a parameter nor a buffer and may have "
+                "been made of the input; if it is a constant, register it as a buffer"
+            )
+        before = {other: versions(value) for other, value in self.env.items()}
         value = super().run_node(node)
         self.constants[node] = self._constant(node, value)
+        changed = [other for other, counts in before.items() if versions(self.env[other]) != counts]
+        if changed and not self._shrinks(node):
+            self._check_forgotten(node, changed)
         return value
+
+    def _shrinks(self, node: fx.Node) -> bool:
+        before, after = self.of(node.args[0]) if node.args else None, self.constants[node]
+        if node.op == "call_module":
+            return only_shrinks(self.module.get_submodule(node.target), before, after)
+        return _FUNCTIONS.get(node.target) in ("relu", "iadd") and after <= before
+
+    def _check_forgotten(self, node: fx.Node, changed: list[fx.Node]) -> None:
+        for other in changed:
+            if other.op == "get_attr" or any(user is not node and user not in self.constants for user in other.users):
+                raise NoBound(
+                    f"{_name(node)} changes {other} in place, which is used elsewhere; set inplace=False, or write "
+                    "x = x + y for x += y"
+                )
 
     def _constant(self, node: fx.Node, value: Any) -> Any:
         if node.op == "placeholder":
@@ -84,7 +145,7 @@ class _Traveller(fx.Interpreter):
                 raise NoBound("its forward takes more than one input")
             return self.start
         if node.op == "get_attr":
-            return 0.0  # a parameter or a buffer does not depend on the input
+            return 0.0
         if node.op == "call_module":
             return self._part(node)
         if node.op == "output":
@@ -96,18 +157,20 @@ class _Traveller(fx.Interpreter):
             return node.target(*map(self.of, node.args), **{name: self.of(part) for name, part in node.kwargs.items()})
         name = node.target if node.op == "call_method" else _FUNCTIONS.get(node.target)
         rule = _RULES.get(name)
-        return rule(self, node, value) if rule else self.refuse(node)
+        if rule is None or not node.args:
+            return self.refuse(node)
+        try:
+            constant = rule(self, node, value)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            self.refuse(node)  # arguments of a kind that the rule does not know
+        if constant and isinstance(value, Tensor) and not value.is_floating_point():
+            return self.refuse(node)  # whole numbers jump
+        return constant
 
     def _part(self, node: fx.Node) -> Any:
         if len(node.args) != 1 or node.kwargs:
             raise NoBound(f"it calls {node.target} with other arguments than one tensor")
-        before = self.of(node.args[0])
-        part = self.module.get_submodule(node.target)
-        after = self.through(part, before)
-        # What is changed in place must not be looked at again, unless it only became smaller.
-        if getattr(part, "inplace", False) and after > before and not self.fresh(node.args[0]):
-            raise NoBound(f"{node.target} changes in place a value that is used elsewhere; set inplace=False")
-        return after
+        return self.through(self.module.get_submodule(node.target), self.of(node.args[0]))
 
     def of(self, argument: Any) -> Any:
         """The constant of an argument of a node: 0 for what does not depend on the input."""
@@ -120,23 +183,20 @@ class _Traveller(fx.Interpreter):
     def value(self, argument: Any) -> Any:
         return self.env[argument] if isinstance(argument, fx.Node) else argument
 
-    def fresh(self, argument: Any) -> bool:
-        """Is this tensor the result of a layer or a sum, so that it shares no memory, and used once only?"""
-        if not isinstance(argument, fx.Node) or len(argument.users) != 1:
-            return False
-        if argument.op == "call_module":
-            part = self.module.get_submodule(argument.target)
-            return not isinstance(part, nn.Identity | nn.Flatten | nn.Unflatten | nn.modules.dropout._DropoutNd)
-        return _FUNCTIONS.get(argument.target) in ("add", "iadd", "cat")
-
     def refuse(self, node: fx.Node) -> Any:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-        arguments = ", ".join(map(str, node.args))
-        raise NoBound(f"its forward uses {name}({arguments}), for which no constant is known")
+        arguments = ", ".join([*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())])
+        named = ", or not with tensors that are given by name" if not node.args else ""
+        raise NoBound(f"its forward uses {_name(node)}({arguments}), for which no constant is known{named}")
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _same(walk: _Traveller, node: fx.Node, value: Any) -> Any:
     """Moves values about, drops some, or hands out pieces: each changes at most as much as the whole."""
+    if isinstance(value, Tensor) and value.dtype != walk.value(node.args[0]).dtype:
+        return walk.refuse(node)  # the same bits, read as other numbers
     return walk.number(node, node.args[0])
 
 
@@ -153,8 +213,6 @@ def _mean(walk: _Traveller, node: fx.Node, value: Any) -> float:
 
 
 def _sum(walk: _Traveller, node: fx.Node, value: Any) -> float:
-    if node.op == "call_function" and node.target is operator.iadd and not walk.fresh(node.args[0]):
-        raise NoBound(f"its forward changes {node.args[0]} in place and uses it elsewhere; write x = x + y")
     return sum(_terms(walk, node, value))
 
 

@@ -8,160 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.nn.utils import parametrize
 
 from lipguide import activations, blocks, pooling
-from lipguide.constraints import Spectral
+from lipguide.affine_bounds import (
+    Call,
+    NoBound,
+    check_batched,
+    convolution,
+    dense,
+    nonnegative,
+    transposed_convolution,
+)
 from lipguide.gram import GramScale
-from lipguide.norms import CUSHION, conv_norm, matrix_norm, picture_norm
+from lipguide.norms import CUSHION, conv_norm, matrix_norm
 
 __all__ = ["BRICKS", "LAYERS", "Call", "NoBound"]
-
-TOLERANCE = 2e-3  # of the bound for pictures of every size
-LOOSE = 7e-3  # what that bound may lose on pictures of the size at hand before another is tried
-DENSE = 1024  # inputs up to which a layer on a small picture is written out as a matrix
-
-
-class Call(NamedTuple):
-    """The shapes of a layer's input and output in one forward pass."""
-
-    input: tuple[int, ...]
-    output: tuple[int, ...]
-
-
-class NoBound(Exception):
-    """A layer, or something in a forward, that has no Lipschitz bound or none that is known; the text says why."""
-
-
-def dense(layer: nn.Linear, call: Call) -> float:
-    """σ_max of the weight.
-
-    >>> round(dense(nn.Linear(2, 2), Call((1, 2), (1, 2))), 3) > 0
-    True
-    """
-    return _proved(layer) or matrix_norm(layer.weight)
-
-
-def convolution(layer: nn.Conv1d | nn.Conv2d, call: Call) -> float:
-    """The norm of the convolution on pictures of the size at hand, within 1 % where that is 32×32 or more.
-
-    >>> blur = nn.Conv2d(1, 1, 3, padding=1)
-    >>> _ = nn.init.ones_(blur.weight)
-    >>> 8.9 < convolution(blur, Call((1, 1, 32, 32), (1, 1, 32, 32))) < 9
-    True
-    """
-    if known := _proved(layer):
-        return known
-    weight, stride, dilation, size, pixels = _as_pictures(layer, layer.weight, call.output, call.input)
-    if layer.padding_mode == "zeros":
-        if exact := _written_out(layer, F.conv2d, (weight, stride, dilation, size), call):
-            return exact
-        return _on_pictures(weight, size, stride, dilation, layer.groups)
-    reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    pads = _pads(layer, reach)
-    on_a_circle = all(sum(p) <= r and n % s == 0 for p, r, n, s in zip(pads, reach, pixels, stride, strict=True))
-    if layer.padding_mode == "circular" and on_a_circle:
-        circle = tuple(n // s for n, s in zip(pixels, stride, strict=True))
-        return _on_pictures(weight, circle, stride, dilation, layer.groups, circular=True)
-    # The padding copies pixels; the convolution without padding follows.
-    flat = [p for axis in reversed(pads) for p in axis]
-    copies = _nonnegative(lambda x: F.pad(x, flat, mode=layer.padding_mode), pixels)
-    return copies * _on_pictures(weight, size, stride, dilation, layer.groups)
-
-
-def transposed_convolution(layer: nn.ConvTranspose1d | nn.ConvTranspose2d, call: Call) -> float:
-    """As for the convolution with the same weight, of which it is the adjoint.
-
-    >>> spread = nn.ConvTranspose2d(1, 1, 2, stride=2)
-    >>> _ = nn.init.ones_(spread.weight)
-    >>> round(transposed_convolution(spread, Call((1, 1, 8, 8), (1, 1, 16, 16))), 3)
-    2.0
-    """
-    if known := _proved(layer):
-        return known
-    weight, stride, dilation, size, _ = _as_pictures(layer, layer.weight, call.input, call.output)
-    if exact := _written_out(layer, F.conv_transpose2d, (weight, stride, dilation, size), call):
-        return exact
-    return _on_pictures(weight, size, stride, dilation, layer.groups)
-
-
-def _proved(layer: nn.Module) -> float | None:
-    """The bound that `lip.spectral` has proved for this very weight: 1, and the rounding of its entries."""
-    if not parametrize.is_parametrized(layer, "weight") or len(layer.parametrizations.weight) > 1:
-        return None
-    weight, constraint = layer.weight, layer.parametrizations.weight[0]
-    if not isinstance(constraint, Spectral) or weight.dtype not in (torch.float32, torch.float64):
-        return None
-    # Entries off by a relative ε move the norm by at most ε √(taps · channels).
-    terms = min(weight.shape[:2]) * math.prod(weight.shape[2:])
-    return 1 + 2 * torch.finfo(weight.dtype).eps * math.sqrt(terms)
-
-
-def _as_pictures(layer: nn.Module, weight: Tensor, size: tuple[int, ...], other: tuple[int, ...]):
-    """Weight, stride, dilation and sizes, with a sequence as a picture of one row."""
-    if weight.dim() == 4:
-        return weight, tuple(layer.stride), tuple(layer.dilation), tuple(size[-2:]), tuple(other[-2:])
-    return weight[:, :, None], (1, *layer.stride), (1, *layer.dilation), (1, size[-1]), (1, other[-1])
-
-
-def _pads(layer: nn.Module, reach: list[int]) -> list[tuple[int, int]]:
-    if layer.padding == "same":
-        return [(r // 2, r - r // 2) for r in reach]
-    if layer.padding == "valid":
-        return [(0, 0) for _ in reach]
-    padding = (0, *layer.padding) if len(layer.padding) == 1 else layer.padding
-    return [(p, p) for p in padding]
-
-
-def _on_pictures(
-    weight: Tensor,
-    size: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    circular: bool = False,
-) -> float:
-    """The bound for this size of picture where it gains something, else the one for every size."""
-    taps = [
-        k if s == 1 else math.ceil((d * (k - 1) + 1) / s)
-        for k, d, s in zip(weight.shape[2:], dilation, stride, strict=True)
-    ]
-    channels = min(weight.shape[0] // groups, weight.shape[1] * math.prod(stride))
-    rows, columns = (n + (0 if circular else k - 1) for n, k in zip(size, taps, strict=True))
-    frequencies = rows * (columns // 2 + 1)
-    loose = _is_loose(taps, size)
-    affordable = frequencies <= (64 if channels > 128 else 4096 if loose else 700)
-    if taps != [1, 1] and affordable and (loose or channels <= 32):
-        return picture_norm(weight, size, stride, dilation, groups, circular)
-    return conv_norm(weight, stride, dilation, groups, TOLERANCE)
-
-
-def _is_loose(taps: tuple[int, ...], size: tuple[int, int]) -> bool:
-    """Zero padding costs a k×k blur about (k² − 1)/12 · (π/(n + 1))² of its norm on n×n pixels, others mostly less."""
-    return sum((k**2 - 1) / 24 * (math.pi / (n + 1)) ** 2 for k, n in zip(taps, size, strict=True)) > LOOSE
-
-
-def _written_out(layer: nn.Module, operation: Callable, geometry: tuple, call: Call) -> float | None:
-    """The exact norm of a convolution on a very small picture, from the matrix that it is."""
-    weight, stride, dilation, size = geometry
-    pixels = call.input[1:] if len(call.input) == 4 else (call.input[1], 1, call.input[2])
-    if math.prod(pixels) > DENSE or not _is_loose(weight.shape[2:], size):
-        return None
-    extra = {"output_padding": _two(layer.output_padding)} if operation is F.conv_transpose2d else {}
-    padding = layer.padding if isinstance(layer.padding, str) else _two(layer.padding)
-    basis = torch.eye(math.prod(pixels), dtype=torch.float64, device=weight.device).reshape(-1, *pixels)
-    kernel = weight.detach().double()
-    matrix = operation(basis, kernel, stride=stride, padding=padding, dilation=dilation, groups=layer.groups, **extra)
-    return matrix_norm(matrix.flatten(1))
-
-
-def _two(value: tuple[int, ...]) -> tuple[int, int]:
-    return (0, *value) if len(value) == 1 else tuple(value)
 
 
 def batch_norm(layer: nn.modules.batchnorm._BatchNorm, call: Call) -> float:
@@ -173,6 +38,8 @@ def batch_norm(layer: nn.modules.batchnorm._BatchNorm, call: Call) -> float:
     if layer.running_var is None:
         raise NoBound("it has no running statistics, so it divides by those of the batch and has no bound")
     scale = (layer.running_var.detach().double() + layer.eps).rsqrt()
+    if not bool(torch.isfinite(scale).all()):
+        raise NoBound("a running variance of it is not above −eps, so it divides by zero or by no number at all")
     if layer.weight is not None:
         scale = scale * layer.weight.detach().double().abs()
     return float(scale.amax()) * (1 + CUSHION)
@@ -188,19 +55,8 @@ def nonnegative_linear(layer: nn.Module, call: Call) -> float:
     """
     if getattr(layer, "mode", "nearest") == "bicubic":
         raise NoBound("bicubic interpolation has negative weights; use 'bilinear' or 'nearest'")
-    return _nonnegative(layer, call.input[2:])
-
-
-@torch.enable_grad()
-def _nonnegative(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...]) -> float:
-    ones = torch.ones(1, 1, *pixels, dtype=torch.float64, requires_grad=True)
-    rows = operation(ones)
-    (columns,) = torch.autograd.grad(rows.sum(), ones)
-    even = all(bool(torch.allclose(sums, sums.flatten()[0], rtol=1e-12)) for sums in (rows, columns))
-    if ones.numel() <= DENSE and not even:  # where all sums are equal Schur's bound is the norm
-        basis = torch.eye(ones.numel(), dtype=torch.float64).reshape(-1, 1, *pixels)
-        return matrix_norm(operation(basis).flatten(1))
-    return math.sqrt(float(rows.detach().abs().max() * columns.abs().max())) * (1 + CUSHION)
+    check_batched(layer, call)
+    return nonnegative(layer, call.input[2:])
 
 
 def max_pool(layer: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d, call: Call) -> float:
@@ -209,6 +65,7 @@ def max_pool(layer: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d, call: Call) -> f
     >>> max_pool(nn.MaxPool2d(3, 2, 1), Call((1, 1, 8, 8), (1, 1, 4, 4)))
     2.0
     """
+    _check_maxima(layer, call)
     sizes, strides, dilations = (
         (value,) * (len(call.input) - 2) if isinstance(value, int) else value
         for value in (layer.kernel_size, layer.stride, layer.dilation)
@@ -224,11 +81,18 @@ def adaptive_max_pool(layer: nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d, call: 
     >>> adaptive_max_pool(nn.AdaptiveMaxPool2d(1), Call((1, 1, 7, 7), (1, 1, 1, 1)))
     1.0
     """
+    _check_maxima(layer, call)
     shared = 1
     for n, out in zip(call.input[2:], call.output[2:], strict=True):
         windows = [(i * n // out, -(-(i + 1) * n // out)) for i in range(out)]
         shared *= max(sum(low <= x < high for low, high in windows) for x in range(n))
     return math.sqrt(shared)
+
+
+def _check_maxima(layer: nn.Module, call: Call) -> None:
+    check_batched(layer, call)
+    if layer.return_indices:
+        raise NoBound("it returns the places of the maxima, which jump; set return_indices=False")
 
 
 def isometry(layer: nn.Module, call: Call) -> float:
@@ -246,7 +110,7 @@ def flatten(layer: nn.Flatten, call: Call) -> float:
     >>> flatten(nn.Flatten(), Call((1, 2, 3), (1, 6)))
     1.0
     """
-    if layer.start_dim == 0:
+    if layer.start_dim % len(call.input) == 0:
         raise NoBound("it flattens the batch too; use start_dim=1")
     return 1.0
 
@@ -257,7 +121,7 @@ def softmax(layer: nn.Softmax, call: Call) -> float:
     >>> softmax(nn.Softmax(1), Call((1, 2), (1, 2)))
     0.5
     """
-    if not layer.dim:
+    if layer.dim is None or layer.dim % len(call.input) == 0:
         raise NoBound("it normalises over the batch; give it dim=1")
     return 0.5
 
@@ -276,23 +140,58 @@ def sll(layer: blocks.SLL | blocks.SLLLinear, call: Call) -> float:
 
 def exported_sll(layer: nn.Module, call: Call) -> float:
     """max(1, ‖V‖‖2V‖ − 1) as exported, 1 + ‖V₁‖‖V₂‖ once the two layers have been trained apart."""
-    inward, outward = (
-        matrix_norm(part.weight) if isinstance(part, nn.Linear) else conv_norm(part.weight)
-        for part in (layer.inward, layer.outward)
-    )
-    twin = layer.inward.weight
+    inward, outward = (_exported_norm(part) for part in (layer.inward, layer.outward))
+    _check_kept(call)
+    twin, mode = layer.inward.weight, getattr(layer.inward, "padding_mode", None)
     if isinstance(layer.outward, nn.Linear):
         twin = twin.T
     elif isinstance(layer.outward, nn.Conv2d):
         twin = twin.transpose(0, 1).flip(2, 3)
-    tied = torch.equal(2 * twin, layer.outward.weight)
+    adjoint = getattr(layer.outward, "padding_mode", None) == mode
+    tied = adjoint and torch.equal(2 * twin, layer.outward.weight)
     return max(1.0, inward * outward - 1) if tied else 1 + inward * outward
+
+
+def _exported_norm(part: nn.Module) -> float:
+    """Of one of the two layers of an exported SLL, whose geometry must be the one that it was exported with."""
+    kind = parametrize.type_before_parametrizations(part)
+    if kind is nn.Linear:
+        return matrix_norm(part.weight)
+    if kind not in (nn.Conv2d, nn.ConvTranspose2d):
+        raise NoBound(f"a layer inside it has become a {kind.__name__}")
+    pad, odd = part.weight.shape[2] // 2, part.weight.shape[2] % 2
+    made = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding": (pad, pad), "output_padding": (0, 0)}
+    same = all(getattr(part, name) == value for name, value in made.items())
+    same &= tuple(part._reversed_padding_repeated_twice) == (pad,) * 4
+    if not same or part.padding_mode not in (("zeros", "circular") if odd else ("zeros",)):
+        raise NoBound(f"the geometry of a {kind.__name__} inside it was changed after the export")
+    return conv_norm(part.weight)
 
 
 def exported_householder(layer: nn.Module, call: Call) -> float:
     """max(1, 2|v|² − 1) over the pairs."""
+    if call.input[1] != layer.v.numel():
+        raise NoBound(f"it reflects {layer.v.numel()} channels and gets {call.input[1]}, which it repeats")
     squares = layer.v.detach().double().square().reshape(2, -1).sum(0)
     return max(1.0, float(2 * squares.max() - 1))
+
+
+def exported_pairs(layer: nn.Module, call: Call) -> float:
+    """1 where the channels make pairs; an odd one would be repeated."""
+    if call.input[1] % 2:
+        raise NoBound(f"it sorts pairs of channels and gets {call.input[1]} of them, an odd number")
+    return 1.0
+
+
+def exported_shift(layer: nn.Module, call: Call) -> float:
+    """1 for a shift of each channel; a shift of more channels than there are would repeat them."""
+    _check_kept(call)
+    return 1.0
+
+
+def _check_kept(call: Call) -> None:
+    if call.input != call.output:
+        raise NoBound(f"it was made for another number of channels: {call.input} becomes {call.output}")
 
 
 def _slope(value: float) -> Callable[[nn.Module, Call], float]:
@@ -302,33 +201,45 @@ def _slope(value: float) -> Callable[[nn.Module, Call], float]:
     return rule
 
 
+def _at_least_one(slope: float) -> float:
+    if not math.isfinite(slope):  # max(1, NaN) would be 1
+        raise NoBound(f"its slope is {slope}")
+    return max(1.0, abs(slope))
+
+
 def _leaky(layer: nn.LeakyReLU, call: Call) -> float:
-    return max(1.0, abs(layer.negative_slope))
+    return _at_least_one(layer.negative_slope)
 
 
 def _prelu(layer: nn.PReLU, call: Call) -> float:
-    return max(1.0, float(layer.weight.detach().abs().max()))
+    return _at_least_one(float(layer.weight.detach().abs().max()))
 
 
 def _elu(layer: nn.ELU, call: Call) -> float:
-    return max(1.0, abs(layer.alpha))
+    return _at_least_one(layer.alpha)
+
+
+def _celu(layer: nn.CELU, call: Call) -> float:
+    if not layer.alpha > 0:
+        raise NoBound(f"with alpha={layer.alpha} its slope exp(x/alpha) grows without end; give it a positive alpha")
+    return 1.0
 
 
 def _softplus(layer: nn.Softplus, call: Call) -> float:
-    if layer.threshold < 16:  # torch goes over to x there, with a jump of log(1 + e^-threshold) / beta
+    if not layer.threshold >= 16:  # torch goes over to x there, with a jump of log(1 + e^-threshold) / beta
         raise NoBound(f"it jumps at its threshold of {layer.threshold}; leave it at 20, where nothing is seen of it")
     return 1.0
 
 
 def _rrelu(layer: nn.RReLU, call: Call) -> float:
-    return max(1.0, abs(layer.lower + layer.upper) / 2)
+    return _at_least_one((layer.lower + layer.upper) / 2)
 
 
 LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
     nn.Linear: dense,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d), convolution),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d), transposed_convolution),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), batch_norm),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), batch_norm),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), nonnegative_linear),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), nonnegative_linear),
     **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), nonnegative_linear),
@@ -341,7 +252,7 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
     **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d), isometry),
     nn.Flatten: flatten,
     # Activations: the largest slope.
-    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.CELU), _slope(1.0)),
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign), _slope(1.0)),
     **dict.fromkeys((nn.Softshrink, nn.Tanhshrink, nn.LogSigmoid), _slope(1.0)),
     nn.Softplus: _softplus,
     nn.Sigmoid: _slope(0.25),
@@ -355,6 +266,7 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
     nn.LeakyReLU: _leaky,
     nn.PReLU: _prelu,
     nn.ELU: _elu,
+    nn.CELU: _celu,
     nn.RReLU: _rrelu,
     # lipguide's own
     **dict.fromkeys((activations.GroupSort, activations.MaxMin, activations.MaxMinDouble), _slope(1.0)),
@@ -368,8 +280,10 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
 
 # What `lip.export` turned into graphs, by the name of the brick.
 BRICKS: dict[str, Callable[[nn.Module, Call], float]] = {
-    **dict.fromkeys(("GroupSort", "MaxMin", "MaxMinDouble", "FullSort", "PadChannels", "BatchCentering"), isometry),
+    **dict.fromkeys(("GroupSort", "MaxMinDouble", "FullSort", "PadChannels"), isometry),
     **dict.fromkeys(("L2NormPool", "ScaledAvgPool2d", "GlobalAvgPool2d"), isometry),
+    "MaxMin": exported_pairs,
     "Householder": exported_householder,
+    "BatchCentering": exported_shift,
     "SLL": exported_sll,
 }

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from lipguide import blocks
-from lipguide.graph_bounds import travel
+from lipguide.graph_bounds import only_shrinks, travel, versions
 from lipguide.layer_bounds import BRICKS, LAYERS, Call, NoBound
-from lipguide.plain import brick_name, without_parametrizations
+from lipguide.lower_bound import lipschitz_lower_bound
+from lipguide.plain import brick_name, inherited
 
 __all__ = ["Bound", "LayerBound", "Unbounded", "lipschitz_bound", "lipschitz_lower_bound"]
 
@@ -91,10 +95,10 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
     """
     names = {module: name or "the model" for name, module in model.named_modules()}
     _check(names)
-    calls = _record(model, input_shape)
-    walk = _Walk(names, calls)
-    outcome = walk(model, 1.0)
-    walk.check_complete()
+    with torch.inference_mode(False):
+        walk = _Walk(names, *_record(model, input_shape))
+        outcome = walk(model, 1.0)
+        walk.check_complete()
     heads = dict(_leaves(outcome, ""))
     value = math.sqrt(sum(constant**2 for constant in heads.values()))
     return Bound(value, heads if len(heads) > 1 else {}, walk.rows)
@@ -105,6 +109,10 @@ def _check(names: dict[nn.Module, str]) -> None:
         if module.training:
             raise ValueError(f"{name} is in training mode, and a bound speaks of eval mode: call model.eval() first")
         for tensor_name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if isinstance(tensor, UninitializedTensorMixin):
+                raise ValueError(f"{tensor_name} of {name} has no values yet: call the model on a batch first")
+            if tensor.is_complex():
+                raise ValueError(f"{tensor_name} of {name} is complex, and only real layers are bounded")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
                     f"{tensor_name} of {name} holds NaN or infinite values: nothing can be certified; the training "
@@ -112,19 +120,28 @@ def _check(names: dict[nn.Module, str]) -> None:
                 )
 
 
-def _record(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, set[Call]]:
-    """The shapes that each module meets in a forward pass of one input."""
+def _record(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[dict[nn.Module, set[Call]], set[nn.Module]]:
+    """The shapes that each module meets in a forward pass of one input, and the modules that change their input."""
     calls: dict[nn.Module, set[Call]] = {}
+    entered: list[list[int]] = []
+    changing: set[nn.Module] = set()
 
-    def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if inputs and isinstance(inputs[0], Tensor):
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(versions((args, kwargs)))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if versions((args, kwargs)) != entered.pop():
+            changing.add(module)
+        if args and isinstance(args[0], Tensor):
             shape = tuple(output.shape) if isinstance(output, Tensor) else ()
-            calls.setdefault(module, set()).add(Call(tuple(inputs[0].shape), shape))
+            calls.setdefault(module, set()).add(Call(tuple(args[0].shape), shape))
 
-    hooks = [module.register_forward_hook(watch) for module in model.modules()]
+    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
+    hooks += [module.register_forward_hook(leave, with_kwargs=True) for module in model.modules()]
+    before = _state(model)
     try:
         with torch.no_grad():
-            model(_probe(model, (1, *input_shape)))
+            model(_probe((1, *input_shape), model))
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
             f"the model does not take an input of shape {(1, *input_shape)} ({error}); input_shape is that of one "
@@ -133,11 +150,21 @@ def _record(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, s
     finally:
         for hook in hooks:
             hook.remove()
-    return calls
+    for name, (tensor, version) in _state(model).items():
+        if name not in before or tensor is not before[name][0] or version != before[name][1]:
+            raise Unbounded(f"{name} is changed by the forward pass itself, so it is no constant that a bound may use")
+    return calls, changing
 
 
-def _probe(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+def _state(model: nn.Module) -> dict[str, tuple[Tensor, list[int]]]:
+    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {name: (tensor, versions(tensor)) for name, tensor in named}
+
+
+def _probe(shape: tuple[int, ...], *modules: nn.Module) -> Tensor:
+    """An input of the type and on the device of the first weight that there is."""
+    tensors = chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
@@ -155,8 +182,11 @@ def _leaves(outcome: Any, name: str) -> Iterator[tuple[str, float]]:
 class _Walk:
     """Takes a constant through a module: `walk(module, L)` bounds x ↦ module(f(x)) for every f of constant L."""
 
-    def __init__(self, names: dict[nn.Module, str], calls: dict[nn.Module, set[Call]]) -> None:
-        self.names, self.calls = names, calls
+    def __init__(
+        self, names: dict[nn.Module, str], calls: dict[nn.Module, set[Call]], changing: set[nn.Module]
+    ) -> None:
+        self.names, self.calls, self.changing = names, calls, changing
+        self.model = next(iter(names))
         self.rows: list[LayerBound] = []
         self.accounted: set[nn.Module] = set()
 
@@ -169,24 +199,40 @@ class _Walk:
             raise Unbounded(f"{where} was not called with one tensor in the forward pass, so its input is not known")
         try:
             _check_untouched(module)
-            return self._through(module, float(constant))
+            outcome = self._through(module, float(constant))
+            if any(isinstance(part, float) and math.isnan(part) for part in tree_leaves(outcome)):
+                raise NoBound("its constant is no number")
+            return outcome
         except NoBound as error:
             raise Unbounded(f"{where} has no bound that is known here: {error}. {_advice(module)}") from error
 
     def _through(self, module: nn.Module, constant: float) -> Any:
         if hasattr(module, "lipschitz"):
-            return module.lipschitz(constant, self)
-        rule = BRICKS.get(brick_name(module)) or _rule(module, LAYERS)
-        if rule:
+            return module.lipschitz(constant, self.kept)
+        if rule := BRICKS.get(brick_name(module)) or inherited(module, LAYERS):
+            for part in module.modules():
+                _check_untouched(part)
             self.accounted.update(module.modules())
-            return self.row(module, constant, constant * max(rule(module, call) for call in self.calls[module]))
-        rule = _rule(module, JOINTS)
-        if rule:
-            return rule(self, module, constant)
-        outcomes = [travel(module, _probe(module, call.input), constant, self) for call in self.calls[module]]
+            own = [rule(module, call) for call in self.calls[module]]
+            if not all(map(math.isfinite, own)):
+                raise NoBound(f"its constant would be {max(own)}")
+            return self.row(module, constant, constant * max(own))
+        if joint := inherited(module, JOINTS):
+            return joint(self, module, constant)
+        inputs = [_probe(call.input, module, self.model) for call in self.calls[module]]
+        outcomes = [travel(module, x, constant, self) for x in inputs]
         if len(outcomes) > 1 and not all(isinstance(outcome, float) for outcome in outcomes):
             raise NoBound("it has several outputs and is used on inputs of several shapes")
         return outcomes[0] if len(outcomes) == 1 else max(outcomes)
+
+    def kept(self, module: nn.Module, constant: float) -> Any:
+        """The same for a module whose input may be used again: it must not change it in place."""
+        outcome = self(module, constant)
+        if module in self.changing and not only_shrinks(module, constant, outcome):
+            raise NoBound(
+                f"{self.names[module]} changes its input in place, which may be used again after it; set inplace=False"
+            )
+        return outcome
 
     def row(self, module: nn.Module, before: float, after: float) -> float:
         shape = max(call.output for call in self.calls[module])
@@ -210,22 +256,13 @@ class _Walk:
 
 def _check_untouched(module: nn.Module) -> None:
     """A layer whose forward somebody has changed is not the layer that its class says."""
-    if "forward" in module.__dict__:
-        raise NoBound("its forward was replaced")
+    replaced = [name for name in vars(module) if callable(getattr(type(module), name, None))]
+    if replaced:
+        raise NoBound(f"its {replaced[0]} was replaced")
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         owner = getattr(hook, "__module__", "")
         if not owner.startswith(("lipguide.", "torch.nn.utils.")):
             raise NoBound(f"it carries a hook ({owner}.{getattr(hook, '__qualname__', hook)}) that may change values")
-
-
-def _rule(module: nn.Module, table: dict[type, Callable]) -> Callable | None:
-    """The rule of the module's class, or of one that it inherits its forward from."""
-    for kind in type(module).__mro__:
-        if kind in table:
-            return table[kind]
-        if {"forward", "_conv_forward", "__call__"} & set(vars(kind)):
-            return None
-    return None
 
 
 def _sequential(walk: _Walk, module: nn.Sequential, constant: float) -> Any:
@@ -235,11 +272,11 @@ def _sequential(walk: _Walk, module: nn.Sequential, constant: float) -> Any:
 
 
 def _residual(walk: _Walk, module: blocks.Residual, constant: float) -> float:
-    return walk.row(module, constant, (constant + walk(module.branch, constant)) / 2)
+    return walk.row(module, constant, (constant + walk.kept(module.branch, constant)) / 2)
 
 
 def _concat(walk: _Walk, module: blocks.Concat, constant: float) -> float:
-    squares = sum(walk(branch, constant) ** 2 for branch in module.branches)
+    squares = sum(walk.kept(branch, constant) ** 2 for branch in module.branches)
     return walk.row(module, constant, math.sqrt(squares / len(module.branches)))
 
 
@@ -264,71 +301,3 @@ def _advice(module: nn.Module) -> str:
         "Build it from layers that are known, or give the class a method lipschitz(self, constant, through) that "
         "writes its forward with constants"
     )
-
-
-def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distance: float | None = None) -> float:
-    """The largest stretch ‖f(a) − f(b)‖ / ‖a − b‖ that a search finds, in eval mode: a lower bound of every constant.
-
-    From each of the given points it looks for the direction that f stretches most, by power iteration on the Jacobian
-    (v ← Jᵀ J v), and climbs to points where it stretches more. Pairs begin at `distance` and end a hundred times
-    nearer. What is returned was measured on a pair, in float64.
-
-    Args:
-        model: any module that treats the samples of a batch one by one; several outputs count as one.
-        x: points to start from, a batch; inputs of the kind that the network is made for find more than noise.
-        steps: of the search.
-        distance: of the pairs at first; by default a tenth of the mean norm of x.
-
-    >>> model = nn.Linear(3, 3)
-    >>> model.weight.data = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    >>> round(lipschitz_lower_bound(model, torch.randn(2, 3)), 4)
-    3.0
-    """
-    f = without_parametrizations(model).requires_grad_(False)
-    points = x.detach().clone()
-    if distance is None:
-        distance = float(_norms(points).mean()) / 10 or 1.0
-    direction = torch.randn(points.shape, generator=torch.Generator().manual_seed(0)).to(points)
-    direction = _unit(direction)
-    found = torch.zeros(len(points), dtype=points.dtype, device=points.device)
-    best_points, best_steps = points, distance * direction
-    for step in range(steps):
-        reach = distance * 1e-2 ** (step / max(1, steps - 1))
-        a, d = points.requires_grad_(), direction.requires_grad_()
-        with torch.enable_grad():
-            apart = _norms(_flat(f(a + reach * d)) - _flat(f(a)))
-            towards, turn = torch.autograd.grad(apart.sum(), (a, d), materialize_grads=True)
-        better = _column(apart.detach() / reach > found, a)
-        found = torch.maximum(found, apart.detach() / reach)
-        best_points = torch.where(better, a.detach(), best_points)
-        best_steps = torch.where(better, reach * d.detach(), best_steps)
-        points = (a + reach / 4 * _unit(towards)).detach()
-        direction = torch.where(_column(_norms(turn) > 0, d), _unit(turn), d).detach()
-    f, best_points, best_steps = f.double(), best_points.double(), best_steps.double()
-    return max(_stretch(f, best_points, shrink * best_steps) for shrink in (1.0, 1e-3))
-
-
-@torch.no_grad()
-def _stretch(f: nn.Module, a: Tensor, step: Tensor) -> float:
-    apart = _norms(_flat(f(a + step)) - _flat(f(a))) / _norms((a + step) - a).clamp_min(torch.finfo(a.dtype).tiny)
-    return float(apart.max())
-
-
-def _flat(outputs: Any) -> Tensor:
-    """All outputs of each sample in one row."""
-    if isinstance(outputs, Tensor):
-        return outputs.reshape(len(outputs), -1)
-    parts = outputs.values() if isinstance(outputs, dict) else outputs
-    return torch.cat([_flat(part) for part in parts], 1)
-
-
-def _norms(batch: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(batch.flatten(1), dim=1)
-
-
-def _unit(batch: Tensor) -> Tensor:
-    return batch / _column(_norms(batch), batch).clamp_min(torch.finfo(batch.dtype).tiny)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))

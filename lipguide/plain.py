@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,10 +20,13 @@ from torch.nn.utils import parametrize
 
 from lipguide import activations, blocks, pooling
 
-__all__ = ["brick_name", "export", "without_parametrizations"]
+__all__ = ["brick_name", "export", "inherited", "without_parametrizations"]
 
 PACKAGE = __name__.split(".")[0]
 MARK = "lipguide_brick"
+# What a subclass may define anew without a say in what its forward computes.
+UNSEEN = {"__init__", "__repr__", "extra_repr", "reset_parameters", "train", "state_dict", "_apply"}
+UNSEEN |= {"__getstate__", "__setstate__", "_load_from_state_dict", "_save_to_state_dict"}
 
 
 def export(model: nn.Module) -> nn.Module:
@@ -106,12 +110,33 @@ def _is_ours(module: nn.Module) -> bool:
     return any(base.__module__.split(".")[0] == PACKAGE for base in type(module).__mro__)
 
 
+def inherited(module: nn.Module, table: dict[type, Any]) -> Any | None:
+    """The entry of the module's class, or of one that it inherits its forward and all that this calls from.
+
+    >>> class Renamed(nn.ReLU):
+    ...     pass
+    >>> inherited(Renamed(), {nn.ReLU: "a kink"})
+    'a kink'
+    """
+    kind = next((kind for kind in type(module).__mro__ if kind in table), None)
+    if kind is None:
+        return None
+    below = type(module).__mro__[: type(module).__mro__.index(kind)]
+    changed = {name for base in below for name in vars(base) if hasattr(kind, name)} - UNSEEN
+    changed = {name for name in changed if callable(getattr(kind, name)) or isinstance(vars(kind).get(name), property)}
+    return None if changed else table[kind]
+
+
 def _twin(module: nn.Module, path: str) -> nn.Module:
-    if type(module) in TWINS:
-        twin = TWINS[type(module)](module)
+    if make := inherited(module, TWINS):
+        twin = make(module)
         if type(twin).__module__.startswith("torch."):
             return twin
-        return _as_graph(twin, type(twin).__name__)
+        graph = _as_graph(twin, type(twin).__name__)
+        # `meta` survives copying and an attribute survives saving: the mark is in both.
+        graph.meta[MARK] = (type(twin).__name__.lstrip("_"), graph.code)
+        setattr(graph, MARK, graph.meta[MARK])
+        return graph
     try:  # a module whose forward only calls its parts and torch can be traced as it stands
         return _as_graph(module, type(module).__name__)
     except Exception as error:
@@ -127,14 +152,9 @@ class _EveryPartALeaf(fx.Tracer):
 
 
 def _as_graph(module: nn.Module, name: str) -> fx.GraphModule:
-    name = name.lstrip("_")
     graph = fx.Graph()  # a copy, for the traced one refers to the tracer, a class of lipguide
     graph.output(graph.graph_copy(_EveryPartALeaf().trace(module), {}))
-    twin = fx.GraphModule(module, graph, class_name=name)
-    # `meta` survives copying and an attribute survives saving: the mark is in both.
-    twin.meta[MARK] = (name, twin.code)
-    setattr(twin, MARK, (name, twin.code))
-    return twin
+    return fx.GraphModule(module, graph, class_name=name.lstrip("_"))
 
 
 # The bricks in torch operations alone: their equations without the checks of shapes, which a graph cannot hold.
@@ -199,12 +219,14 @@ class _L2NormPool(nn.Module):
         self.window = getattr(module, "kernel_size", None)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Half precision cannot hold the squares: like the original, sum them in float32 (and doubles as doubles).
+        wide = x.new_zeros(1) + x.new_zeros(1, dtype=torch.float32)
         if self.window is None:
-            squares = x.square().sum((2, 3), keepdim=True)
+            squares = x.to(wide).square().sum((2, 3), keepdim=True)
         else:
-            squares = F.avg_pool2d(x.square(), self.window) * math.prod(self.window)
+            squares = F.avg_pool2d(x.to(wide).square(), self.window) * math.prod(self.window)
         r = pooling.SMOOTHING[torch.float32]
-        return torch.sqrt(squares + r * r) - r
+        return (torch.sqrt(squares + r * r) - r).to(x)
 
 
 class _ScaledAvgPool2d(nn.Module):

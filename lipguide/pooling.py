@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipguide.arguments import pair, whole
+
 __all__ = [
     "GlobalAvgPool2d",
     "GlobalL2NormPool2d",
@@ -24,6 +26,8 @@ __all__ = [
     "ScaledAvgPool2d",
     "ScaledL2NormPool2d",
 ]
+
+WINDOW = "a window has one pixel or more an axis"
 
 # The root r of the smallest ε = r² whose ε^(-3/2), a factor of the second derivative, stays finite.
 SMOOTHING = {torch.float32: 2.0**-42, torch.float64: 2.0**-340}
@@ -52,10 +56,8 @@ def _wide(x: Tensor) -> Tensor:
 class _LocalPool2d(nn.Module):
     def __init__(self, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.kernel_size = _pair(kernel_size)
-        if min(self.kernel_size) < 1:
-            raise ValueError(f"kernel_size is {kernel_size}: a window has one pixel or more an axis")
-        if stride is not None and _pair(stride) != self.kernel_size:
+        self.kernel_size = pair("kernel_size", kernel_size, WINDOW)
+        if stride is not None and pair("stride", stride, WINDOW) != self.kernel_size:
             raise ValueError(
                 f"stride {stride} differs from kernel_size {kernel_size}: where windows overlap, one pixel enters "
                 "several outputs and the layer is not 1-Lipschitz any more; where they leave gaps, pixels are lost. "
@@ -72,10 +74,6 @@ class _LocalPool2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class ScaledL2NormPool2d(_LocalPool2d):
@@ -155,7 +153,7 @@ class InvertibleDownSampling(nn.Module):
 
     def __init__(self, kernel_size: int) -> None:
         super().__init__()
-        self.kernel_size = _positive(kernel_size)
+        self.kernel_size = whole("kernel_size", kernel_size, WINDOW)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_picture(self, x)
@@ -185,7 +183,7 @@ class InvertibleUpSampling(nn.Module):
 
     def __init__(self, kernel_size: int) -> None:
         super().__init__()
-        self.kernel_size = _positive(kernel_size)
+        self.kernel_size = whole("kernel_size", kernel_size, WINDOW)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_picture(self, x)
@@ -199,9 +197,3 @@ class InvertibleUpSampling(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"
-
-
-def _positive(kernel_size: int) -> int:
-    if kernel_size < 1:
-        raise ValueError(f"kernel_size is {kernel_size}: a window has one pixel or more an axis")
-    return kernel_size

@@ -241,6 +241,13 @@ def test_senseless_sizes_are_errors(make):
         make()
 
 
+@pytest.mark.parametrize("kind", [GroupSort, Householder])
+@pytest.mark.parametrize("size", [2.0, True, "2", (2,), None])
+def test_sizes_of_the_wrong_kind_are_errors(kind, size):
+    with pytest.raises(ValueError, match="whole number"):
+        kind(size)
+
+
 @pytest.mark.parametrize("make", [GroupSort2, MaxMin])
 def test_sorted_pairs_pass_every_kind_of_derivative(make):
     """Backward, double backward, forward mode, transforms and the compiler agree, with and without ties."""

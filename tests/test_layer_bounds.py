@@ -1,14 +1,18 @@
 """The constant of a single layer is never below what the layer does, and for linear layers hardly above it."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lipguide.affine import spectral
-from lipguide.blocks import SLL
+from lipguide.activations import Householder, MaxMin
+from lipguide.affine import aol, frobenius, orthogonal, spectral
+from lipguide.blocks import SLL, BatchCentering
 from lipguide.network import Unbounded, lipschitz_bound
+from lipguide.plain import export
 from tests.operators import largest_singular_value
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
@@ -92,6 +96,15 @@ def test_the_same_with_strides_groups_and_circles(stride, groups, mode):
     assert true <= bound(layer, (6, 32, 32)) <= 1.01 * true
 
 
+@pytest.mark.parametrize("dilation, channels", [(2, 6), (8, 2), (8, 20)])
+def test_a_dilated_convolution_is_bounded_like_one_on_a_smaller_picture(dilation, channels):
+    """It sees d² interleaved pictures, each of them d times smaller, and these do not meet."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
+    true = largest_singular_value(layer, (channels, 32, 32))
+    assert true <= bound(layer, (channels, 32, 32)) <= 1.12 * true
+
+
 def test_a_convolution_on_a_tiny_picture_is_exact():
     torch.manual_seed(0)
     layer = nn.Conv2d(16, 8, 3, padding=1)
@@ -125,6 +138,7 @@ LINEAR = {
     nn.PixelUnshuffle(2): (1, 4, 4),
     nn.BatchNorm2d(3): (3, 4, 4),
     nn.BatchNorm1d(3, affine=False): (3,),
+    nn.SyncBatchNorm(3): (3, 4, 4),  # what batch norm becomes for training on several GPUs
     nn.Linear(5, 3): (5,),
     nn.Linear(4, 6): (7, 4),
 }
@@ -205,8 +219,8 @@ def test_softmax_is_half_lipschitz():
 def test_a_proved_layer_is_not_proved_again(monkeypatch):
     layer = spectral(nn.Conv2d(4, 4, 3, padding=1)).eval()
     layer(torch.zeros(1, 4, 8, 8))
-    monkeypatch.setattr("lipguide.layer_bounds.conv_norm", None)
-    monkeypatch.setattr("lipguide.layer_bounds.picture_norm", None)
+    monkeypatch.setattr("lipguide.affine_bounds.conv_norm", None)
+    monkeypatch.setattr("lipguide.affine_bounds.picture_norm", None)
     assert 1 <= bound(layer, (4, 8, 8)) <= 1 + 1e-5
     assert steepest(layer, (4, 8, 8), 1) <= bound(layer, (4, 8, 8))
 
@@ -238,3 +252,122 @@ def test_an_unconstrained_sll_is_bounded_by_its_own_weight():
 def test_a_layer_without_a_bound_is_an_error_that_says_why(layer, shape, why):
     with pytest.raises(Unbounded, match=why):
         bound(layer, shape)
+
+
+CHANGES = {
+    "stride": (nn.Conv2d(2, 2, 3, stride=2, padding=1), {"stride": (1, 1)}),
+    "reflect": (nn.Conv2d(2, 2, 3, padding=1), {"padding_mode": "reflect"}),
+    "replicate": (nn.Conv2d(2, 2, 3, padding=1), {"padding_mode": "replicate"}),
+    "dilation": (nn.Conv2d(2, 2, 3, stride=2, padding=3), {"dilation": (3, 3)}),
+    "circle that the stride does not divide": (nn.Conv2d(2, 2, 3, 2, 1), {"padding_mode": "circular"}),
+    "transposed": (nn.ConvTranspose2d(2, 2, 3, stride=2), {"stride": (1, 1)}),
+    "as numbers": (nn.Conv2d(2, 2, 3, stride=2, padding=1), {"stride": 1, "dilation": 1}),
+}
+
+
+@pytest.mark.parametrize("constrain", [spectral, orthogonal, aol, frobenius])
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_constraint_vouches_for_a_geometry_that_was_changed_afterwards(change, constrain):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        made, attributes = CHANGES[change]
+        layer = copy.deepcopy(made)
+        layer.weight.data.normal_().abs_()
+        layer = constrain(layer).eval()
+        bound(layer, (2, 6, 6))  # which makes the proof
+        for name, value in attributes.items():
+            setattr(layer, name, value)
+        above = bound(layer, (2, 7, 7))
+        assert steepest(copy.deepcopy(layer), (2, 7, 7), 1) <= above * (1 + 1e-6)
+
+
+def test_borders_are_copied_as_the_forward_does_it():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 1, 3, padding=1, padding_mode="replicate")
+    layer.weight.data.abs_()
+    layer.padding = (0, 0)  # which a forward that copies borders does not look at
+    assert steepest(layer, (1, 3, 3), 1) <= bound(layer, (1, 3, 3)) * (1 + 1e-9)
+
+
+UNBATCHED = {
+    nn.MaxPool2d(3, 1): (8, 8),
+    nn.MaxPool1d(3, 1): (8,),
+    nn.AvgPool2d(3, 1, 1): (8, 8),
+    nn.AvgPool1d(3, 1, 1): (8,),
+    nn.AdaptiveMaxPool2d(3): (8, 8),
+    nn.AdaptiveAvgPool2d(3): (8, 8),
+    nn.ReplicationPad2d(1): (8, 8),
+    nn.Conv2d(1, 1, 3, padding=1): (8, 8),
+    nn.ConvTranspose2d(1, 1, 3): (8, 8),
+    nn.Conv1d(1, 1, 3): (8,),
+}
+
+
+@pytest.mark.parametrize("layer", UNBATCHED, ids=str)
+def test_an_input_without_channels_is_an_error_and_not_a_batch(layer):
+    """torch takes (1, H, W) for one picture of a channel: what is named a batch would be its channel."""
+    with pytest.raises(Unbounded, match=r"give it \(N, C, "):
+        bound(layer, UNBATCHED[layer])
+
+
+def negative_variance() -> nn.BatchNorm1d:
+    layer = nn.BatchNorm1d(3)
+    layer.running_var[1] = -1
+    return layer
+
+
+def changed_sll() -> nn.Module:
+    block = export(SLL(4, 4, 3))
+    block.inward.padding_mode = "reflect"
+    return block
+
+
+def swapped_sll() -> nn.Module:
+    block = export(SLL(4, 4, 3))
+    block.inward = nn.Sequential(block.inward, nn.SELU())
+    return block
+
+
+@pytest.mark.parametrize(
+    "layer, shape, why",
+    [
+        (nn.CELU(-1.0), (3,), "grows without end"),
+        (nn.LeakyReLU(float("nan")), (3,), "slope is nan"),
+        (nn.MaxPool1d(2, return_indices=True), (1, 4), "places of the maxima"),
+        (nn.AdaptiveMaxPool2d(2, return_indices=True), (1, 4, 4), "places of the maxima"),
+        (nn.Softmax(dim=-2), (3,), "batch"),
+        (nn.Flatten(-3), (2, 4), "batch"),
+        (negative_variance(), (3,), "running variance"),
+        (export(MaxMin()), (3,), "odd"),
+        (export(Householder(4)), (1,), "reflects 4 channels and gets 1"),
+        (export(BatchCentering(4).eval()), (1,), "another number of channels"),
+        (changed_sll(), (4, 6, 6), "geometry of a Conv2d"),
+        (swapped_sll(), (4, 6, 6), "has become a Sequential"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_what_would_not_be_bounded_by_the_usual_constant_is_an_error(layer, shape, why):
+    with pytest.raises(Unbounded, match=why):
+        bound(layer, shape)
+
+
+class Tripled(nn.Conv2d):
+    """Another way in: the forward is inherited, what it calls is not."""
+
+    def _conv_forward(self, *args):
+        return 3 * super()._conv_forward(*args)
+
+
+class Reloaded(nn.Conv2d):
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def test_a_subclass_is_trusted_if_it_changes_nothing_that_its_forward_calls():
+    assert bound(Reloaded(1, 1, 3), (1, 5, 5)) > 0
+    with pytest.raises(Unbounded, match="Tripled"):
+        bound(Tripled(1, 1, 3), (1, 5, 5))
+    patched = nn.Conv2d(1, 1, 3)
+    patched._conv_forward = Tripled(1, 1, 3)._conv_forward
+    with pytest.raises(Unbounded, match="_conv_forward was replaced"):
+        bound(patched, (1, 5, 5))

@@ -10,7 +10,7 @@ from torch import nn
 
 from lipguide.activations import GroupSort2, MaxMin
 from lipguide.affine import orthogonal, spectral
-from lipguide.blocks import SLL, Concat, Patches, Residual
+from lipguide.blocks import SLL, Concat, Patches, Residual, SLLLinear
 from lipguide.network import Bound, Unbounded, lipschitz_bound, lipschitz_lower_bound
 from lipguide.plain import export, without_parametrizations
 from lipguide.pooling import ScaledL2NormPool2d
@@ -178,6 +178,7 @@ FOLLOWED = {
     "mean": (lambda m, x: x.mean(1), 0.5),
     "maximum": (lambda m, x: torch.maximum(x, 2 * x), math.sqrt(5)),
     "slices": (lambda m, x: x[:, 1:, None], 1.0),
+    "a mild activation in place": (lambda m, x: torch.relu(nn.functional.relu(x, inplace=True) + x), 2.0),
     "sum in place": (lambda m, x: operator.iadd(m.layer(x), x), 2.0),
     "stack": (lambda m, x: torch.stack((x, x)), math.sqrt(2)),
     "shape": (lambda m, x: x.reshape(x.shape[0], x.size(1) // 2, 2), 1.0),
@@ -202,6 +203,11 @@ REFUSED = {
     "shares memory, then changes it": lambda m, x: (operator.iadd(x, m.layer(x)), x)[1],
     "a steep activation in place": lambda m, x: m.act(x) + x,
     "weight used by hand": lambda m, x: nn.functional.linear(x, m.layer.weight),
+    "a constant that may be none": lambda m, x: x + torch.ones(4),
+    "other numbers in the same bits": lambda m, x: x.view(torch.int32),
+    "tensors by name": lambda m, x: torch.cat(tensors=[x, x], dim=1),
+    "a tensor by name": lambda m, x: torch.mean(input=x),
+    "a factor by name": lambda m, x: torch.mul(x, other=3.0),
     "scale by the input": lambda m, x: x * x.shape[1] * x,
 }
 
@@ -210,6 +216,103 @@ REFUSED = {
 def test_what_is_not_known_in_a_forward_is_an_error(name):
     with pytest.raises(Unbounded, match="the model .*Forward.* has no bound that is known here"):
         lipschitz_bound(Forward(REFUSED[name]).eval(), (4,))
+
+
+class AddsInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.same, self.f = nn.Sequential(), linear(1)
+
+    def forward(self, x):
+        y = self.same(x)
+        y += self.f(x)
+        return y
+
+
+class UsesAgain(nn.Module):
+    """Like the skip of a U-Net: what goes into `part` is looked at once more."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.enter, self.part = linear(1), part
+
+    def forward(self, x):
+        skip = self.enter(x)
+        y = self.part(skip)
+        return torch.cat((skip, y), 1)
+
+
+class UsesAgainByHand(UsesAgain):
+    def lipschitz(self, constant, through):
+        constant = through(self.enter, constant)
+        return math.hypot(constant, through(self.part, constant))
+
+
+STEEP = {
+    "SELU": lambda: nn.SELU(inplace=True),
+    "Hardswish": lambda: nn.Hardswish(inplace=True),
+    "LeakyReLU": lambda: nn.LeakyReLU(3.0, inplace=True),
+    "in a chain": lambda: nn.Sequential(nn.SiLU(inplace=True), nn.Identity()),
+    "behind a view": lambda: nn.Sequential(nn.Identity(), nn.Flatten(), nn.ELU(2.0, inplace=True)),
+    "made smaller afterwards": lambda: nn.Sequential(nn.SELU(inplace=True), linear(0.1)),
+    "sum in place": AddsInPlace,
+}
+AGAIN = {
+    "Residual": Residual,
+    "Concat": lambda part: Concat(part, nn.Identity()),
+    "U-Net": UsesAgain,
+    "by hand": UsesAgainByHand,
+    "exported": lambda part: export(Residual(part)),
+}
+
+
+@pytest.mark.parametrize("again", AGAIN)
+@pytest.mark.parametrize("part", STEEP)
+def test_what_is_changed_in_place_must_not_be_used_again(part, again):
+    with pytest.raises(Unbounded, match="in place"):
+        lipschitz_bound(AGAIN[again](STEEP[part]()).eval(), (4,))
+
+
+@pytest.mark.parametrize("again", AGAIN)
+def test_in_place_is_fine_where_it_shrinks_or_nothing_is_used_again(again):
+    for part in (nn.ReLU(inplace=True), nn.Sequential(linear(1), nn.SELU(inplace=True))):
+        model = AGAIN[again](part).eval()
+        bound = lipschitz_bound(model, (4,)).value
+        assert lipschitz_lower_bound(model, torch.randn(8, 4), steps=1) <= bound * (1 + 1e-6)
+    assert lipschitz_bound(nn.Sequential(linear(1), AddsInPlace()).eval(), (4,)).value == pytest.approx(2)
+
+
+class Keeps(nn.Module):
+    def forward(self, x):
+        self.kept = x
+        return x
+
+
+class KeepsInABuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(1, 4))
+
+    def forward(self, x):
+        self.kept.copy_(x)
+        return x
+
+
+class AddsKept(nn.Module):
+    def __init__(self, keeper: nn.Module) -> None:
+        super().__init__()
+        self.keeper = [keeper]
+
+    def forward(self, x):
+        return x + self.keeper[0].kept
+
+
+def test_what_a_forward_keeps_is_no_constant():
+    for keeper, why in [(Keeps(), "register it as a buffer"), (KeepsInABuffer(), "0.kept is changed by the forward")]:
+        model = nn.Sequential(keeper, AddsKept(keeper)).eval()
+        with pytest.raises(Unbounded, match=why):
+            lipschitz_bound(model, (4,))
+        assert not any("_tensor_constant" in name for module in model for name in vars(module))
 
 
 class Doubling(nn.Linear):
@@ -238,6 +341,10 @@ def test_a_layer_that_was_tampered_with_is_an_error():
     hooked[0].register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.raises(Unbounded, match="hook"):
         lipschitz_bound(hooked.eval(), (4,))
+    inside = export(nn.Sequential(SLLLinear(4, 4)))
+    inside[0].inward.register_forward_hook(lambda module, inputs, output: 10 * output)
+    with pytest.raises(Unbounded, match="hook"):
+        lipschitz_bound(inside, (4,))
     replaced = linear(1)
     replaced.forward = lambda x: 2 * x
     with pytest.raises(Unbounded, match="replaced"):
@@ -255,6 +362,13 @@ def test_training_mode_is_an_error_and_so_is_a_diverged_weight():
     model.eval()[0].bias.data[0] = math.nan
     with pytest.raises(ValueError, match="bias of 0 holds NaN"):
         lipschitz_bound(model, (4,))
+
+
+def test_weights_that_no_bound_can_use_are_named():
+    with pytest.raises(ValueError, match="weight of 0 has no values yet"):
+        lipschitz_bound(nn.Sequential(nn.LazyLinear(3)).eval(), (4,))
+    with pytest.raises(ValueError, match="weight of the model is complex"):
+        lipschitz_bound(nn.Linear(2, 2, dtype=torch.complex64).eval(), (2,))
 
 
 def test_a_wrong_shape_is_an_error_that_says_so():
@@ -326,6 +440,51 @@ def test_the_search_climbs_to_where_a_function_is_steep():
 def test_the_search_treats_a_batch_of_one_a_zero_input_and_a_constant_network():
     assert lipschitz_lower_bound(linear(2), torch.zeros(1, 4)) == pytest.approx(2, rel=1e-4)
     assert lipschitz_lower_bound(linear(0), torch.randn(1, 4)) == 0
+
+
+@pytest.mark.parametrize(
+    "fn, truth",
+    [
+        (lambda m, x: x + 1e10, 1.0),
+        (lambda m, x: x + 1e10 - 1e10, 1.0),
+        (lambda m, x: (x * 1e-6 + 1e10 - 1e10) * 1e6, 1.0),
+        (lambda m, x: nn.functional.pad(3 * x, (0, 4), value=1e12), 3.0),
+    ],
+)
+def test_the_search_does_not_take_rounding_for_a_stretch(fn, truth):
+    assert lipschitz_lower_bound(Forward(fn), torch.randn(3, 4), steps=20) <= truth
+
+
+def test_the_search_does_not_take_the_threshold_of_softplus_for_a_stretch():
+    at_threshold = torch.full((2, 3), 20.0)
+    for distance in (1e-6, 1e-3, None):
+        assert 0.9 <= lipschitz_lower_bound(nn.Softplus(), at_threshold, distance=distance) <= 1
+
+
+@pytest.mark.parametrize(
+    "x, distance, why",
+    [
+        (torch.full((1, 4), math.nan), None, "NaN"),
+        (torch.zeros(2, 4, dtype=torch.int64), None, "whole"),
+        (torch.zeros(0, 4), None, "one point or more"),
+        (torch.zeros(2, 4), 0.0, "distance is 0.0"),
+    ],
+)
+def test_the_search_refuses_points_that_it_cannot_start_from(x, distance, why):
+    with pytest.raises(ValueError, match=why):
+        lipschitz_lower_bound(linear(1), x, distance=distance)
+
+
+def test_the_search_says_where_a_model_has_no_values():
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        lipschitz_lower_bound(Forward(lambda m, x: x / 0), torch.randn(2, 4), steps=2)
+
+
+def test_a_bound_can_be_asked_for_in_inference_mode():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(2, 1), nn.ReLU(inplace=True)).eval()
+    with torch.inference_mode():
+        inside = lipschitz_bound(model, (1, 8, 8)).value
+    assert inside == lipschitz_bound(model, (1, 8, 8)).value > 0
 
 
 def test_half_precision_networks_are_bounded_with_the_weights_that_they_have():

@@ -246,3 +246,31 @@ def test_a_changed_graph_is_no_brick_any_more():
     exported.graph.output_node().args = (next(iter(exported.graph.nodes)),)
     exported.recompile()
     assert brick_name(exported) is None
+
+
+class Renamed(GroupSort2):
+    """Another name, the same layer."""
+
+
+def test_a_subclass_that_changes_nothing_is_exported_like_its_parent():
+    x = torch.randn(2, 4)
+    exported = export(nn.Sequential(Renamed()))
+    assert brick_name(exported[0]) == "GroupSort" and classes(exported) <= {"torch", "builtins"}
+    torch.testing.assert_close(exported(x), GroupSort2()(x))
+
+
+def test_a_class_with_the_name_of_a_brick_is_not_taken_for_it():
+    namesake = type("BatchCentering", (BatchCentering,), {"forward": lambda self, x: 3 * x})
+    exported = export(namesake(4).eval())
+    assert brick_name(exported) is None
+    assert lipschitz_bound(exported, (4,)).value == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [lambda: ScaledL2NormPool2d(2), GlobalL2NormPool2d])
+def test_l2_pooling_is_exported_for_every_precision(make, dtype):
+    x = 300 * torch.ones(1, 2, 2, 2, dtype=dtype)  # whose squares half precision cannot hold
+    y = make()(x)
+    for exported in (export(make()), export(make()).to(dtype)):
+        assert exported(x).dtype == dtype
+        torch.testing.assert_close(exported(x), y)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import deel.torchlip
 import pytest
@@ -206,6 +207,19 @@ def test_wrong_shapes_are_errors_that_say_what_would_do(layer, shape, advice):
 def test_empty_windows_are_errors(make):
     with pytest.raises(ValueError, match="one pixel or more"):
         make(0)
+
+
+@pytest.mark.parametrize("make", [*LOCAL, InvertibleDownSampling, InvertibleUpSampling])
+@pytest.mark.parametrize("size", [(2, 2, 2), (2,), 2.0, (2, 2.0), "2", True, None])
+def test_sizes_of_the_wrong_kind_are_errors_that_repeat_them(make, size):
+    with pytest.raises(ValueError, match=f"kernel_size is {re.escape(repr(size))}|kernel_size is 2.0"):
+        make(size)
+
+
+@pytest.mark.parametrize("make", [InvertibleDownSampling, InvertibleUpSampling])
+def test_invertible_windows_are_square(make):
+    with pytest.raises(ValueError, match=r"kernel_size is \(2, 2\): .* a whole number"):
+        make((2, 2))
 
 
 @each

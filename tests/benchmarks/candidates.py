@@ -1,6 +1,7 @@
 """The same convolution, plain and under each constraint, of lipguide and of its peers."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from deel.torchlip import SpectralConv2d
@@ -8,18 +9,27 @@ from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
 from torch import nn
 
 from lipguide.activations import GroupSort2
-from lipguide.affine import aol, frobenius, orthogonal, spectral
+from lipguide.affine import aol, clip, frobenius, l2_normalized, orthogonal, spectral, unit_rows
 from lipguide.plain import export, without_parametrizations
 from lipguide.pooling import ScaledL2NormPool2d
 
-OURS = {"spectral": spectral, "orthogonal": orthogonal, "aol": aol, "frobenius": frobenius}
+OURS = {
+    "spectral": spectral,
+    "orthogonal": orthogonal,
+    "aol": aol,
+    "frobenius": frobenius,
+    "clip": partial(clip, limit=0.1),
+    "unit_rows": unit_rows,
+    "l2_normalized": l2_normalized,
+}
 PEERS = {"torchlip Spectral": SpectralConv2d, "orthogonium AOC": AdaptiveOrthoConv2d}
 
 
 def layers(channels: int, device: str) -> dict[str, nn.Module]:
     """A 3×3 convolution that keeps channels and size, in each of its forms."""
     torch.manual_seed(0)
-    made = {"plain": nn.Conv2d(channels, channels, 3, padding=1)}
+    # Twice plain: the ratio of the second to the first is nothing but noise, and says how much of it there is.
+    made = {name: nn.Conv2d(channels, channels, 3, padding=1) for name in ("plain", "plain, again")}
     made |= {name: constrain(nn.Conv2d(channels, channels, 3, padding=1)) for name, constrain in OURS.items()}
     made |= {name: peer(channels, channels, 3, padding=1, padding_mode="zeros") for name, peer in PEERS.items()}
     return {name: layer.to(device) for name, layer in made.items()}
