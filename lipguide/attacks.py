@@ -189,6 +189,32 @@ def blur(model: Model, x: Tensor, y: Any, severity: float, score: Objective = ma
     return _worst_of(model, x, y, (_gaussian_blur(x, level) for level in _levels(severity)), score, severity)
 
 
+class BlindAttack(UserWarning):
+    """An attack met no gradient but zero at ``blind`` of its samples.
+
+    >>> print(BlindAttack(blind=2, samples=9))
+    the gradient of the loss was zero at every step for 2 of 9 samples, and random directions were taken instead: that \
+they stand says nothing about their robustness
+    """
+
+    def __init__(self, blind: int, samples: int) -> None:
+        super().__init__(
+            f"the gradient of the loss was zero at every step for {blind} of {samples} samples, and random directions "
+            "were taken instead: that they stand says nothing about their robustness"
+        )
+        self.blind = blind
+
+
+def check_eval(model: nn.Module, before: str) -> None:
+    """Raise ValueError for a model in training mode: it would not answer as it will in use.
+
+    >>> check_eval(nn.Linear(2, 3).eval(), "measuring its robustness")
+    """
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"{training[0]} is in training mode: call model.eval() before {before}")
+
+
 def robust_accuracy_curve(
     model: nn.Module,
     x: Tensor,
@@ -211,9 +237,7 @@ def robust_accuracy_curve(
     """
     if len(x) == 0:
         raise ValueError("the robust accuracy of no samples is undefined")
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise ValueError(f"{training[0]} is in training mode: call model.eval() before measuring its robustness")
+    check_eval(model, "measuring its robustness")
     strengths = torch.as_tensor(epsilons, dtype=torch.float64).cpu()
     if strengths.ndim != 1 or not (strengths >= 0).all():
         raise ValueError(f"epsilons must be a list of numbers, 0 or more, not {epsilons}")
@@ -292,11 +316,7 @@ def _pgd(
             best[todo] = torch.maximum(value, best[todo])
             blind[todo] = unseen & (best[todo] <= 0) if classification else unseen
     if blind.any():
-        warnings.warn(
-            f"the gradient of the loss was zero at every step for {int(blind.sum())} of {len(x)} samples, and random "
-            "directions were taken instead: that they stand says nothing about their robustness",
-            stacklevel=3,
-        )
+        warnings.warn(BlindAttack(int(blind.sum()), len(x)), stacklevel=3)
     return worst
 
 

@@ -70,9 +70,13 @@ class Ledger:
         """Name the data set behind the numbers and the hash of its content."""
         self.provenance["data"] = {"name": name, "hash": fingerprint}
 
-    def save(self) -> Path:
-        """Write the file, whole or not at all, and return its path."""
-        self.provenance["seconds"] = round(time.perf_counter() - self._began, 2)
+    def save(self, seconds: float | None = None) -> Path:
+        """Write the file, whole or not at all, and return its path.
+
+        Args:
+            seconds: that the results took; None for the time since the ledger was opened.
+        """
+        self.provenance["seconds"] = round(time.perf_counter() - self._began if seconds is None else seconds, 2)
         peak = torch.cuda.max_memory_allocated() if self._cuda else _peak_memory()
         self.provenance["peak_memory_mib"] = round(peak / 2**20)
         return write_json(self.path, {"provenance": self.provenance, "results": self.results})

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,7 +127,8 @@ def load(name: str, model: nn.Module, folder: str | Path = WEIGHTS) -> dict[str,
     if not path.exists():
         there = ", ".join(sorted(p.stem for p in Path(folder).glob("*.safetensors"))) or "none"
         raise FileNotFoundError(f"no weights {name!r} in {folder}; there are: {there}")
-    run, state = _read(path)
+    with _opened(path) as file:
+        run, state = _run_in(file), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -140,13 +142,19 @@ def run_of(path: str | Path) -> dict[str, Any]:
     >>> run_of(WEIGHTS / "segmentation-unet.safetensors")["recipe"]["network"]
     'unet'
     """
-    return _read(Path(path))[0]
+    with _opened(Path(path)) as file:
+        return _run_in(file)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _run_in(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {})["run"])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of weights, or ValueError, also later on, for one that turns out to be none."""
     try:
         with safe_open(path, framework="pt") as file:
-            run = json.loads((file.metadata() or {})["run"])
-            return run, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            yield file
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no file of weights that lipguide wrote ({error}): install it again") from error

@@ -17,7 +17,6 @@ from torchvision.ops import batched_nms, box_convert, box_iou
 __all__ = [
     "Matches",
     "Targets",
-    "check_finite",
     "check_targets",
     "decode",
     "detect",
@@ -200,7 +199,7 @@ def _one_prior_each(overlaps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def detect(
-    scores: Tensor, boxes: Tensor, min_score: float = MIN_SCORE, overlap: float = 0.3, most: int = 20
+    scores: Tensor, boxes: Tensor, min_score: float = MIN_SCORE, overlap: float = 0.3, most: int = 20, first: int = 0
 ) -> list[dict[str, Tensor]]:
     """Detections of every scene, as torchmetrics takes them: the boxes of each class that score above ``min_score``,
     less those that overlap a better one of their class by more than ``overlap``, the ``most`` best of a scene.
@@ -210,20 +209,20 @@ def detect(
     Args:
         scores: (N, P, C), of the classes alone, without background.
         boxes: (N, P, 4) xyxy.
+        first: the number of the first scene, for errors.
 
     >>> boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.5, 0.4], [0.5, 0.5, 1.0, 1.0]]])
     >>> found = detect(torch.tensor([[[0.9, 0.0], [0.8, 0.0], [0.0, 0.7]]]), boxes)
     >>> found[0]["labels"].tolist(), found[0]["boxes"][1].tolist()
     ([0, 1], [0.5, 0.5, 1.0, 1.0])
     """
-    check_finite(scores, boxes)
+    _check_finite(scores, boxes, first)
     at_once = AT_ONCE[scores.device.type != "cpu"]
     parts = zip(scores.split(at_once), boxes.split(at_once), strict=True)
     return [scene for part in parts for scene in _detect(*part, min_score, overlap, most)]
 
 
-def check_finite(scores: Tensor, boxes: Tensor, first: int = 0) -> None:
-    """Raise ValueError for scores or boxes, (N, …), that are not finite; the first scene has the number ``first``."""
+def _check_finite(scores: Tensor, boxes: Tensor, first: int) -> None:
     whole = scores.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1)
     if not whole.all():
         raise ValueError(

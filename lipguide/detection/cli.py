@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from lipguide.detection.study import CONFIGURATIONS, EPSILON, PLANS, load_split, study
-from lipguide.ledger import Ledger, write_json
+from lipguide.ledger import Ledger
 from lipguide.training import rank_and_ranks, start_distributed
 
 __all__ = ["add_arguments"]
@@ -66,10 +66,9 @@ def _run(options: argparse.Namespace) -> int:
         ledger.used(splits["train"].name, splits["train"].hash)
         ledger["configurations"] = entries
         ledger["epsilon"], ledger["threads"] = EPSILON, torch.get_num_threads()
-        path = ledger.save()
         # What all configurations took, also those that an earlier call trained.
-        ledger.provenance["seconds"] = round(sum(e["train_seconds"] + e["evaluate_seconds"] for e in entries), 2)
-        print(f"on record: {write_json(path, {'provenance': ledger.provenance, 'results': ledger.results})}")
+        seconds = sum(entry["train_seconds"] + entry["evaluate_seconds"] for entry in entries)
+        print(f"on record: {ledger.save(seconds)}")
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

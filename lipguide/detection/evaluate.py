@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from lipguide.detection.boxes import MIN_SCORE, NOTHING, Targets, check_finite, detect
+from lipguide.attacks import check_eval
+from lipguide.detection.boxes import MIN_SCORE, NOTHING, Targets, detect
 
 __all__ = ["Score", "detections", "hits", "score"]
 
@@ -28,9 +29,7 @@ class Score(NamedTuple):
 
 def check_call(model: nn.Module, batch_size: int) -> None:
     """Raise ValueError for a model in training mode, whose statistics a mere look would move, and for empty batches."""
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise ValueError(f"{training[0]} is in training mode: call model.eval() before it detects or is attacked")
+    check_eval(model, "it detects or is attacked")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 
@@ -54,8 +53,7 @@ def detections(
         for part in images.split(batch_size):
             output = model(part)
             scores, boxes = model.log_scores(output).exp(), model.boxes(output).clamp(0, 1)
-            check_finite(scores, boxes, first=len(found))
-            found += detect(scores, boxes, min_score)
+            found += detect(scores, boxes, min_score, first=len(found))
     return found
 
 
