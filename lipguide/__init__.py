@@ -1,21 +1,17 @@
-"""lipguide: 1-Lipschitz neural networks, an executable book and the small PyTorch package behind it."""
+"""lipguide: 1-Lipschitz neural networks, an executable book and the small PyTorch package behind it.
 
-from lipguide import (
-    attacks,
-    certificates,
-    classification,
-    data,
-    detection,
-    losses,
-    metrics,
-    pretrained,
-    segmentation,
-    smoothing,
-    training,
-)
-from lipguide.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
-from lipguide.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
-from lipguide.blocks import (
+Layers and bounds are there at once. The other rooms (`lip.losses`, `lip.attacks`, `lip.data`, …) are imported when they
+are first asked for: a layer needs torch and nothing else.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from lipguide.bounds import Unbounded, lipschitz_bound, lipschitz_lower_bound
+from lipguide.export import export
+from lipguide.layers.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
+from lipguide.layers.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
+from lipguide.layers.blocks import (
     SLL,
     BatchCentering,
     Concat,
@@ -26,9 +22,7 @@ from lipguide.blocks import (
     most_stretched_pair,
     stretch,
 )
-from lipguide.network import Unbounded, lipschitz_bound, lipschitz_lower_bound
-from lipguide.plain import export
-from lipguide.pooling import (
+from lipguide.layers.pooling import (
     GlobalAvgPool2d,
     GlobalL2NormPool2d,
     InvertibleDownSampling,
@@ -38,6 +32,31 @@ from lipguide.pooling import (
 )
 
 __version__ = "0.1.0"
+
+# Imported on first use, by the name under which the root offers them.
+_ROOMS = {
+    "attacks": "lipguide.robustness.attacks",
+    "certificates": "lipguide.robustness.certificates",
+    "classification": "lipguide.tasks.classification",
+    "data": "lipguide.data",
+    "detection": "lipguide.tasks.detection",
+    "losses": "lipguide.losses",
+    "metrics": "lipguide.robustness.metrics",
+    "segmentation": "lipguide.tasks.segmentation",
+    "smoothing": "lipguide.robustness.smoothing",
+    "training": "lipguide.training",
+}
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(_ROOMS[name])
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 __all__ = [
     "BatchCentering",
@@ -77,7 +96,6 @@ __all__ = [
     "metrics",
     "most_stretched_pair",
     "orthogonal",
-    "pretrained",
     "segmentation",
     "smoothing",
     "spectral",

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from lipguide.data.cli import add_commands
-from lipguide.detection.cli import add_arguments as _add_study
-from lipguide.train_cli import add_arguments
+from lipguide.tasks.detection.cli import add_arguments as _add_study
+from lipguide.tasks.task import add_arguments
 
 __all__ = ["main"]
 
@@ -51,7 +51,7 @@ def _parser() -> Parser:
 
 def _build(options: argparse.Namespace) -> int:
     # Imported here: the other commands should not wait for papermill, nor need it installed.
-    from lipguide.build import Book, BuildError, build
+    from lipguide.book.build import Book, BuildError, build
 
     try:
         return build(Book(Path.cwd()), options.profile, options.device, options.only)

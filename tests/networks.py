@@ -4,10 +4,10 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from lipguide.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
-from lipguide.affine import aol, frobenius, orthogonal, spectral
-from lipguide.blocks import SLL, BatchCentering, Concat, PadChannels, Patches, Residual, SLLLinear
-from lipguide.pooling import (
+from lipguide.layers.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
+from lipguide.layers.affine import aol, frobenius, orthogonal, spectral
+from lipguide.layers.blocks import SLL, BatchCentering, Concat, PadChannels, Patches, Residual, SLLLinear
+from lipguide.layers.pooling import (
     GlobalAvgPool2d,
     GlobalL2NormPool2d,
     InvertibleDownSampling,

@@ -17,7 +17,7 @@ from lipguide import training
 from lipguide.losses import MulticlassHKR, MulticlassSoftHKR
 from lipguide.training import Supervised, fit, learning_rate_factor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 
 def toy_data(n: int = 50) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,14 @@
 
 from lipguide.data.cards import SHN_CARD, SVHN_TERMS
 from lipguide.data.contact_sheet import contact_sheet
-from lipguide.data.difficulty import Difficulty
 from lipguide.data.digits import Digits, digits
-from lipguide.data.download import DownloadError, download_svhn
 from lipguide.data.facts import geometry, geometry_table, svhn_facts
 from lipguide.data.items import BACKGROUND, Annotation, Scene
 from lipguide.data.scenes import Scenes, scenes
+from lipguide.data.shn import SyntheticHouseNumbers
+from lipguide.data.shn.difficulty import Difficulty
 from lipguide.data.svhn import SVHN, PictureError
-from lipguide.data.synthetic import SyntheticHouseNumbers
+from lipguide.data.svhn.download import DownloadError, download_svhn
 
 __all__ = [
     "BACKGROUND",

@@ -7,12 +7,12 @@ import sys
 
 import torch
 
+from lipguide.book.transfer import compare
 from lipguide.data.cards import SVHN_TERMS
-from lipguide.data.compare import compare
-from lipguide.data.digit_struct import DigitStructError
-from lipguide.data.download import DownloadError, download_svhn
+from lipguide.data.shn import SyntheticHouseNumbers
 from lipguide.data.svhn import PictureError
-from lipguide.data.synthetic import SyntheticHouseNumbers
+from lipguide.data.svhn.digit_struct import DigitStructError
+from lipguide.data.svhn.download import DownloadError, download_svhn
 
 __all__ = ["add_commands"]
 

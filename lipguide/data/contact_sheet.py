@@ -46,7 +46,7 @@ def contact_sheet(
 
     boxes: draw each digit's box and label; masks: tint each digit's pixels.
 
-    >>> from lipguide.data.synthetic import SyntheticHouseNumbers
+    >>> from lipguide.data.shn import SyntheticHouseNumbers
     >>> contact_sheet(SyntheticHouseNumbers("train", size=3, cache=False), columns=2).size
     (304, 144)
     """

@@ -58,7 +58,7 @@ def digits(dataset: Dataset) -> Digits:
 
     A data set of 32 x 32 pictures with labels, such as torchvision's `SVHN` or `CIFAR10`, is taken as it is.
 
-    >>> from lipguide.data.synthetic import SyntheticHouseNumbers
+    >>> from lipguide.data.shn import SyntheticHouseNumbers
     >>> images, labels = digits(SyntheticHouseNumbers("train", size=3, cache=False))
     >>> images.shape[1:], len(images) == len(labels)
     (torch.Size([3, 32, 32]), True)

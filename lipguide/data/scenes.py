@@ -74,7 +74,7 @@ def scenes(dataset: Dataset[Scene], size: int = 74, view: str = "number", seed: 
     does not suit, about one in nine of train; "frame" is the whole picture, stretched to the square as SSD does, and
     drops none. seed: of the windows' random place, drawn for each scene by itself.
 
-    >>> from lipguide.data.synthetic import SyntheticHouseNumbers
+    >>> from lipguide.data.shn import SyntheticHouseNumbers
     >>> images, boxes, labels, masks = scenes(SyntheticHouseNumbers("train", size=3, cache=False), view="frame")
     >>> images.shape, masks.shape, int(masks.max())
     (torch.Size([3, 3, 74, 74]), torch.Size([3, 74, 74]), 10)

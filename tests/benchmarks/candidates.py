@@ -8,10 +8,10 @@ from deel.torchlip import SpectralConv2d
 from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
 from torch import nn
 
-from lipguide.activations import GroupSort2
-from lipguide.affine import aol, clip, frobenius, l2_normalized, orthogonal, spectral, unit_rows
-from lipguide.plain import export, without_parametrizations
-from lipguide.pooling import ScaledL2NormPool2d
+from lipguide.export import export, without_parametrizations
+from lipguide.layers.activations import GroupSort2
+from lipguide.layers.affine import aol, clip, frobenius, l2_normalized, orthogonal, spectral, unit_rows
+from lipguide.layers.pooling import ScaledL2NormPool2d
 
 OURS = {
     "spectral": spectral,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lipguide.ledger import Ledger
+from lipguide.book.ledger import Ledger
 
 PROFILE = os.environ.get("LIPGUIDE_BENCH", "quick")
 DEVICE = os.environ.get("LIPGUIDE_DEVICE", "cpu")

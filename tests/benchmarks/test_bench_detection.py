@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_convert, box_iou
 
-from lipguide.cost import compare
-from lipguide.detection.boxes import Targets, encode, pad_targets
-from lipguide.detection.configurations import naive
-from lipguide.detection.losses import DetectionStep
+from lipguide.book.cost import compare
+from lipguide.tasks.detection.boxes import Targets, encode, pad_targets
+from lipguide.tasks.detection.configurations import naive
+from lipguide.tasks.detection.losses import DetectionStep
 from tests.benchmarks.test_bench_layers import rows
 
 BATCH = 64

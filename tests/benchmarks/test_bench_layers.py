@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lipguide.cost import Cost, compare
+from lipguide.book.cost import Cost, compare
 from tests.benchmarks.candidates import exported, inference_step, layers, training_step
 from tests.benchmarks.conftest import PROFILE
 

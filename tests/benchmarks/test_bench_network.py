@@ -12,10 +12,10 @@ from deel.torchlip.utils import evaluate_lip_const
 from orthogonium.layers.conv.singular_values.get_sv import get_conv_sv
 from torch import nn
 
-from lipguide.affine import orthogonal, spectral
-from lipguide.cost import compare
-from lipguide.network import lipschitz_bound, lipschitz_lower_bound
-from lipguide.plain import export
+from lipguide.book.cost import compare
+from lipguide.bounds.network import lipschitz_bound, lipschitz_lower_bound
+from lipguide.export import export
+from lipguide.layers.affine import orthogonal, spectral
 from tests.benchmarks.candidates import inference_step, vgg
 from tests.benchmarks.test_bench_layers import rows
 

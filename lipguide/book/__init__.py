@@ -1,0 +1,1 @@
+"""How the book is made: building, ledgers, what makes a chapter stale, figures."""

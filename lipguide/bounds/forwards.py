@@ -1,0 +1,287 @@
+"""How a Lipschitz constant travels through a forward method that torch.fx can trace.
+
+Each value in the graph has a constant with respect to the network's input: sums add constants, concatenations add
+squares, reshaping keeps them. An operation that is not listed here is an error. The graph is run on inputs, so that
+shapes and the values of weights are known, and must compute what the forward itself computes.
+
+What an operation changes in place must not be looked at again, for its constant would be that of the value before. Each
+tensor counts its changes (`_version`), together with all its views: a change is seen whichever way it came about.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from lipguide.bounds.torch_layers import LAYERS, NoBound
+from lipguide.export import inherited
+
+__all__ = ["only_shrinks", "travel", "versions"]
+
+
+def versions(value: Any) -> list[int]:
+    """How often each tensor in a value was changed in place.
+
+    >>> x = torch.zeros(2)
+    >>> versions((x.view(1, 2), x.add_(1)))
+    [1, 1]
+    """
+    parts = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    # Tensors made in inference mode do not count, but outside of it nothing can change them.
+    return [part._version for part in parts if isinstance(part, Tensor) and not part.is_inference()]
+
+
+def only_shrinks(part: nn.Module, before: Any, after: Any) -> bool:
+    """Does it put in place of its input a function of slope at most 1 of each entry, so that constants still hold?
+
+    >>> only_shrinks(nn.ReLU(inplace=True), 2.0, 2.0), only_shrinks(nn.SELU(inplace=True), 1.0, 1.76)
+    (True, False)
+    """
+    known = getattr(part, "inplace", False) and inherited(part, LAYERS) is not None
+    return known and isinstance(after, float | int) and after <= before
+
+
+def travel(module: nn.Module, x: Tensor, constant: float, through: Callable[[nn.Module, float], Any]) -> Any:
+    """The constant of a module's output: a number, or a tuple, list or dict of them.
+
+    Args:
+        module: its forward takes one tensor and is traced with the modules inside it as single steps.
+        x: an input.
+        constant: that of the input.
+        through: takes a module and the constant of its input and returns the constant of its output.
+
+    >>> class Twice(nn.Module):
+    ...     def forward(self, x):
+    ...         return x + x
+    >>> travel(Twice(), torch.zeros(1, 2), 1.0, None)
+    2.0
+    """
+    graph = module.graph if isinstance(module, fx.GraphModule) else _trace(module)
+    traveller = _Traveller(module, graph, constant, through)
+    with torch.no_grad():
+        pairs = [(traveller.run(x.clone()), module(x.clone()))]
+        other = -30 * x  # where what is bent is bent the other way
+        pairs.append((fx.Interpreter(module, graph=graph).run(other.clone()), module(other.clone())))
+        if not all(_same_values(a, b) for a, b in pairs):
+            raise NoBound("its forward does not compute what tracing saw of it; does it change a tensor in place?")
+    return traveller.outcome
+
+
+def _trace(module: nn.Module) -> fx.Graph:
+    held = set(vars(module))
+    try:
+        return _EveryPartALeaf().trace(module)
+    except Exception as error:
+        raise NoBound(f"its forward cannot be traced ({error})") from error
+    finally:
+        for name in set(vars(module)) - held:  # where tracing puts the tensors that a forward makes
+            if name.startswith("_tensor_constant"):
+                delattr(module, name)
+
+
+def _same_values(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5, equal_nan=True)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same_values(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_same_values, a, b))
+    return a == b
+
+
+class _EveryPartALeaf(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return True
+
+
+class _Traveller(fx.Interpreter):
+    def __init__(self, module: nn.Module, graph: fx.Graph, constant: float, through: Callable) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False
+        self.start, self.through = constant, through
+        self.constants: dict[fx.Node, Any] = {}
+        self.outcome: Any = None
+        self.lasting = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        self.lasting |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+
+    def run_node(self, node: fx.Node) -> Any:
+        if node.op == "get_attr" and node.target not in self.lasting:
+            raise NoBound(
+                f"its forward uses the tensor {node.target}, which is neither a parameter nor a buffer and may have "
+                "been made of the input; if it is a constant, register it as a buffer"
+            )
+        before = {other: versions(value) for other, value in self.env.items()}
+        value = super().run_node(node)
+        self.constants[node] = self._constant(node, value)
+        changed = [other for other, counts in before.items() if versions(self.env[other]) != counts]
+        if changed and not self._shrinks(node):
+            self._check_forgotten(node, changed)
+        return value
+
+    def _shrinks(self, node: fx.Node) -> bool:
+        before, after = self.of(node.args[0]) if node.args else None, self.constants[node]
+        if node.op == "call_module":
+            return only_shrinks(self.module.get_submodule(node.target), before, after)
+        return _FUNCTIONS.get(node.target) in ("relu", "iadd") and after <= before
+
+    def _check_forgotten(self, node: fx.Node, changed: list[fx.Node]) -> None:
+        for other in changed:
+            if other.op == "get_attr" or any(user is not node and user not in self.constants for user in other.users):
+                raise NoBound(
+                    f"{_name(node)} changes {other} in place, which is used elsewhere; set inplace=False, or write "
+                    "x = x + y for x += y"
+                )
+
+    def _constant(self, node: fx.Node, value: Any) -> Any:
+        if node.op == "placeholder":
+            if self.constants:
+                raise NoBound("its forward takes more than one input")
+            return self.start
+        if node.op == "get_attr":
+            return 0.0
+        if node.op == "call_module":
+            return self._part(node)
+        if node.op == "output":
+            self.outcome = fx.node.map_arg(node.args[0], lambda n: self.constants[n])
+            return None
+        if all(self.constants[n] == 0.0 for n in node.all_input_nodes):
+            return 0.0
+        if hasattr(node.target, "_fields"):  # a named tuple of several outputs
+            return node.target(*map(self.of, node.args), **{name: self.of(part) for name, part in node.kwargs.items()})
+        name = node.target if node.op == "call_method" else _FUNCTIONS.get(node.target)
+        rule = _RULES.get(name)
+        if rule is None or not node.args:
+            return self.refuse(node)
+        try:
+            constant = rule(self, node, value)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            self.refuse(node)  # arguments of a kind that the rule does not know
+        if constant and isinstance(value, Tensor) and not value.is_floating_point():
+            return self.refuse(node)  # whole numbers jump
+        return constant
+
+    def _part(self, node: fx.Node) -> Any:
+        if len(node.args) != 1 or node.kwargs:
+            raise NoBound(f"it calls {node.target} with other arguments than one tensor")
+        return self.through(self.module.get_submodule(node.target), self.of(node.args[0]))
+
+    def of(self, argument: Any) -> Any:
+        """The constant of an argument of a node: 0 for what does not depend on the input."""
+        return self.constants[argument] if isinstance(argument, fx.Node) else 0.0
+
+    def number(self, node: fx.Node, argument: Any) -> float:
+        constant = self.of(argument)
+        return constant if isinstance(constant, float) else self.refuse(node)
+
+    def value(self, argument: Any) -> Any:
+        return self.env[argument] if isinstance(argument, fx.Node) else argument
+
+    def refuse(self, node: fx.Node) -> Any:
+        arguments = ", ".join([*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())])
+        named = ", or not with tensors that are given by name" if not node.args else ""
+        raise NoBound(f"its forward uses {_name(node)}({arguments}), for which no constant is known{named}")
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _same(walk: _Traveller, node: fx.Node, value: Any) -> Any:
+    """Moves values about, drops some, or hands out pieces: each changes at most as much as the whole."""
+    if isinstance(value, Tensor) and value.dtype != walk.value(node.args[0]).dtype:
+        return walk.refuse(node)  # the same bits, read as other numbers
+    return walk.number(node, node.args[0])
+
+
+def _slope(slope: float) -> Callable:
+    def rule(walk: _Traveller, node: fx.Node, value: Any) -> float:
+        return slope * walk.number(node, node.args[0])
+
+    return rule
+
+
+def _mean(walk: _Traveller, node: fx.Node, value: Any) -> float:
+    whole = walk.value(node.args[0])
+    return walk.number(node, node.args[0]) * math.sqrt(value.numel() / whole.numel())
+
+
+def _sum(walk: _Traveller, node: fx.Node, value: Any) -> float:
+    return sum(_terms(walk, node, value))
+
+
+def _terms(walk: _Traveller, node: fx.Node, value: Any) -> list[float]:
+    if len(node.args) != 2 or node.kwargs:
+        return walk.refuse(node)
+    for argument in node.args:
+        if walk.number(node, argument) and walk.value(argument).shape != value.shape:
+            raise NoBound(f"its forward repeats {argument} to fit {tuple(value.shape)}, which stretches it")
+    return [walk.number(node, argument) for argument in node.args]
+
+
+def _extremum(walk: _Traveller, node: fx.Node, value: Any) -> float:
+    return math.hypot(*_terms(walk, node, value))
+
+
+def _scaled(walk: _Traveller, node: fx.Node, value: Any) -> float:
+    left, right = node.args
+    if _FUNCTIONS.get(node.target, node.target) == "mul" and not walk.of(left):
+        left, right = right, left
+    if walk.of(right) != 0.0 or (walk.of(left) and walk.value(left).shape != value.shape):
+        return walk.refuse(node)  # a product of two tensors that both depend on the input is not Lipschitz
+    scale = torch.as_tensor(walk.value(right), dtype=torch.float64).abs()
+    divides = _FUNCTIONS.get(node.target, node.target) == "truediv"
+    return walk.number(node, left) * float(1 / scale.min() if divides else scale.max())
+
+
+def _joined(walk: _Traveller, node: fx.Node, value: Any) -> float:
+    if not isinstance(node.args[0], list | tuple):
+        return walk.refuse(node)
+    return math.sqrt(sum(walk.number(node, part) ** 2 for part in node.args[0]))
+
+
+def _item(walk: _Traveller, node: fx.Node, value: Any) -> Any:
+    whole, key = walk.of(node.args[0]), node.args[1]
+    if isinstance(whole, dict | list | tuple) and isinstance(key, int | str):
+        return whole[key]
+    keys = key if isinstance(key, tuple) else (key,)
+    slices = all(k is None or k is Ellipsis or isinstance(k, int | slice) for k in keys)
+    return whole if slices and isinstance(whole, float) else walk.refuse(node)
+
+
+def _attribute(walk: _Traveller, node: fx.Node, value: Any) -> Any:
+    return 0.0 if node.args[1] in ("shape", "dtype", "device") else walk.refuse(node)
+
+
+def _size(walk: _Traveller, node: fx.Node, value: Any) -> float:
+    return 0.0
+
+
+_RULES: dict[str, Callable[[_Traveller, fx.Node, Any], Any]] = {
+    **dict.fromkeys(("flatten", "reshape", "view", "permute", "transpose", "movedim", "squeeze", "unsqueeze"), _same),
+    **dict.fromkeys(("contiguous", "clone", "unflatten", "pixel_shuffle", "pixel_unshuffle"), _same),
+    **dict.fromkeys(("chunk", "split", "unbind"), _same),
+    **dict.fromkeys(("relu", "tanh", "abs", "neg"), _slope(1.0)),
+    "sigmoid": _slope(0.25),
+    "mean": _mean,
+    **dict.fromkeys(("add", "sub", "iadd"), _sum),
+    **dict.fromkeys(("maximum", "minimum"), _extremum),
+    **dict.fromkeys(("mul", "truediv"), _scaled),
+    **dict.fromkeys(("cat", "stack"), _joined),
+    "getitem": _item,
+    "getattr": _attribute,
+    **dict.fromkeys(("size", "dim"), _size),
+}
+
+_FUNCTIONS: dict[Any, str] = {
+    **{getattr(torch, name): name for name in _RULES if hasattr(torch, name)},
+    **{getattr(F, name): name for name in ("relu", "tanh", "sigmoid", "pixel_shuffle", "pixel_unshuffle")},
+    **{getattr(operator, name): name for name in ("add", "sub", "iadd", "mul", "truediv", "neg", "getitem")},
+    getattr: "getattr",
+}

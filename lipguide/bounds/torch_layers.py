@@ -1,0 +1,289 @@
+"""The Lipschitz constants of single layers: of plain torch layers and of lipguide's bricks.
+
+A rule takes the layer and the shapes of its input and output, batch included, and returns an upper bound of the layer's
+constant in the L2 norm. It speaks of eval mode and of exact arithmetic with the weights as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lipguide.bounds.convolutions import (
+    Call,
+    NoBound,
+    check_batched,
+    convolution,
+    dense,
+    nonnegative,
+    transposed_convolution,
+)
+from lipguide.layers import activations, blocks, pooling
+from lipguide.layers.norms import CUSHION, conv_norm, matrix_norm
+from lipguide.layers.sll import GramScale
+
+__all__ = ["BRICKS", "LAYERS", "Call", "NoBound"]
+
+
+def batch_norm(layer: nn.modules.batchnorm._BatchNorm, call: Call) -> float:
+    """max |γ| / √(running variance + ε): in eval mode batch norm is a scaling of each channel.
+
+    >>> round(batch_norm(nn.BatchNorm2d(3).eval(), Call((1, 3, 4, 4), (1, 3, 4, 4))), 4)
+    1.0
+    """
+    if layer.running_var is None:
+        raise NoBound("it has no running statistics, so it divides by those of the batch and has no bound")
+    scale = (layer.running_var.detach().double() + layer.eps).rsqrt()
+    if not bool(torch.isfinite(scale).all()):
+        raise NoBound("a running variance of it is not above −eps, so it divides by zero or by no number at all")
+    if layer.weight is not None:
+        scale = scale * layer.weight.detach().double().abs()
+    return float(scale.amax()) * (1 + CUSHION)
+
+
+def nonnegative_linear(layer: nn.Module, call: Call) -> float:
+    """For averages, repetitions and interpolations: exact, but for large pictures whose windows are uneven.
+
+    There √(largest row sum · largest column sum) bounds the matrix, after Schur.
+
+    >>> round(nonnegative_linear(nn.AvgPool2d(2), Call((1, 1, 4, 4), (1, 1, 2, 2))), 4)
+    0.5
+    """
+    if getattr(layer, "mode", "nearest") == "bicubic":
+        raise NoBound("bicubic interpolation has negative weights; use 'bilinear' or 'nearest'")
+    check_batched(layer, call)
+    return nonnegative(layer, call.input[2:])
+
+
+def max_pool(layer: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d, call: Call) -> float:
+    """√(windows that share a pixel): 1 where the stride is the size.
+
+    >>> max_pool(nn.MaxPool2d(3, 2, 1), Call((1, 1, 8, 8), (1, 1, 4, 4)))
+    2.0
+    """
+    _check_maxima(layer, call)
+    sizes, strides, dilations = (
+        (value,) * (len(call.input) - 2) if isinstance(value, int) else value
+        for value in (layer.kernel_size, layer.stride, layer.dilation)
+    )
+    # A pixel meets the windows at x − d·t, which must be multiples of the stride.
+    shared = [math.ceil(k / (s // math.gcd(s, d))) for k, s, d in zip(sizes, strides, dilations, strict=True)]
+    return math.sqrt(math.prod(shared))
+
+
+def adaptive_max_pool(layer: nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d, call: Call) -> float:
+    """√(windows that share a pixel).
+
+    >>> adaptive_max_pool(nn.AdaptiveMaxPool2d(1), Call((1, 1, 7, 7), (1, 1, 1, 1)))
+    1.0
+    """
+    _check_maxima(layer, call)
+    shared = 1
+    for n, out in zip(call.input[2:], call.output[2:], strict=True):
+        windows = [(i * n // out, -(-(i + 1) * n // out)) for i in range(out)]
+        shared *= max(sum(low <= x < high for low, high in windows) for x in range(n))
+    return math.sqrt(shared)
+
+
+def _check_maxima(layer: nn.Module, call: Call) -> None:
+    check_batched(layer, call)
+    if layer.return_indices:
+        raise NoBound("it returns the places of the maxima, which jump; set return_indices=False")
+
+
+def isometry(layer: nn.Module, call: Call) -> float:
+    """1: it moves, keeps, drops or shifts values.
+
+    >>> isometry(nn.Identity(), Call((1, 2), (1, 2)))
+    1.0
+    """
+    return 1.0
+
+
+def flatten(layer: nn.Flatten, call: Call) -> float:
+    """1, as long as samples stay apart.
+
+    >>> flatten(nn.Flatten(), Call((1, 2, 3), (1, 6)))
+    1.0
+    """
+    if layer.start_dim % len(call.input) == 0:
+        raise NoBound("it flattens the batch too; use start_dim=1")
+    return 1.0
+
+
+def softmax(layer: nn.Softmax, call: Call) -> float:
+    """½: its Jacobian diag(p) − ppᵀ has no larger eigenvalue.
+
+    >>> softmax(nn.Softmax(1), Call((1, 2), (1, 2)))
+    0.5
+    """
+    if layer.dim is None or layer.dim % len(call.input) == 0:
+        raise NoBound("it normalises over the batch; give it dim=1")
+    return 0.5
+
+
+def sll(layer: blocks.SLL | blocks.SLLLinear, call: Call) -> float:
+    """1 under its constraint; max(1, 2‖V‖² − 1) where V has become a plain weight.
+
+    >>> sll(blocks.SLLLinear(4, 4), Call((1, 4), (1, 4)))
+    1.0
+    """
+    if parametrize.is_parametrized(layer, "weight") and [type(p) for p in layer.parametrizations.weight] == [GramScale]:
+        return 1.0
+    norm = matrix_norm(layer.weight) if layer.weight.dim() == 2 else conv_norm(layer.weight)
+    return max(1.0, 2 * norm**2 - 1)
+
+
+def exported_sll(layer: nn.Module, call: Call) -> float:
+    """max(1, ‖V‖‖2V‖ − 1) as exported, 1 + ‖V₁‖‖V₂‖ once the two layers have been trained apart."""
+    inward, outward = (_exported_norm(part) for part in (layer.inward, layer.outward))
+    _check_kept(call)
+    twin, mode = layer.inward.weight, getattr(layer.inward, "padding_mode", None)
+    if isinstance(layer.outward, nn.Linear):
+        twin = twin.T
+    elif isinstance(layer.outward, nn.Conv2d):
+        twin = twin.transpose(0, 1).flip(2, 3)
+    adjoint = getattr(layer.outward, "padding_mode", None) == mode
+    tied = adjoint and torch.equal(2 * twin, layer.outward.weight)
+    return max(1.0, inward * outward - 1) if tied else 1 + inward * outward
+
+
+def _exported_norm(part: nn.Module) -> float:
+    """Of one of the two layers of an exported SLL, whose geometry must be the one that it was exported with."""
+    kind = parametrize.type_before_parametrizations(part)
+    if kind is nn.Linear:
+        return matrix_norm(part.weight)
+    if kind not in (nn.Conv2d, nn.ConvTranspose2d):
+        raise NoBound(f"a layer inside it has become a {kind.__name__}")
+    pad, odd = part.weight.shape[2] // 2, part.weight.shape[2] % 2
+    made = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding": (pad, pad), "output_padding": (0, 0)}
+    same = all(getattr(part, name) == value for name, value in made.items())
+    same &= tuple(part._reversed_padding_repeated_twice) == (pad,) * 4
+    if not same or part.padding_mode not in (("zeros", "circular") if odd else ("zeros",)):
+        raise NoBound(f"the geometry of a {kind.__name__} inside it was changed after the export")
+    return conv_norm(part.weight)
+
+
+def exported_householder(layer: nn.Module, call: Call) -> float:
+    """max(1, 2|v|² − 1) over the pairs."""
+    if call.input[1] != layer.v.numel():
+        raise NoBound(f"it reflects {layer.v.numel()} channels and gets {call.input[1]}, which it repeats")
+    squares = layer.v.detach().double().square().reshape(2, -1).sum(0)
+    return max(1.0, float(2 * squares.max() - 1))
+
+
+def exported_pairs(layer: nn.Module, call: Call) -> float:
+    """1 where the channels make pairs; an odd one would be repeated."""
+    if call.input[1] % 2:
+        raise NoBound(f"it sorts pairs of channels and gets {call.input[1]} of them, an odd number")
+    return 1.0
+
+
+def exported_shift(layer: nn.Module, call: Call) -> float:
+    """1 for a shift of each channel; a shift of more channels than there are would repeat them."""
+    _check_kept(call)
+    return 1.0
+
+
+def _check_kept(call: Call) -> None:
+    if call.input != call.output:
+        raise NoBound(f"it was made for another number of channels: {call.input} becomes {call.output}")
+
+
+def _slope(value: float) -> Callable[[nn.Module, Call], float]:
+    def rule(layer: nn.Module, call: Call) -> float:
+        return value
+
+    return rule
+
+
+def _at_least_one(slope: float) -> float:
+    if not math.isfinite(slope):  # max(1, NaN) would be 1
+        raise NoBound(f"its slope is {slope}")
+    return max(1.0, abs(slope))
+
+
+def _leaky(layer: nn.LeakyReLU, call: Call) -> float:
+    return _at_least_one(layer.negative_slope)
+
+
+def _prelu(layer: nn.PReLU, call: Call) -> float:
+    return _at_least_one(float(layer.weight.detach().abs().max()))
+
+
+def _elu(layer: nn.ELU, call: Call) -> float:
+    return _at_least_one(layer.alpha)
+
+
+def _celu(layer: nn.CELU, call: Call) -> float:
+    if not layer.alpha > 0:
+        raise NoBound(f"with alpha={layer.alpha} its slope exp(x/alpha) grows without end; give it a positive alpha")
+    return 1.0
+
+
+def _softplus(layer: nn.Softplus, call: Call) -> float:
+    if not layer.threshold >= 16:  # torch goes over to x there, with a jump of log(1 + e^-threshold) / beta
+        raise NoBound(f"it jumps at its threshold of {layer.threshold}; leave it at 20, where nothing is seen of it")
+    return 1.0
+
+
+def _rrelu(layer: nn.RReLU, call: Call) -> float:
+    return _at_least_one((layer.lower + layer.upper) / 2)
+
+
+LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
+    nn.Linear: dense,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d), convolution),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d), transposed_convolution),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), batch_norm),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), nonnegative_linear),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), nonnegative_linear),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), nonnegative_linear),
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d, nn.CircularPad1d, nn.CircularPad2d), nonnegative_linear),
+    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d), nonnegative_linear),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), max_pool),
+    **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d), adaptive_max_pool),
+    **dict.fromkeys((nn.Identity, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), isometry),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), isometry),
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d), isometry),
+    nn.Flatten: flatten,
+    # Activations: the largest slope.
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign), _slope(1.0)),
+    **dict.fromkeys((nn.Softshrink, nn.Tanhshrink, nn.LogSigmoid), _slope(1.0)),
+    nn.Softplus: _softplus,
+    nn.Sigmoid: _slope(0.25),
+    nn.Hardsigmoid: _slope(0.1666667),
+    nn.Softmax: softmax,
+    nn.SELU: _slope(1.7581),
+    nn.GELU: _slope(1.129),
+    nn.SiLU: _slope(1.09984),
+    nn.Mish: _slope(1.0885),
+    nn.Hardswish: _slope(1.5),
+    nn.LeakyReLU: _leaky,
+    nn.PReLU: _prelu,
+    nn.ELU: _elu,
+    nn.CELU: _celu,
+    nn.RReLU: _rrelu,
+    # lipguide's own
+    **dict.fromkeys((activations.GroupSort, activations.MaxMin, activations.MaxMinDouble), _slope(1.0)),
+    **dict.fromkeys((activations.FullSort, activations.Householder), _slope(1.0)),
+    **dict.fromkeys((pooling.ScaledL2NormPool2d, pooling.ScaledAvgPool2d), _slope(1.0)),
+    **dict.fromkeys((pooling.GlobalL2NormPool2d, pooling.GlobalAvgPool2d), _slope(1.0)),
+    **dict.fromkeys((pooling.InvertibleDownSampling, pooling.InvertibleUpSampling), isometry),
+    **dict.fromkeys((blocks.PadChannels, blocks.BatchCentering), isometry),
+    **dict.fromkeys((blocks.SLL, blocks.SLLLinear), sll),
+}
+
+# What `lip.export` turned into graphs, by the name of the brick.
+BRICKS: dict[str, Callable[[nn.Module, Call], float]] = {
+    **dict.fromkeys(("GroupSort", "MaxMinDouble", "FullSort", "PadChannels"), isometry),
+    **dict.fromkeys(("L2NormPool", "ScaledAvgPool2d", "GlobalAvgPool2d"), isometry),
+    "MaxMin": exported_pairs,
+    "Householder": exported_householder,
+    "BatchCentering": exported_shift,
+    "SLL": exported_sll,
+}

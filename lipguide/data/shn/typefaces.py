@@ -1,0 +1,202 @@
+"""Glyphs as signed distances: positive inside the ink, negative outside, in units of the glyph's height.
+
+One bilinear look-up then gives a glyph at any size, slant and weight: the ink of a heavier cut is where the distance
+exceeds a negative threshold, an outline is where it is near zero, a bevel is its gradient. The outlines are those of
+the typefaces that matplotlib carries; the drawn ones come from `strokes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
+from PIL import Image
+from scipy.spatial import ConvexHull
+
+from lipguide.data.shn.strokes import PENS, Pen, skeleton
+
+__all__ = ["FACES", "MARGIN", "RESOLUTION", "Face", "Glyph", "glyph"]
+
+RESOLUTION = 56  # cells of the distance field per glyph height
+MARGIN = 0.34  # of the field around the ink, in glyph heights: room for weight, outlines and shadows
+OFFSET = 0.5  # added to the stored distance, so that 0 (what lies beyond the field) means far outside
+
+
+@dataclass(frozen=True)
+class Face:
+    """A typeface: a font file with the characters that stand for its digits, or a pen; weight = its usual share.
+
+    >>> FACES[0].source
+    'DejaVuSans-Bold.ttf'
+    """
+
+    source: str | Pen
+    weight: float = 1.0
+    zero: str = "0"
+    thin: float = -0.025
+    heavy: float = 0.03
+
+    @property
+    def prints(self) -> bool:
+        """Whether the face has letters too."""
+        return isinstance(self.source, str)
+
+    def character(self, sign: int | str) -> str:
+        """The character that draws a digit 0 to 9 in this face; a letter stands for itself."""
+        return chr(ord(self.zero) + sign) if isinstance(sign, int) else sign
+
+
+@dataclass(frozen=True, eq=False)
+class Glyph:
+    """One glyph. field: mode-F picture of distance + OFFSET; hull: convex hull (k, 2) of the ink, y down, height 1,
+    centred on the ink; cell: field cells per unit; origin: position of the ink's centre in the field, in cells.
+
+    >>> round(float(np.ptp(glyph(0, 3).hull[:, 1])), 3)
+    1.0
+    """
+
+    field: Image.Image
+    hull: np.ndarray
+    cell: float
+    origin: tuple[float, float]
+
+
+SANS_BOLD = chr(0x1D7EC)
+SANS = chr(0x1D7E2)
+FACES: tuple[Face, ...] = (
+    Face("DejaVuSans-Bold.ttf", 3.0, thin=-0.05, heavy=0.01),
+    Face("DejaVuSans.ttf", 3.0, thin=-0.02, heavy=0.04),
+    Face("DejaVuSans-Oblique.ttf", 0.6),
+    Face("DejaVuSans-BoldOblique.ttf", 0.5, thin=-0.05, heavy=0.01),
+    Face("DejaVuSerif.ttf", 1.2),
+    Face("DejaVuSerif-Bold.ttf", 1.5, thin=-0.04, heavy=0.01),
+    Face("DejaVuSerif-Italic.ttf", 0.4),
+    Face("DejaVuSerif-BoldItalic.ttf", 0.4, thin=-0.04, heavy=0.01),
+    Face("STIXGeneral.ttf", 1.5, thin=-0.005, heavy=0.03),
+    Face("STIXGeneralBol.ttf", 1.5, heavy=0.02),
+    Face("STIXGeneralItalic.ttf", 0.5, thin=-0.005, heavy=0.03),
+    Face("STIXGeneralBolIta.ttf", 0.4),
+    Face("STIXGeneral.ttf", 2.0, SANS, thin=-0.015, heavy=0.04),
+    Face("STIXGeneralBol.ttf", 3.0, SANS_BOLD, heavy=0.02),
+    Face("cmss10.ttf", 2.0, thin=-0.01, heavy=0.04),
+    Face("cmr10.ttf", 0.8, thin=0.0, heavy=0.04),
+    Face("cmb10.ttf", 1.2, heavy=0.02),
+    Face("cmmi10.ttf", 0.4, thin=0.0, heavy=0.04),
+    Face("cmtt10.ttf", 0.6, thin=0.0, heavy=0.04),
+    *(Face(pen, 0.5, thin=max(-0.025, 0.038 - pen.half)) for pen in PENS),
+)
+
+
+def _outline(name: str, character: str) -> list[np.ndarray]:
+    """Closed contours of a character, height 1, y down, first and last points equal."""
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
+    path = TextPath((0, 0), character, size=100, prop=FontProperties(fname=str(file)))
+    contours = [polygon * np.array([1.0, -1.0]) for polygon in path.to_polygons()]
+    points = np.concatenate(contours)
+    low, height = points.min(axis=0), np.ptp(points[:, 1])
+    return [(contour - low) / height for contour in contours]
+
+
+def _grid(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x = np.arange(low[0] - MARGIN, high[0] + MARGIN, 1 / RESOLUTION, dtype=np.float64)
+    y = np.arange(low[1] - MARGIN, high[1] + MARGIN, 1 / RESOLUTION, dtype=np.float64)
+    return x, y
+
+
+def _to_segments(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of every grid point to every segment, and where along the segment (0 to 1): (S, Y, X) each."""
+    x, y, a, b = (v.astype(np.float32) for v in (x, y, a, b))
+    u = b - a
+    u /= np.maximum(u[:, :1] ** 2 + u[:, 1:] ** 2, np.float32(1e-12))
+    px, py = x[None, None, :] - a[:, 0, None, None], y[None, :, None] - a[:, 1, None, None]
+    along = px * u[:, 0, None, None] + py * u[:, 1, None, None]
+    np.clip(along, 0.0, 1.0, out=along)
+    dx, dy = px - along * (b - a)[:, 0, None, None], py - along * (b - a)[:, 1, None, None]
+    dx *= dx
+    dy *= dy
+    dx += dy
+    return np.sqrt(dx, out=dx), along
+
+
+def _outline_distance(contours: list[np.ndarray], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance to filled contours; the sign is the non-zero winding rule."""
+    a = np.concatenate([c[:-1] for c in contours])
+    b = np.concatenate([c[1:] for c in contours])
+    distance = _to_segments(x, y, a, b)[0].min(axis=0)
+    up = (a[:, 1, None] <= y) & (b[:, 1, None] > y)
+    down = (b[:, 1, None] <= y) & (a[:, 1, None] > y)
+    rise = np.where(b[:, 1] == a[:, 1], 1.0, b[:, 1] - a[:, 1])
+    crossing = a[:, 0, None] + (y - a[:, 1, None]) / rise[:, None] * (b[:, 0] - a[:, 0])[:, None]
+    turns = (up.astype(np.int8) - down.astype(np.int8))[:, :, None]
+    winding = np.sum(turns * (x[None, None, :] > crossing[:, :, None]), axis=0)
+    return np.where(winding != 0, distance, -distance)
+
+
+def _slabs(strokes: list[np.ndarray], length: float) -> list[np.ndarray]:
+    """A short bar across every end that stands on the ground line, as slab serifs have."""
+    ends = [point for stroke in strokes for point in (stroke[0], stroke[-1]) if point[1] > 0.99]
+    return [np.array([end - [length, 0.0], end + [length, 0.0]]) for end in ends]
+
+
+def _pen_distance(strokes: list[np.ndarray], pen: Pen, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance to strokes of a pen whose half thickness falls by `contrast` where it runs level."""
+    best = np.full((len(y), len(x)), -np.inf)
+    for stroke in strokes:
+        a, b = stroke[:-1], stroke[1:]
+        run = b - a
+        level = np.abs(run[:, 0]) / np.maximum(np.hypot(run[:, 0], run[:, 1]), 1e-9)
+        half = pen.half * (1 - pen.contrast * level**2)
+        ends = np.concatenate([half[:1], (half[:-1] + half[1:]) / 2, half[-1:]])
+        distance, along = _to_segments(x, y, a, b)
+        thick = ends[:-1, None, None] * (1 - along) + ends[1:, None, None] * along
+        ink = thick - distance
+        if pen.cap == "flat" and not np.allclose(stroke[0], stroke[-1]):
+            for row, end, inward in ((0, stroke[0], run[0]), (-1, stroke[-1], -run[-1])):
+                unit = inward / max(np.hypot(*inward), 1e-9)
+                beyond = (x - end[0])[None, :] * unit[0] + (y - end[1])[:, None] * unit[1]
+                ink[row] = np.minimum(ink[row], beyond + 0.2 * pen.half)
+        best = np.maximum(best, ink.max(axis=0))
+    return best
+
+
+@cache
+def glyph(face: int, sign: int | str) -> Glyph:
+    """The glyph of a digit 0 to 9, or of a letter, in `FACES[face]`, computed once a process; pens draw no letters.
+
+    >>> shape = glyph(0, 8).field.size
+    >>> shape[1] > RESOLUTION
+    True
+    """
+    source = FACES[face].source
+    if isinstance(source, Pen):
+        digit = int(sign)
+        strokes = skeleton(digit, source)
+        strokes += _slabs(strokes, source.slab) if source.slab and digit in (1, 4, 7) else []
+        points = np.concatenate(strokes)
+        reach = source.half * np.array([[c, s] for c in (-1, 0, 1) for s in (-1, 0, 1)])
+        x, y = _grid(points.min(axis=0) - source.half, points.max(axis=0) + source.half)
+        distance = _pen_distance(strokes, source, x, y)
+        if source.stencil:
+            middle = (points[:, 0].min() + points[:, 0].max()) / 2
+            gap = np.abs(x - middle) - source.stencil / 2
+            distance = np.minimum(distance, gap[None, :]) if digit in (0, 6, 8, 9) else distance
+        inked = np.argwhere(distance >= 0)
+        ink = np.stack([x[inked[:, 1]], y[inked[:, 0]]], axis=1)
+        ink = ink if len(ink) else (points[:, None] + reach).reshape(-1, 2)
+    else:
+        contours = _outline(source, FACES[face].character(sign))
+        ink = np.concatenate(contours)
+        x, y = _grid(ink.min(axis=0), ink.max(axis=0))
+        distance = _outline_distance(contours, x, y)
+    low, high = ink.min(axis=0), ink.max(axis=0)
+    height = high[1] - low[1]
+    centre = (low + high) / 2
+    hull = (ink - centre) / height
+    stored = np.maximum(distance / height + OFFSET, 0.0).astype(np.float32)
+    cells = ((centre[0] - x[0]) * RESOLUTION + 0.5, (centre[1] - y[0]) * RESOLUTION + 0.5)
+    return Glyph(Image.fromarray(stored), hull[ConvexHull(hull).vertices], RESOLUTION * height, cells)

@@ -1,0 +1,1 @@
+"""Layers of a known Lipschitz constant; `lipguide` itself offers them by name."""

@@ -1,0 +1,194 @@
+"""Activations that keep the norm of the gradient: they sort or reflect channels instead of cutting them off.
+
+Wherever it is differentiable, each of them is an orthogonal map, so a gradient keeps its norm on the way back. The one
+exception is `MaxMinDouble`, an isometry into twice as many channels: it keeps the norm of the signal but not that of a
+gradient. ReLU, sigmoid and tanh are 1-Lipschitz too, but they only ever shrink it (Anil, Lucas and Grosse, 2019).
+
+Channels are dimension 1, as everywhere in torch: inputs are (N, C) or (N, C, ...).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lipguide.layers.arguments import whole
+
+__all__ = ["FullSort", "GroupSort", "GroupSort2", "Householder", "MaxMin", "MaxMinDouble"]
+
+
+def _check_channels(module: nn.Module, x: Tensor, multiple: int) -> None:
+    if x.dim() < 2:
+        raise ValueError(
+            f"{type(module).__name__} sorts dimension 1, the channels, but the input has shape {tuple(x.shape)}; "
+            "give it (N, C) or (N, C, ...)"
+        )
+    if x.shape[1] % multiple:
+        raise ValueError(
+            f"{type(module).__name__} takes channels by {multiple}, but the input has {x.shape[1]} of them "
+            f"(shape {tuple(x.shape)}); {multiple * math.ceil(x.shape[1] / multiple)} would do"
+        )
+
+
+class _SortPair(torch.autograd.Function):
+    """(min, max) that remembers one bit a pair: several times faster to differentiate than torch.where."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.minimum(a, b), torch.maximum(a, b), a > b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        swap = output[2]
+        ctx.mark_non_differentiable(swap)
+        ctx.save_for_backward(swap)
+        ctx.save_for_forward(swap)
+
+    @staticmethod
+    def backward(ctx: Any, low: Tensor, high: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        (swap,) = ctx.saved_tensors
+        return torch.where(swap, high, low), torch.where(swap, low, high)
+
+    @staticmethod
+    def jvp(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, None]:
+        (swap,) = ctx.saved_tensors
+        return torch.where(swap, b, a), torch.where(swap, a, b), None
+
+
+def _sort_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(min, max), as a permutation for the gradient even where a = b.
+
+    There torch.maximum shares the gradient out in halves, which shrinks it, and keeps twin channels twins for ever:
+    two channels of zeros, say, over a black background.
+    """
+    if not (torch.is_grad_enabled() and a.requires_grad):
+        return torch.minimum(a, b), torch.maximum(a, b)
+    if torch.compiler.is_compiling():  # the compiler makes this one pass by itself, and takes no function with a jvp
+        swap = a > b
+        return torch.where(swap, b, a), torch.where(swap, a, b)
+    return _SortPair.apply(a, b)[:2]
+
+
+class GroupSort(nn.Module):
+    """Sorts each group of neighbouring channels: y_g = sort(x_g), the smallest first.
+
+    The values are permuted, never changed, so the Jacobian is a permutation matrix. The guide sorts downwards; the two
+    differ by a fixed order of the channels, which the next affine layer absorbs, and upwards is what torchlip does.
+
+    Args:
+        group_size: how many neighbouring channels make a group, 2 or more; the channels must be a multiple of it.
+
+    >>> GroupSort(4)(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    tensor([[1., 2., 3., 4.]])
+    """
+
+    def __init__(self, group_size: int) -> None:
+        super().__init__()
+        self.group_size = whole("group_size", group_size, "sorting needs groups of 2 channels or more", least=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_channels(self, x, self.group_size)
+        groups = x.unflatten(1, (-1, self.group_size))
+        if self.group_size == 2:  # a comparison is faster than a general sort
+            return torch.stack(_sort_pair(*groups.unbind(2)), 2).flatten(1, 2)
+        return groups.sort(2).values.flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}"
+
+
+class GroupSort2(GroupSort):
+    """`GroupSort` with groups of two, the guide's first choice: (x₁, x₂) becomes (min, max).
+
+    >>> GroupSort2()(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    tensor([[3., 4., 1., 2.]])
+    """
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+
+class MaxMin(nn.Module):
+    """y = (max(a, b), min(a, b)) with a and b the two halves of the channels; the shape is kept.
+
+    `GroupSort2` with another choice of pairs: channel i with channel i + C/2, which lie contiguous in memory.
+
+    >>> MaxMin()(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
+    tensor([[3., 2., 1., 0.]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_channels(self, x, 2)
+        low, high = _sort_pair(*x.chunk(2, 1))
+        return torch.cat((high, low), 1)
+
+
+class MaxMinDouble(nn.Module):
+    """y = (relu(x), relu(−x)): the guide's MaxMin, also called CReLU; it doubles the channels.
+
+    One of the two copies of a channel has slope ±1 and the other slope 0, so the map is an isometry. But a layer that
+    brings the 2C channels back to C cannot be one: stacked like that, it loses gradients as fast as ReLU does.
+
+    >>> MaxMinDouble()(torch.tensor([[1.0, -2.0]]))
+    tensor([[1., 0., 0., 2.]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_channels(self, x, 1)
+        positive = F.relu(x)
+        # relu(−x) = relu(x) − x, exactly; written so, an x of zero has slopes 0 and −1 instead of twice 0.
+        return torch.cat((positive, positive - x), 1)
+
+
+class FullSort(nn.Module):
+    """Sorts all the channels, the smallest first: `GroupSort` with a single group.
+
+    >>> FullSort()(torch.tensor([[3.0, 1.0, 2.0]]))
+    tensor([[1., 2., 3.]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_channels(self, x, 1)
+        return x.sort(1).values
+
+
+class Householder(nn.Module):
+    """y = z − 2 relu(vᵀz) v on each pair z of channels: the half-plane vᵀz > 0 is reflected onto the other.
+
+    v = (sin θ/2, −cos θ/2) with an angle θ learned for each pair; channel i pairs with channel i + C/2. At θ = π/2,
+    where it starts, the pair becomes (min, max). It is the smallest SLL block: `lip.SLL` with orthonormal filters.
+
+    Args:
+        channels: an even number C; there are C/2 angles.
+
+    >>> Householder(2)(torch.tensor([[3.0, 1.0]])).round(decimals=4)
+    tensor([[1., 3.]], grad_fn=<RoundBackward1>)
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if whole("channels", channels, "Householder reflects pairs of channels", least=2) % 2:
+            raise ValueError(f"channels is {channels}: Householder needs an even number, it reflects pairs")
+        self.channels = channels
+        self.theta = nn.Parameter(torch.full((channels // 2,), math.pi / 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_channels(self, x, 2)
+        if x.shape[1] != self.channels:
+            raise ValueError(f"Householder({self.channels}) got {x.shape[1]} channels: shape {tuple(x.shape)}")
+        z1, z2 = x.chunk(2, 1)
+        # In half precision the angle is turned into v in float32: v must have norm one, or a reflection stretches.
+        half_angle = self.theta.to(torch.promote_types(self.theta.dtype, torch.float32)) / 2
+        half_angle = half_angle.view(-1, *[1] * (x.dim() - 2))
+        v1, v2 = half_angle.sin().to(x.dtype), -half_angle.cos().to(x.dtype)
+        beyond = 2 * F.relu(v1 * z1 + v2 * z2)
+        return torch.cat((z1 - beyond * v1, z2 - beyond * v2), 1)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"

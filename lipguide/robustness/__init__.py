@@ -1,0 +1,1 @@
+"""What a network withstands: attacks, certificates, scores, metrics, smoothing."""

@@ -1,0 +1,1 @@
+"""Networks that learn something: classification, segmentation and detection of house numbers."""

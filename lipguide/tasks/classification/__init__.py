@@ -1,0 +1,1 @@
+"""Classification of digits: networks, what they learn from, and the recipes of the weights that ship."""

@@ -1,0 +1,152 @@
+r"""Attacks on detectors, within an L2 ball around each picture.
+
+The training loss is what the case study ascends, and it is a weak objective: most of it is about priors that matter to
+no detection. The three attacks of the guide aim at what a detector says:
+
+* *vanish*: for each object, lower the score of its class at every prior whose box could still match it;
+* *fabricate*: raise the score of any class where no object is;
+* *mislabel*: at the priors that find an object, raise a wrong class over the right one.
+
+``strongest`` keeps, for each picture, the attack that does most harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from lipguide.robustness.attacks import pgd_l2
+from lipguide.tasks.detection.boxes import MIN_SCORE, NOTHING, Targets, check_targets
+from lipguide.tasks.detection.scores import check_call, detections, hits
+
+__all__ = ["ATTACKS", "attack_l2", "strongest"]
+
+FAR = -1e4  # stands in for a logarithm of 0: it must not win a maximum, nor turn a sum into NaN
+MATCHES, REACHES = 0.5, 0.4  # overlap at which a box matches an object, and from which a little push may make it
+FEW = 3  # alarms that "fabricate" raises at once
+
+Objective = Callable[[tuple[Tensor, ...], Targets], Tensor]
+
+
+class _Margins:
+    """What all objectives need: log-probabilities, and which prior's box lies on which object."""
+
+    def __init__(self, output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> None:
+        self.log_p = model.log_scores(output)
+        check_targets(targets, classes=self.log_p.shape[2])
+        there = targets.labels != NOTHING
+        overlaps = box_iou(model.boxes(output).detach(), targets.boxes)
+        self.overlaps = overlaps.masked_fill(~there[:, None], 0.0)  # (N, P, M)
+        self.there, self.labels = there, targets.labels.clamp(min=0)
+
+    def of_class(self) -> Tensor:
+        """(N, P, M): log-probability of each object's class at each prior."""
+        index = self.labels[:, None].expand(-1, self.log_p.shape[1], -1)
+        return self.log_p.gather(2, index)
+
+    def on_object(self, values: Tensor, overlap: float) -> Tensor:
+        """(N, M): the largest value among the priors whose box lies on an object; FAR if there is none."""
+        return values.masked_fill(self.overlaps < overlap, FAR).amax(1).masked_fill(~self.there, FAR)
+
+
+def _vanish(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> Tensor:
+    margins = _Margins(output, targets, model)
+    best = margins.on_object(margins.of_class(), REACHES)
+    return -torch.where(margins.there, best, 0.0).clamp(min=-20.0).sum(1)
+
+
+def _fabricate(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> Tensor:
+    margins = _Margins(output, targets, model)
+    alarms = margins.log_p.amax(2)
+    elsewhere = alarms.masked_fill((margins.overlaps >= MATCHES).any(2), FAR)
+    return elsewhere.topk(FEW, dim=1).values.clamp(min=-20.0).sum(1)
+
+
+def _mislabel(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> Tensor:
+    margins = _Margins(output, targets, model)
+    one_hot = nn.functional.one_hot(margins.labels, margins.log_p.shape[2]).bool()
+    wrong = margins.log_p[:, :, None].masked_fill(one_hot[:, None], FAR).amax(3)
+    lead = margins.on_object(margins.of_class() - wrong, REACHES)
+    return -torch.where(margins.there, lead, 0.0).clamp(min=-20.0, max=20.0).sum(1)
+
+
+ATTACKS: dict[str, Callable[..., Tensor]] = {"vanish": _vanish, "fabricate": _fabricate, "mislabel": _mislabel}
+OF_OBJECTS = ("vanish", "mislabel")  # which ask nothing of a scene without objects
+
+
+def objective(name: str, model: nn.Module) -> Objective:
+    """What attack ``name`` on ``model`` ascends: one number a scene from the detector's output and the targets.
+
+    "training loss" is the case study's, as the model's method ``training_loss(reduction)`` gives it.
+    """
+    if name == "training loss":
+        return model.training_loss("none")
+    if name not in ATTACKS:
+        raise ValueError(f"attack must be one of training loss, {', '.join(ATTACKS)}, not {name!r}")
+    function = ATTACKS[name]
+    return lambda output, targets: function(output, targets, model)
+
+
+def attack_l2(
+    model: nn.Module,
+    images: Tensor,
+    targets: Targets,
+    eps: float,
+    name: str = "training loss",
+    steps: int = 20,
+    restarts: int = 1,
+    batch_size: int = 128,
+) -> Tensor:
+    """Pictures within ``eps`` of ``images`` that one attack finds, batch by batch.
+
+    A scene without objects stays as it is under "vanish" and "mislabel": there is nothing to vanish. More ``restarts``
+    never find a weaker attack: each picture keeps the best of all.
+
+    >>> from lipguide.tasks.detection.boxes import pad_targets
+    >>> from lipguide.tasks.detection.configurations import naive
+    >>> model, x = naive().eval(), torch.rand(2, 3, 74, 74)
+    >>> targets = pad_targets([torch.tensor([[0.1, 0.1, 0.5, 0.9]])] * 2, [torch.tensor([1])] * 2)
+    >>> moved = attack_l2(model, x, targets, eps=0.5, name="vanish", steps=2)
+    >>> bool(((moved - x).flatten(1).norm(dim=1) <= 0.5 + 1e-4).all())
+    True
+    """
+    aim, (boxes, labels) = objective(name, model), targets
+    check_call(model, batch_size)
+    if len(labels) != len(images):
+        raise ValueError(f"pictures of {len(images)} scenes, but targets of {len(labels)}")
+    moved, chosen = images.detach().clone(), torch.ones(len(images), dtype=torch.bool, device=images.device)
+    if name in OF_OBJECTS:
+        chosen = (labels != NOTHING).any(1)
+    for part in chosen.nonzero().squeeze(1).split(batch_size):
+        if len(part):  # many a model refuses an empty batch
+            x, y = images[part], Targets(boxes[part], labels[part])
+            moved[part] = pgd_l2(model, x, y, eps, steps, restarts, loss=aim)
+    return moved
+
+
+def strongest(
+    model: nn.Module, images: Tensor, targets: Targets, candidates: dict[str, Tensor], min_score: float = MIN_SCORE
+) -> Tensor:
+    """For each picture the candidate with the fewest objects found, and of those the one with the most false alarms.
+
+    Args:
+        candidates: attacked pictures by the name of the attack, such as ``attack_l2`` gives.
+        min_score: above which a box counts, as for the recall and the false alarms that are reported. At another one
+            the choice is another, and may be the weaker attack.
+    """
+    if not candidates:
+        raise ValueError("the strongest of no attack is undefined: give one candidate or more")
+    harm = []
+    for name, moved in candidates.items():
+        if moved.shape != images.shape:
+            raise ValueError(f"candidate {name!r} has shape {tuple(moved.shape)}, the pictures {tuple(images.shape)}")
+        found = detections(model, moved, min_score=min_score)
+        right = torch.tensor(hits(found, targets), dtype=torch.float64)
+        made = torch.tensor([len(scene["labels"]) for scene in found], dtype=torch.float64)
+        harm.append(-right + (made - right) / 1000)
+    worst = torch.stack(harm).argmax(0).to(images.device)
+    stacked = torch.stack(list(candidates.values()))
+    return stacked[worst, torch.arange(len(images), device=images.device)]

@@ -1,0 +1,88 @@
+"""The multibox loss of single-shot detectors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lipguide.losses.base import number_of_ranks, sum_over_ranks
+from lipguide.tasks.detection.boxes import Targets, encode, match, unit_range
+
+__all__ = ["DetectionStep", "Multibox"]
+
+
+class Multibox(nn.Module):
+    r"""Classes by cross-entropy, with three hard negatives for each positive; boxes by the L1 distance of offsets:
+
+    .. math:: \frac1P \Big( \sum_{p \in \text{positive or hard}} \mathrm{CE}(z_p, c_p) \Big) +
+        \frac{1}{4P} \sum_{p\ \text{positive}} \lVert o_p - \hat o_p \rVert_1
+
+    P is the number of positives, of the whole batch for "mean" and of a scene for "none". A scene without objects has
+    no positives and keeps three negatives.
+
+    Args:
+        priors: (number, 4), as the model has them.
+        negatives: hard negatives for each positive: those with the largest cross-entropy in their scene.
+        per_prior: the loss of logits (N, C, P) and classes (N, P), one value each; cross-entropy unless given.
+        reduction: "mean", or "none" for one value a scene, as attacks need it.
+
+    >>> from lipguide.tasks.detection.boxes import pad_targets, prior_boxes
+    >>> priors = prior_boxes([2], [0.5], [1.0])
+    >>> targets = pad_targets([torch.tensor([[0.0, 0.0, 0.5, 0.5]])], [torch.tensor([1])], classes=2)
+    >>> Multibox(priors)((torch.zeros(1, 4, 3), torch.zeros(1, 4, 4)), targets)  # 4 log 3: one positive, 3 negatives
+    tensor(4.3944)
+    """
+
+    priors: Tensor
+
+    def __init__(
+        self, priors: Tensor, negatives: int = 3, per_prior: nn.Module | None = None, reduction: str = "mean"
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "none"):
+            raise ValueError(f'reduction must be "mean" or "none", not {reduction!r}')
+        self.register_buffer("priors", priors.clone(), persistent=False)
+        self.negatives, self.reduction = negatives, reduction
+        self.per_prior = per_prior or nn.CrossEntropyLoss(reduction="none")
+
+    def forward(self, output: tuple[Tensor, Tensor], targets: Targets) -> Tensor:
+        logits, offsets = output
+        background = logits.shape[2] - 1
+        classes, boxes = match(targets, self.priors, background)
+        positive = classes != background
+        values = self.per_prior(logits.float().mT, classes)
+        kept = positive | self._hard(values.detach(), positive)
+        wanted = encode(torch.where(positive[..., None], boxes, self._anything), self.priors)
+        distance = F.l1_loss(offsets.float(), wanted, reduction="none").mean(2)
+        scene = ((values * kept) + distance * positive).sum(1)
+        if self.reduction == "none":
+            return scene / positive.sum(1).clamp(min=1)
+        return scene.sum() * number_of_ranks(logits) / sum_over_ranks(positive.sum(), logits).clamp(min=1)
+
+    @property
+    def _anything(self) -> Tensor:
+        return self.priors.new_tensor([0.0, 0.0, 1.0, 1.0])
+
+    def _hard(self, values: Tensor, positive: Tensor) -> Tensor:
+        """The ``negatives`` · positives negatives of each scene that have the largest values."""
+        ranked = values.masked_fill(positive, -1.0).argsort(dim=1, descending=True, stable=True)
+        count = self.negatives * positive.sum(1, keepdim=True).clamp(min=1)
+        chosen = torch.zeros_like(positive)
+        ranks = torch.arange(values.shape[1], device=values.device).expand_as(values)
+        return chosen.scatter(1, ranked, ranks < count) & ~positive
+
+
+class DetectionStep(nn.Module):
+    """The step of `lipguide.training.fit` for columns (images, boxes, labels), the latter two from `pad_targets`.
+
+    Images may be bytes, which are brought to [0, 1] batch by batch.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        images, boxes, labels = batch
+        return self.loss(model(unit_range(images)), Targets(boxes, labels))

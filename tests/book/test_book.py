@@ -1,0 +1,168 @@
+"""The rules of the book, held against every chapter's source."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import pytest
+import yaml
+
+from lipguide.book.build import Book
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOK = Book(ROOT)
+CHAPTERS = sorted(BOOK.chapters)
+NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])|\d\s?%")
+
+
+def notebook(chapter):
+    return jupytext.read(BOOK.source(BOOK.chapters[chapter]))
+
+
+def code_cells(chapter):
+    return [c for c in notebook(chapter).cells if c.cell_type == "code"]
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def prose(text):
+    """The sentences of a text without what may hold numbers: code, mathematics, roles, links, and cited facts."""
+    text = re.sub(r"^(`{3,}|:{3,})\{(?!exercise|solution|prf).*?^\1\s*$", "", text, flags=re.S | re.M)
+    text = re.sub(r"```python.*?```", "", text, flags=re.S)
+    text = re.sub(r"\$\$.*?\$\$|\$[^$]+\$|(?<!\})`[^`]*`|\]\([^)]*\)", " ", text, flags=re.S)
+    rows = [line for line in text.splitlines() if line.lstrip().startswith("|")]
+    paragraphs = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("|")).split("\n\n")
+    sentences = [s for p in paragraphs for s in re.split(r"(?<=[.:;])\s+", p)]
+    uncited = [s for s in rows + sentences if "{cite" not in s and ":label:" not in s]
+    return [re.sub(r"\{[a-z:]+\}`[^`]*`", " ", s) for s in uncited]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_front_matter_names_a_kernel(chapter):
+    assert notebook(chapter).metadata["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_exactly_one_parameters_cell_of_literals(chapter):
+    cells = [c for c in code_cells(chapter) if "parameters" in tags(c)]
+    assert len(cells) == 1
+    values = {}
+    for statement in ast.parse(cells[0].source).body:
+        assert isinstance(statement, ast.Assign) and len(statement.targets) == 1
+        values[statement.targets[0].id] = ast.literal_eval(statement.value)
+    assert values == {"profile": "quick", "device": "cpu", "seed": 0}
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_cells_are_short_and_narrow(chapter):
+    text = BOOK.source(BOOK.chapters[chapter]).read_text(encoding="utf-8")
+    written = [body for _, body in re.findall(r"^(`{3,})\{code-cell\}[^\n]*\n(.*?)^\1\s*$", text, flags=re.S | re.M)]
+    assert len(written) == len(code_cells(chapter))
+    for body, cell in zip(written, code_cells(chapter), strict=True):
+        assert sum(bool(line.strip()) for line in body.splitlines()) <= 25, body  # its header too: readers see that
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert max(map(len, lines)) <= 88, max(lines, key=len)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_cells_import_what_they_use_by_name(chapter):
+    for cell in code_cells(chapter):
+        assert "import *" not in cell.source and "!pip" not in cell.source
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_no_typed_results(chapter):
+    for cell in notebook(chapter).cells:
+        if cell.cell_type == "markdown":
+            for line in prose(cell.source):
+                # "%" after a ledger role is its unit, not a number
+                assert not NUMBER.search(line), line
+
+
+@pytest.mark.parametrize(
+    "text, typed",
+    [
+        ("it reaches 93.5 of them", True),
+        ("about 4 % more", True),
+        ("$0.3$ of it", False),
+        ("{ledger}`a:.2f` %", False),
+        ("torch 2 and 1-Lipschitz", False),
+        ("They read\n86.9 % of it {cite:p}`shu2018`. We agree.", False),
+        ("They read it {cite:p}`shu2018`. We read 86.9 %.", True),
+        ("| a | 3.5 |\n| b {cite:p}`x` | 4.5 |", True),
+    ],
+)
+def test_the_rule_on_typed_results_sees_what_it_should(text, typed):
+    assert any(NUMBER.search(line) for line in prose(text)) is typed
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_plot_has_alt_text(chapter):
+    for cell in code_cells(chapter):
+        if "plt.show()" in cell.source:
+            alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+            assert len(alt) > 40, cell.source
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_opens_with_its_run_and_ends_with_its_ledger(chapter):
+    text = BOOK.source(BOOK.chapters[chapter]).read_text(encoding="utf-8")
+    title = text.index("\n# ")
+    assert text.index("```{run-box}") < text.index("```{code-cell}") and title < text.index("```{run-box}")
+    assert code_cells(chapter)[-1].source.strip() == "ledger.save()"
+    assert f'Ledger("{chapter}", profile, device, seed)' in text
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_two_or_three_exercises_each_with_its_solution(chapter):
+    text = BOOK.source(BOOK.chapters[chapter]).read_text(encoding="utf-8")
+    exercises = re.findall(r"\{exercise\}.*?\n:label: (\S+)", text)
+    assert 2 <= len(exercises) <= 3
+    assert sorted(exercises) == sorted(re.findall(r"\{solution\} (\S+)", text))
+
+
+COPY = [(ch, i) for ch in CHAPTERS for i, c in enumerate(code_cells(ch)) if "copy-this" in tags(c)]
+
+
+@pytest.mark.parametrize("chapter, index", COPY)
+def test_copied_cells_run_alone(chapter, index, tmp_path):
+    source = code_cells(chapter)[index].source
+    done = subprocess.run([sys.executable, "-W", "error", "-c", source], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_run_is_on_record(chapter):
+    assert BOOK.ledger(chapter, "quick").exists(), (
+        f"run python -m lipguide build --only {chapter} and commit its ledger"
+    )
+
+
+def test_make_installs_exactly_what_conda_would():
+    """The Makefile reads its requirements out of environment.yml; not a line may be lost on the way."""
+    command = re.search(r"\t(sed .*?) > ", (ROOT / "Makefile").read_text()).group(1).replace("$$", "$")
+    read = subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    lock = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    assert read == lock and len(lock) > 100 and all("==" in line for line in lock)
+
+
+def test_the_lock_satisfies_the_loose_bounds():
+    """Every requirement of pyproject.toml is in environment.yml, at a version that it admits."""
+    tomllib = pytest.importorskip("tomllib")
+    from packaging.requirements import Requirement
+
+    lock = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    pinned = {Requirement(line).name.lower().replace("_", "-"): line.split("==")[1].split(";")[0] for line in lock}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+        wanted = Requirement(line)
+        name = wanted.name.lower().replace("_", "-")
+        assert name in pinned, f"{name} is not in environment.yml"
+        assert wanted.specifier.contains(pinned[name], prereleases=True), line

@@ -1,0 +1,197 @@
+"""The build: what runs again and what does not, failures that are named, and HTML replaced whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lipguide.__main__ import main
+from lipguide.book.build import Book, BuildError, build
+from lipguide.book.ledger import read
+
+CHAPTER = """---
+jupytext: {{text_representation: {{extension: .md, format_name: myst}}}}
+kernelspec: {{display_name: Python 3, language: python, name: python3}}
+---
+
+# {title}
+
+```{{run-box}}
+```
+
+```{{code-cell}} ipython3
+:tags: [parameters]
+profile = "quick"
+device = "cpu"
+seed = 0
+```
+
+```{{code-cell}} ipython3
+from lipguide.book.ledger import Ledger
+
+ledger = Ledger("{name}", profile, device, seed)
+{code}
+ledger["answer"] = 42
+ledger.save()
+```
+
+The answer is {{ledger}}`answer:d`.
+"""
+CONFIG = """title: test
+only_build_toc_files: true
+execute: {execute_notebooks: cache}
+sphinx: {extra_extensions: [lipguide.book.roles]}
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "_config.yml").write_text(CONFIG)
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/index\nchapters: [{file: book/one}, {file: book/two}]\n"
+    )
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "index.md").write_text("# Test\n")
+    write(tmp_path, "one")
+    write(tmp_path, "two")
+    return tmp_path
+
+
+def write(root: Path, name: str, code: str = "", title: str = "Title") -> None:
+    (root / "book" / f"{name}.md").write_text(CHAPTER.format(name=name, code=code, title=title))
+
+
+def test_build_rebuild_change_fail_and_recover(root, capsys):
+    """One story in order, since each build takes seconds."""
+    assert build(Book(root), "quick", "cpu") == 0
+    first = (root / "_build/html/book/one.html").read_text()
+    assert "The answer is" in first and ">42<" in first and "last verified on" in first
+    assert not list((root / "_build").rglob(".one*")), "temporary files are left"
+    capsys.readouterr()
+
+    assert build(Book(root), "quick", "cpu") == 0
+    assert capsys.readouterr().out.count("unchanged") == 3
+
+    write(root, "one", title="Changed")
+    assert build(Book(root), "quick", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "executed" in lines[0] and "unchanged" in lines[1] and "rendered" in lines[2]
+    good = (root / "_build/html/book/one.html").read_text()
+    assert "Changed" in good
+
+    write(root, "one", code="raise ArithmeticError('seven')")
+    write(root, "two", title="Also changed")
+    assert build(Book(root), "quick", "cpu") == 1
+    out = capsys.readouterr().out
+    assert (
+        "ArithmeticError" in out and "seven" in out and "code cell 2" in out and "_build/failed/one.quick.ipynb" in out
+    )
+    assert (root / "_build/failed/one.quick.ipynb").exists()
+    assert "two              executed" in out, "the other chapters still run"
+    assert (root / "_build/html/book/one.html").read_text() == good, "the last good HTML stays"
+
+    write(root, "one", code="import sys; print('careful', file=sys.stderr)")
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 1
+    assert "stderr" in capsys.readouterr().out
+
+    write(root, "one", title="Mended")
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 0
+    assert "Mended" in (root / "_build/html/book/one.html").read_text()
+
+
+def test_a_chapter_runs_again_when_a_record_that_it_reads_changes(root, capsys):
+    code = "from lipguide.book.ledger import read\nledger['was'] = read('results/run.cpu.json')['results']['was']"
+    write(root, "one", code=code)
+    record = root / "book" / "results" / "run.cpu.json"
+    record.parent.mkdir()
+    record.write_text('{"provenance": {}, "results": {"was": 1}}')
+    assert build(Book(root), "quick", "cpu") == 0
+    capsys.readouterr()
+    record.write_text('{"provenance": {}, "results": {"was": 2}}')
+    assert build(Book(root), "quick", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "executed" in lines[0] and "unchanged" in lines[1]
+    assert read(root / "book" / "results" / "one.quick.json")["results"]["was"] == 2
+
+
+def test_a_wrong_ledger_key_fails_the_rendering(root, capsys):
+    write(root, "one")
+    page = root / "book" / "one.md"
+    page.write_text(page.read_text().replace("`answer:d`", "`question:d`"))
+    assert build(Book(root), "quick", "cpu") == 1
+    assert "question" in capsys.readouterr().out
+    assert not (root / "_build/html").exists()
+
+
+def test_interrupted_then_resumed(root):
+    """Killed while a chapter runs: the chapter before it is kept, the state is sound, and the next call finishes."""
+    write(root, "two", code="import time; time.sleep(600)")
+    command = [sys.executable, "-m", "lipguide", "build", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.time() + 120
+    while not (root / "_build/failed/two.quick.ipynb").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    with pytest.raises(BuildError, match="another build is at work"):
+        build(Book(root), "quick", "cpu")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from here" in err
+    assert (root / "_build/notebooks/one.quick.ipynb").exists()
+    write(root, "two")
+    assert build(Book(root), "quick", "cpu") == 0
+    assert (root / "_build/html/index.html").exists()
+
+
+def test_a_page_that_asks_another_host_is_refused(root, capsys):
+    page = root / "book" / "index.md"
+    page.write_text('# Test\n\n<img src="https://example.org/x.png" alt="x">\n')
+    assert build(Book(root), "quick", "cpu") == 1
+    assert "https://example.org/x.png" in capsys.readouterr().out and not (root / "_build/html").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["build", "--profile", "huge"], ["huge", "quick, full"]),
+        (["build", "--device", "tpu"], ["tpu", "auto, cpu, cuda"]),
+        (["build", "--only", "three"], ["three", "one, two"]),
+    ],
+)
+def test_unknown_names_are_one_line_and_exit_2(root, monkeypatch, capsys, arguments, names):
+    monkeypatch.chdir(root)
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(name in err for name in names)
+    assert not (root / "_build").exists(), "nothing runs before the arguments are known to be good"
+
+
+def test_cuda_without_cuda_exits_2(root, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["build", "--device", "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_unknown_command_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bake"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_without_a_book_is_named(tmp_path):
+    with pytest.raises(BuildError, match="_config.yml"):
+        Book(tmp_path)
+
+
+def test_a_page_that_is_missing_is_named(root):
+    (root / "book" / "two.md").unlink()
+    with pytest.raises(BuildError, match="book/two"):
+        Book(root)

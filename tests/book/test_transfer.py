@@ -1,0 +1,91 @@
+"""The measure "like SVHN", and the command line around the data."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+from lipguide.data import SyntheticHouseNumbers, cli
+from lipguide.book.transfer import SYN_DIGITS, accuracy, compare, train_reader
+from lipguide.data.digits import Digits
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIPGUIDE_CACHE", str(tmp_path / "cache"))
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser.add_subparsers(required=True))
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def bars(count: int, seed: int) -> Digits:
+    """Ten easy classes: one bright column each."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=generator)
+    images = 0.3 * torch.rand(count, 3, 32, 32, generator=generator)
+    images[torch.arange(count), :, :, 3 * labels + 1] = 1.0
+    return Digits(images, labels)
+
+
+def test_the_reader_learns_what_can_be_learnt_and_repeats():
+    model = train_reader(bars(240, 0), epochs=2, device="cpu", seed=1, batch=16)
+    assert accuracy(model, bars(100, 1), "cpu") > 0.9
+    state = torch.random.get_rng_state()
+    again = train_reader(bars(240, 0), epochs=2, device="cpu", seed=1, batch=16)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_accuracy_counts():
+    class Says(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
+
+    data = Digits(torch.zeros(700, 3, 32, 32), torch.tensor([3] * 175 + [4] * 525))
+    assert accuracy(Says(), data, "cpu") == 0.25
+    with pytest.raises(ValueError, match="at least one"):
+        accuracy(Says(), Digits(torch.zeros(0, 3, 32, 32), torch.zeros(0)), "cpu")
+
+
+def test_compare_reads_a_real_folder(tmp_path, capsys):
+    SyntheticHouseNumbers("test", 10, seed=77, cache=False).save(tmp_path / "svhn")
+    found = compare(tmp_path / "svhn", size=12, epochs=1)
+    assert 0 <= found.synthetic <= 1 and 0 <= found.real <= 1 and found.syn_digits == SYN_DIGITS == 0.869
+    assert found.digits[1] == sum(len(n.labels) for n in SyntheticHouseNumbers("test", 10, seed=77).annotations())
+    assert run("compare", "--svhn", str(tmp_path / "svhn"), "--size", "12", "--epochs", "1", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert f"{100 * found.real:.2f} %  of {found.digits[1]}" in printed and "86.9 %" in printed
+
+
+def test_commands_fail_with_a_message(tmp_path, capsys, monkeypatch):
+    assert run("compare", "--svhn", str(tmp_path / "none"), "--size", "2", "--epochs", "1") == 1
+    assert "is missing" in capsys.readouterr().err
+
+    def unreachable(root, extra):
+        raise cli.DownloadError("no network")
+
+    monkeypatch.setattr(cli, "download_svhn", unreachable)
+    assert run("svhn", "--root", str(tmp_path)) == 1
+    captured = capsys.readouterr()
+    assert "non-commercial use only" in captured.out and "error: no network" in captured.err
+
+
+def test_svhn_passes_on_what_it_was_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "download_svhn", lambda root, extra: [f"{root}/extra={extra}"])
+    assert run("svhn", "--root", "there", "--extra") == 0
+    assert "there/extra=True is complete" in capsys.readouterr().out
+
+
+def test_synthetic_fills_the_cache_or_a_folder(tmp_path, capsys):
+    assert run("synthetic", "--size", "3", "--split", "test") == 0
+    assert list((tmp_path / "cache").rglob("*.npz"))
+    assert run("synthetic", "--size", "3", "--root", str(tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "train" / "3.mask.png").exists() and (tmp_path / "out" / "test" / "3.png").exists()
+    assert run("synthetic", "--size", "3", "--root", str(tmp_path / "out")) == 1
+    assert "exists already" in capsys.readouterr().err

@@ -1,0 +1,317 @@
+"""Synthetic House Numbers: the same scene everywhere, SVHN's geometry, masks that fit, a cache that keeps its word."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lipguide.book.staleness import PACKAGE
+from lipguide.data import SVHN, Difficulty, SyntheticHouseNumbers, contact_sheet, geometry, geometry_table, svhn_facts
+from lipguide.data.shn import cache as blocks_module
+from lipguide.data.shn.cache import SOURCES, Pages, content_hash, load_pages
+from lipguide.data.shn.layout import sample_layout
+from lipguide.data.shn.rendering import render
+
+EASY = Difficulty(blur=0.0, contrast=0.0, noise=0.0, occlusion=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIPGUIDE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def some():
+    return SyntheticHouseNumbers("train", 60, seed=3, cache=False)
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# The same scene everywhere
+
+
+def test_a_scene_depends_on_seed_split_and_index_alone(some):
+    backwards = [render("train", 3, k, Difficulty()) for k in (40, 7, 0)]
+    assert [e.picture for e in backwards] == [some._pages[k].picture for k in (40, 7, 0)]
+    assert len({render(s, seed, 0, Difficulty()).picture for s in ("train", "test") for seed in (0, 1)}) == 4
+
+
+def test_a_smaller_set_is_the_beginning_of_a_larger_one(some):
+    few = SyntheticHouseNumbers("train", 5, seed=3)
+    assert len(few) == 5 and all(same(few[k], some[k]) for k in range(5))
+
+
+def test_the_number_of_processes_does_not_matter():
+    size = blocks_module.BLOCK + 20
+    alone = load_pages("test", size, 9, EASY, cache=False, workers=1)
+    shared = load_pages("test", size, 9, EASY, cache=False, workers=2)
+    assert len(shared) == size
+    for name, array in alone.arrays.items():
+        np.testing.assert_array_equal(array, shared.arrays[name])
+
+
+HASH = """
+import hashlib
+from lipguide.data.shn.difficulty import Difficulty
+from lipguide.data.shn.rendering import render
+digest = hashlib.sha256()
+for index in range(8):
+    scene = render("train", 11, index, Difficulty())
+    digest.update(scene.picture + scene.mask)
+print(digest.hexdigest())
+"""
+
+
+def test_processors_without_vector_units_make_the_same_pictures():
+    from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+
+    units = " ".join(name for name in __cpu_dispatch__ if __cpu_features__.get(name))
+    if not units:
+        pytest.skip("this processor has nothing to switch off")
+    environment = {**os.environ, "NPY_DISABLE_CPU_FEATURES": units}
+    done = subprocess.run([sys.executable, "-c", HASH], env=environment, capture_output=True, text=True, check=True)
+    digest = hashlib.sha256()
+    for index in range(8):
+        scene = render("train", 11, index, Difficulty())
+        digest.update(scene.picture + scene.mask)
+    assert done.stdout.strip() == digest.hexdigest()
+
+
+# What an item is
+
+
+def test_items_keep_the_contract(some):
+    for index in range(len(some)):
+        image, boxes, labels, mask = some[index]
+        assert image.dtype == torch.float32 and image.ndim == 3 and image.shape[0] == 3
+        assert image.min() >= 0 and image.max() <= 1 and image.std() > 0.01
+        assert boxes.shape == (len(labels), 4) and labels.dtype == torch.int64
+        assert (boxes >= 0).all() and (boxes <= 1).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+        assert ((labels >= 0) & (labels <= 9)).all()
+        assert mask.dtype == torch.uint8 and mask.shape == image.shape[1:] and mask.max() <= len(labels)
+
+
+def test_every_digit_has_ink_and_nearly_all_of_it_in_its_box(some):
+    for index in range(len(some)):
+        _, boxes, labels, mask = some[index]
+        height, width = mask.shape
+        for k in range(len(labels)):
+            rows, columns = torch.nonzero(mask == k + 1, as_tuple=True)
+            x0, y0, x1, y1 = (boxes[k] * torch.tensor([width, height, width, height])).tolist()
+            slack = 0.12 * (y1 - y0) + 1
+            inside = (columns + 0.5 > x0 - slack) & (columns + 0.5 < x1 + slack)
+            inside &= (rows + 0.5 > y0 - slack) & (rows + 0.5 < y1 + slack)
+            assert len(rows) > 0.04 * (x1 - x0) * (y1 - y0)
+            assert inside.float().mean() > 0.97
+
+
+def test_masks_say_where_the_ink_is():
+    """Without nuisances the pixels of the mask differ in brightness from those around them."""
+    data = SyntheticHouseNumbers("train", 80, seed=5, difficulty=EASY, cache=False)
+    differs = 0
+    for index in range(len(data)):
+        image, _, _, mask = data[index]
+        grey, ink = image.mean(dim=0), mask > 0
+        wide = torch.nn.functional.max_pool2d(ink[None].float(), 9, 1, 4)[0] > 0
+        near = torch.nn.functional.max_pool2d(ink[None].float(), 3, 1, 1)[0] > 0
+        differs += bool((grey[ink].mean() - grey[wide & ~near].mean()).abs() > 0.06)
+    assert differs >= 76
+
+
+def test_bad_arguments_are_refused(some):
+    with pytest.raises(ValueError, match="split must be one of train, test"):
+        SyntheticHouseNumbers("extra", 1)
+    with pytest.raises(ValueError, match="must not be negative"):
+        SyntheticHouseNumbers("train", -1)
+    with pytest.raises(ValueError, match=r"Difficulty\.blur"):
+        Difficulty(blur=float("nan"))
+    for index in (60, -1):
+        with pytest.raises(IndexError, match="of 60"):
+            some[index]
+
+
+def test_an_empty_set_is_empty():
+    empty = SyntheticHouseNumbers("train", 0)
+    assert len(empty) == 0 and list(empty.annotations()) == []
+
+
+# Difficulty
+
+
+def _mean(difficulty: Difficulty, measure) -> float:
+    data = SyntheticHouseNumbers("train", 40, seed=1, difficulty=difficulty, cache=False)
+    return float(np.mean([measure(data[k].image.mean(dim=0)) for k in range(len(data))]))
+
+
+def _detail(grey: torch.Tensor) -> float:
+    return float((grey[:, 1:] - grey[:, :-1]).abs().mean())
+
+
+def test_every_knob_does_what_it_says():
+    sharp, soft = (_mean(Difficulty(blur=b, noise=0), _detail) for b in (0.3, 2.0))
+    assert soft < 0.8 * sharp
+    strong, faint = (_mean(Difficulty(contrast=c, noise=0), lambda g: float(g.std())) for c in (0.0, 2.0))
+    assert faint < 0.85 * strong
+    clean, noisy = (_mean(Difficulty(blur=2, noise=n), _detail) for n in (0.0, 2.0))
+    assert noisy > 1.2 * clean
+    bare = [render("train", 1, k, Difficulty(occlusion=0)).picture for k in range(40)]
+    covered = [render("train", 1, k, Difficulty(occlusion=3)).picture for k in range(40)]
+    assert sum(a != b for a, b in zip(bare, covered, strict=True)) > 15
+
+
+def test_difficulty_changes_no_box_and_no_label():
+    easy, hard = (render("test", 0, 4, d) for d in (EASY, Difficulty(2, 2, 2, 2)))
+    assert (easy.boxes == hard.boxes).all() and (easy.labels == hard.labels).all()
+    assert easy.mask == hard.mask and easy.picture != hard.picture
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_geometry_follows_the_published_figures(split):
+    layouts = [sample_layout(split, np.random.default_rng((8, k))) for k in range(4000)]
+    figures, published = geometry(layouts), svhn_facts()[split]
+    rows = geometry_table(figures, split)
+    assert {row["figure"]: row["difference"] for row in rows if not row["difference"] < 0.12} == {}
+    for name in ("label_counts", "digits_per_image"):
+        total = sum(published[name].values())
+        for key, count in published[name].items():
+            ours = figures[name].get(key, 0) / sum(figures[name].values())
+            assert abs(ours - count / total) < 0.02, (name, key)
+    for key, aspect in published["median_aspect_by_label"].items():
+        assert abs(figures["median_aspect_by_label"][key] - aspect) < 0.03
+
+
+def test_geometry_of_a_known_scene():
+    from types import SimpleNamespace
+
+    note = SimpleNamespace(width=100, height=50, boxes=[[20, 10, 10, 25], [32, 15, 15, 25]], labels=[3, 0])
+    figures = geometry([note])
+    assert figures["gap_between_neighbours_over_height"] == [0.08] * 7
+    assert figures["vertical_shift_between_neighbours_over_height"] == [0.2] * 7
+    assert figures["number_width_over_image"] == [0.27] * 7
+    assert figures["number_centre_x_over_image"] == [0.335] * 7
+    assert figures["label_counts"]["10"] == 1 and figures["label_counts"]["3"] == 1
+
+
+# The cache
+
+
+def test_the_second_time_nothing_is_drawn(monkeypatch):
+    first = SyntheticHouseNumbers("test", 6, seed=2)
+    monkeypatch.setattr(blocks_module, "render", lambda *_: pytest.fail("drawn again"))
+    again = SyntheticHouseNumbers("test", 6, seed=2)
+    assert all(same(first[k], again[k]) for k in range(6))
+    assert len(SyntheticHouseNumbers("test", 4, seed=2)) == 4
+
+
+def test_a_cache_that_cannot_be_made_is_an_error_that_helps(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LIPGUIDE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OSError, match="LIPGUIDE_CACHE"):
+        SyntheticHouseNumbers("test", 1)
+
+
+def test_without_the_cache_nothing_is_written(tmp_path):
+    SyntheticHouseNumbers("test", 2, cache=False)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:500] + b"\xff" + b[501:]])
+def test_a_damaged_block_is_made_again(tmp_path, damage):
+    good = SyntheticHouseNumbers("train", 4, seed=2)
+    (path,) = (tmp_path / "cache").rglob("*.npz")
+    path.write_bytes(damage(path.read_bytes()))
+    again = SyntheticHouseNumbers("train", 4, seed=2)
+    assert all(same(good[k], again[k]) for k in range(4))
+    assert len(Pages.load(path)) == 4
+
+
+def test_an_interrupted_run_leaves_whole_blocks_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks_module, "BLOCK", 3)
+    drawn = []
+
+    def stop_at_five(split, seed, index, difficulty):
+        if index == 4 and len(drawn) < 6:
+            drawn.append("stop")
+            raise KeyboardInterrupt
+        drawn.append(index)
+        return render(split, seed, index, difficulty)
+
+    monkeypatch.setattr(blocks_module, "render", stop_at_five)
+    with pytest.raises(KeyboardInterrupt):
+        load_pages("train", 8, 0, EASY)
+    assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()] == ["00000-003.npz"]
+    drawn.extend([None] * 6)
+    pages = load_pages("train", 8, 0, EASY)
+    assert drawn[-5:] == [3, 4, 5, 6, 7]
+    assert pages[6].picture == render("train", 0, 6, EASY).picture
+
+
+def test_the_key_covers_everything_a_picture_depends_on():
+    keys = {content_hash(s, n, d) for s in ("train", "test") for n in (0, 1) for d in (EASY, Difficulty())}
+    assert len(keys) == 8
+    assert content_hash("train", 0, Difficulty(0.8, 0.4, 2, 3)) == content_hash("train", 0, Difficulty(noise=2.0))
+    todo, found = [Path(blocks_module.__file__)], set()
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lipguide."):
+                todo.append(PACKAGE.joinpath(*node.module.split(".")[1:]).with_suffix(".py"))
+    assert {path.name for path in found - set(SOURCES)} == {"files.py"}  # where things are stored does not change them
+
+
+def test_a_failing_process_is_reported(monkeypatch):
+    monkeypatch.setattr(blocks_module, "BLOCK", 2)
+    task = {"folder": "/nonexistent/folder", "split": "sideways", "seed": 0, "difficulty": {}}
+    with blocks_module.tqdm(total=4, disable=True) as bar, pytest.raises(RuntimeError, match="sideways"):
+        blocks_module._make_apart(task, [(0, 2), (1, 2)], 1, bar)
+
+
+# On disk
+
+
+def test_round_trip_through_svhns_own_layout(tmp_path):
+    for split in ("train", "test"):
+        data = SyntheticHouseNumbers(split, 12, seed=4)
+        folder = data.save(tmp_path / "root")
+        assert {p.name for p in folder.iterdir()} >= {"1.png", "12.png", "1.mask.png", "digitStruct.mat"}
+        read = SVHN(tmp_path / "root", split)
+        assert len(read) == 12 and all(same(data[k], read[k]) for k in range(12))
+        assert geometry(read.annotations()) == geometry(data.annotations())
+
+
+def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
+    from lipguide.data import shn as synthetic
+
+    data = SyntheticHouseNumbers("train", 3)
+    monkeypatch.setattr(synthetic, "write_digit_struct", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        data.save(tmp_path / "root")
+    assert list((tmp_path / "root").iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path / "root" / "train").mkdir()
+    with pytest.raises(FileExistsError, match="exists already"):
+        data.save(tmp_path / "root")
+
+
+def test_a_contact_sheet_shows_boxes_and_masks(some):
+    plain = np.asarray(contact_sheet(some, range(6), columns=3, boxes=False))
+    boxed = np.asarray(contact_sheet(some, range(6), columns=3))
+    masked = np.asarray(contact_sheet(some, range(6), columns=3, boxes=False, masks=True))
+    assert plain.shape == boxed.shape == masked.shape == (2 * 72, 3 * 152, 3)
+    assert (plain != boxed).any() and (plain != masked).any()

@@ -1,0 +1,201 @@
+"""conv_norm is an upper bound for every picture size and padding, and a tight one."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lipguide.layers.norms import aol_norm, conv_norm, matrix_norm, picture_norm, polyphase
+from tests.oracles import largest_singular_value, singular_values
+
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@st.composite
+def convolutions(draw):
+    """A random convolution and a picture that it accepts."""
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    kernel = (draw(st.integers(1, 5)), draw(st.integers(1, 4)))
+    stride = draw(st.sampled_from([(1, 1), (2, 2), (2, 1), (3, 3)]))
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (2, 3)]))
+    inputs, outputs = groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 4))
+    mode = draw(st.sampled_from(["zeros", "circular"]))
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    padding = tuple(draw(st.integers(0, r // 2)) for r in reach)
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, padding_mode=mode)
+    if draw(st.booleans()):  # smooth kernels have their maximum at a corner of the torus, random ones anywhere
+        layer.weight.data.abs_()
+    sides = [s * draw(st.integers(math.ceil((r + 1) / s), 6 + r)) for r, s in zip(reach, stride, strict=True)]
+    return layer, (
+        inputs,
+        *(
+            min(n, 12) if min(n, 12) > r and min(n, 12) % s == 0 else n
+            for n, r, s in zip(sides, reach, stride, strict=True)
+        ),
+    )
+
+
+@SETTINGS
+@given(convolutions())
+def test_no_picture_beats_the_bound(case):
+    layer, shape = case
+    bound = conv_norm(layer.weight, layer.stride, layer.dilation, layer.groups)
+    assert singular_values(layer, shape)[0] <= bound
+
+
+@SETTINGS
+@given(convolutions())
+def test_transposed_convolution_obeys_the_same_bound(case):
+    layer, (_, height, width) = case
+    twin = nn.ConvTranspose2d(
+        layer.out_channels,
+        layer.in_channels,
+        layer.kernel_size,
+        layer.stride,
+        dilation=layer.dilation,
+        groups=layer.groups,
+    )
+    twin.weight.data = layer.weight.data
+    bound = conv_norm(twin.weight, twin.stride, twin.dilation, twin.groups)
+    assert singular_values(twin, (layer.out_channels, max(1, height // 3), max(1, width // 3)))[0] <= bound
+
+
+@pytest.mark.parametrize("kernel, stride, groups", [(1, 1, 1), (3, 1, 1), (3, 2, 1), (5, 1, 2), (4, 2, 1), (2, 2, 1)])
+def test_the_bound_is_within_one_percent_on_a_large_circle(kernel, stride, groups):
+    torch.manual_seed(kernel)
+    layer = nn.Conv2d(4, 6, kernel, stride, 0, groups=groups)
+    bound = conv_norm(layer.weight, layer.stride, layer.dilation, groups)
+    circle = nn.Conv2d(4, 6, kernel, stride, kernel // 2 if kernel % 2 else 0, groups=groups, padding_mode="circular")
+    circle.weight.data = layer.weight.data
+    if kernel % 2 == 0 and kernel > stride:
+        circle.padding, circle._reversed_padding_repeated_twice = (1, 1), [1, 1, 1, 1]
+    assert 0.99 * bound <= largest_singular_value(circle, (4, 32, 32)) <= bound
+
+
+def test_bound_is_exact_where_the_norm_is_known():
+    blur = torch.ones(1, 1, 3, 3)
+    assert 9.0 <= conv_norm(blur) <= 9.0 * 1.004
+    assert 3.0 <= conv_norm(torch.ones(1, 1, 3, 3), stride=(3, 3)) <= 3.0 * 1.004
+    assert conv_norm(torch.zeros(2, 2, 3, 3)) == 0.0
+
+
+def test_reshaped_weight_is_no_bound():
+    """The trap that the chapter shows: the matrix norm of the reshaped kernel certifies nothing."""
+    blur = torch.ones(1, 1, 3, 3)
+    assert matrix_norm(blur.reshape(1, 9)) < 3.001 < conv_norm(blur)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_scale_neither_overflows_nor_underflows(scale):
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4, 3, 3)
+    assert conv_norm(weight * scale) == pytest.approx(scale * conv_norm(weight), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_weight_is_not_certified(value):
+    weight = torch.randn(4, 4, 3, 3)
+    weight[0, 1, 2, 0] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        conv_norm(weight)
+
+
+def test_adversarial_kernel_with_its_peak_between_grid_points():
+    """Kernels tuned to peak at a chosen frequency: a bound read off a grid would miss it."""
+    taps = torch.arange(3.0)
+    for shift in torch.linspace(0, 0.3, 7):
+        a, b = 1.1 + shift, 0.7 + shift / 3
+        wave = torch.cos(a * taps[:, None] + b * taps[None, :])
+        other = torch.sin(a * taps[:, None] + b * taps[None, :])
+        weight = torch.stack([torch.stack([wave, other]), torch.stack([-other, wave])])
+        peak = 9.0  # the symbol of this rotation reaches the number of taps exactly at (a, b)
+        assert peak <= conv_norm(weight) <= peak * 1.0045
+
+
+def test_polyphase_is_the_same_map_on_interleaved_pictures():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 5, 3, stride=2, bias=False)
+    x = torch.randn(1, 3, 9, 9)
+    kernel = polyphase(layer.weight, (2, 2), (1, 1), 1)[0]
+    padded = nn.functional.pad(x, (0, 1, 0, 1))
+    again = nn.functional.conv2d(nn.functional.pixel_unshuffle(padded, 2), kernel)
+    torch.testing.assert_close(again, layer(x))
+
+
+def test_aol_norm_is_above_the_tight_bound():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        kernel = torch.randn(2, 3, 4, 3, 2).double()
+        assert aol_norm(kernel) >= conv_norm(kernel.flatten(0, 1), groups=2) / 1.004
+
+
+def outputs(layer, shape):
+    with torch.no_grad():
+        return tuple(layer(torch.zeros(1, *shape)).shape[-2:])
+
+
+@SETTINGS
+@given(convolutions())
+def test_no_picture_of_its_size_beats_the_bound_for_that_size(case):
+    layer, shape = case
+    arguments = layer.stride, layer.dilation, layer.groups
+    if layer.padding_mode == "circular":
+        circle = tuple(n // s for n, s in zip(shape[1:], layer.stride, strict=True))
+        bound = picture_norm(layer.weight, circle, *arguments, circular=True)
+    else:
+        bound = picture_norm(layer.weight, outputs(layer, shape), *arguments)
+    assert singular_values(layer, shape)[0] <= bound * (1 + 1e-9)
+    assert bound <= conv_norm(layer.weight, *arguments) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("side, slack", [(4, 1.12), (8, 1.02), (16, 1.003), (32, 1.001)])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_bound_for_a_size_is_tight_even_on_small_pictures(side, slack, smooth):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 8, 3, padding=1)
+    if smooth:
+        layer.weight.data.abs_()
+    true = largest_singular_value(layer, (6, side, side))
+    assert true <= picture_norm(layer.weight, (side, side)) <= slack * true
+    circle = nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular")
+    circle.weight.data = layer.weight.data
+    exact = picture_norm(layer.weight, (side, side), circular=True)
+    assert exact == pytest.approx(largest_singular_value(circle, (6, side, side)), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [(49, 48), (3, 900)])
+def test_large_pictures_are_bounded_along_one_axis(size):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 2, 7, padding=3)
+    layer.weight.data.abs_()
+    bound = picture_norm(layer.weight, size)
+    assert largest_singular_value(layer, (2, *size)) <= bound < conv_norm(layer.weight)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-2, 0.3, 5.0])
+def test_any_tolerance_is_sound(tolerance):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 3, 3, 3)
+    fine = conv_norm(weight, tolerance=1e-5)
+    assert fine / (1 + 1e-5) <= conv_norm(weight, tolerance=tolerance) <= fine * (1 + tolerance)
+
+
+def test_many_groups_and_large_kernels_fit_into_memory():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 1, 11, 11)
+    each = max(conv_norm(w[None]) for w in weight[:4])
+    assert conv_norm(weight, groups=64) >= each / 1.003
+
+
+def test_matrix_norm_holds_for_every_shape_and_scale():
+    torch.manual_seed(0)
+    for shape in [(1, 1), (5, 3), (3, 5), (40, 40)]:
+        for scale in (1e-30, 1.0, 1e30):
+            matrix = torch.randn(shape, dtype=torch.float64) * scale
+            true = float(torch.linalg.svdvals(matrix)[0])
+            assert true <= matrix_norm(matrix) <= true * (1 + 1e-6)
+    assert matrix_norm(torch.zeros(3, 3)) == 0

@@ -1,0 +1,163 @@
+"""The trainings of FCOS, the weights that they made, and the claims of the chapter about them."""
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import jupytext
+import pytest
+import torch
+
+from lipguide import lipschitz_bound
+from lipguide.export import without_parametrizations
+from lipguide.tasks import task as train_cli
+from lipguide.tasks import weights as pretrained
+from lipguide.tasks.detection import recipes as training
+from lipguide.tasks.detection.attacks import attack_l2
+from lipguide.tasks.detection.boxes import unit_range
+from lipguide.tasks.detection.fcos import FCOS, Brightless, fcos
+from lipguide.tasks.detection.recipes import (
+    RECIPES,
+    TRAININGS,
+    Recipe,
+    _take_over,
+    build,
+    measured,
+    network_of,
+    train,
+    trained,
+)
+from lipguide.tasks.detection.study import load_split
+
+CHAPTER = Path(__file__).resolve().parents[3] / "book" / "detection.md"
+SHORT = Recipe("fcos", steps=3, batch_size=4, width=4, items=12, test_items=6)
+FULL = [name for name in RECIPES if name.endswith("-full")]  # for a GPU; their weights do not ship
+SHIPPED = [name for name in RECIPES if name not in FULL]
+LIPSCHITZ = [name for name in SHIPPED if RECIPES[name].lipschitz]
+
+
+@pytest.mark.parametrize("network", ["fcos", "ordinary-fcos"])
+def test_a_recipe_repeats_bit_for_bit_and_depends_on_the_seed(network):
+    recipe = replace(SHORT, network=network)
+    results = [train(recipe, None, torch.device("cpu"), seed) for seed in (3, 3, 4)]
+    (one, two, other), runs = [[v for v in m.state_dict().values()] for m, _ in results], [r for _, r in results]
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)) and runs[0] == runs[1]
+    assert any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert runs[0]["steps"] == 3 and runs[0]["recipe"] == asdict(recipe)
+
+
+def test_steps_can_be_asked_for():
+    assert train(SHORT, 1, torch.device("cpu"), 0)[1]["steps"] == 1
+
+
+def test_a_constrained_network_takes_over_the_values_of_a_plain_one():
+    torch.manual_seed(0)
+    one, other, x = fcos(6), fcos(6), torch.rand(2, 3, 74, 74)
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        one(x).logits.square().mean().backward()
+        optimizer.step()
+    plain = without_parametrizations(one)
+    before = (plain(x).logits - other.eval()(x).logits).abs().mean()
+    _take_over(other, plain)
+    after = (plain(x).logits - other.eval()(x).logits).abs().mean()
+    assert after < 0.1 * before
+    assert lipschitz_bound(other.trunk, (3, 74, 74)).value <= 1 + 1e-4
+
+
+def test_brightness_changes_nothing():
+    x = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(Brightless()(x + 0.3), Brightless()(x))
+    assert (Brightless()(x).norm() <= x.norm()) and lipschitz_bound(Brightless().eval(), (3, 8, 8)).value == 1
+
+
+def test_unknown_names_are_answered_with_those_that_there_are():
+    with pytest.raises(ValueError, match="no weights 'detection-yolo'; there are: detection-fcos"):
+        network_of("detection-yolo")
+    with pytest.raises(ValueError, match="no network 'yolo'"):
+        build(replace(SHORT, network="yolo"))
+
+
+def test_every_recipe_is_registered_under_its_task():
+    assert set(train_cli.trainings("detection")) == set(RECIPES)
+    assert all(name.startswith("detection-") for name in RECIPES)
+
+
+def test_every_network_of_the_chapter_has_a_recipe_in_the_size_for_a_gpu():
+    """From scratch, on all scenes. At temperature 20 the first network serves, which learns from scratch as well."""
+    twins = {f"{name}-full" for name in SHIPPED if name != "detection-fcos-tau-20"}
+    assert twins == set(FULL) and RECIPES["detection-fcos-full"].tau == RECIPES["detection-fcos-tau-20"].tau
+    assert not [name for name in FULL if (pretrained.WEIGHTS / f"{name}.safetensors").exists()]
+    for name in FULL:
+        small, large = RECIPES[name.removesuffix("-full")], RECIPES[name]
+        assert (large.network, large.tau) == (small.network, small.tau)
+        assert large.start is None and large.items is None and large.test_items is None
+        assert large.width > small.width and large.steps * large.batch_size > small.steps * small.batch_size
+        assert network_of(name).class_head.in_channels == 2 * large.width
+
+
+def test_what_ensure_trained_by_a_full_recipe_is_loaded_by_its_name(tmp_path, monkeypatch):
+    """The way of the chapter in the profile "full", with a recipe of the same kind in toy size."""
+    name, toy = "detection-fcos-tau-80-full", replace(SHORT, tau=80.0)
+    monkeypatch.setitem(RECIPES, name, toy)
+    monkeypatch.setitem(TRAININGS, name, partial(train, toy))
+    path = train_cli.ensure(name, "cpu", 0, tmp_path)
+    first = path.read_bytes()
+    assert train_cli.ensure(name, "cpu", 0, tmp_path).read_bytes() == first
+    model, run = trained(name, "cpu", tmp_path)
+    assert model.tau == 80 and run["recipe"] == asdict(toy) and run["steps"] == 3
+    with pytest.raises(FileNotFoundError, match="no weights 'detection-fcos-full'"):
+        trained("detection-fcos-full", "cpu", tmp_path)
+
+
+@pytest.mark.parametrize("items", [None, 12])
+def test_all_scenes_are_asked_for_by_none(items, monkeypatch):
+    asked = []
+
+    def few(split, count, seed, device):
+        asked.append((split, count))
+        return load_split(split, 12, seed, device)
+
+    monkeypatch.setattr(training, "load_split", few)
+    train(replace(SHORT, items=items, test_items=items), 1, torch.device("cpu"), 0)
+    assert asked == [("train", items), ("test", items)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_score_what_their_run_says(name):
+    model, run = trained(name)
+    assert run["recipe"] == asdict(RECIPES[name]) and run["steps"] == RECIPES[name].steps
+    facts = measured(model, RECIPES[name])
+    assert facts["test"] == run["test"], "the scenes have changed: python -m lipguide train makes the weights anew"
+    assert facts["score"]["map50"] == pytest.approx(run["score"]["map50"], abs=0.5)
+    if RECIPES[name].lipschitz:
+        assert facts["trunk"] <= 1 + 1e-4
+
+
+@pytest.mark.parametrize("name", LIPSCHITZ)
+def test_no_attack_moves_a_class_logit_of_shipped_weights_further_than_the_picture(name):
+    """The promise of the chapter, for every cell and class at once; the logits of the ordinary twin do move further."""
+    split = load_split("test", 4, 0, torch.device("cpu"))
+    x = unit_range(split.images)
+    twin, _ = trained("detection-ordinary-fcos")
+    assert _largest_move(trained(name)[0], x, split.targets) <= 1 + 1e-4
+    assert _largest_move(twin, x, split.targets) > 1
+
+
+def _largest_move(model: FCOS, x, targets):
+    moved = attack_l2(model, x, targets, 0.5, "fabricate", steps=5)
+    with torch.no_grad():
+        change = (model(moved).logits - model(x).logits).abs().flatten(1).amax(1)
+    return (change / (moved - x).flatten(1).norm(dim=1)).max()
+
+
+def test_the_chapter_shows_the_network_of_the_package():
+    cells = jupytext.read(CHAPTER).cells
+    source = next(c.source for c in cells if c.cell_type == "code" and "copy-this" in c.metadata.get("tags", []))
+    namespace = {}
+    exec(source, namespace)
+    shown, packed = without_parametrizations(namespace["model"]), network_of("detection-fcos")
+    packed.load_state_dict(shown.state_dict())
+    x = torch.rand(1, 3, 74, 74)
+    assert torch.equal(shown(x).logits, packed(x).logits) and shown.tau == packed.tau
