@@ -17,7 +17,7 @@ COLOURS = ((230, 60, 60), (60, 140, 255), (60, 200, 90), (250, 180, 30), (200, 8
 
 
 def _cell(scene: Scene, width: int, height: int, boxes: bool, masks: bool) -> Image.Image:
-    pixels = to_pixels(scene.image)
+    pixels = to_pixels(scene.pixels)
     if masks and scene.mask is not None:
         tint = np.array([(0, 0, 0), *COLOURS], dtype=np.float32)[np.minimum(scene.mask.numpy(), len(COLOURS))]
         pixels = np.where(scene.mask.numpy()[..., None] > 0, 0.35 * pixels + 0.65 * tint, pixels).astype(np.uint8)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lipguide.data.items import Scene
-from lipguide.data.windows import cut, to_pixels
+from lipguide.data.windows import check_dtype, cut, pictures, to_pixels
 
 __all__ = ["Digits", "digits"]
 
@@ -19,7 +19,12 @@ SIZE = 32
 
 
 class Digits(NamedTuple):
-    """images: (N, 3, 32, 32) float32 in [0, 1]; labels: (N,) int64."""
+    """Single digits.
+
+    Args:
+        images: (N, 3, 32, 32) float32 in [0, 1], or bytes where they were asked for.
+        labels: (N,) int64, 0 to 9.
+    """
 
     images: Tensor
     labels: Tensor
@@ -27,7 +32,7 @@ class Digits(NamedTuple):
 
 def _crops(scene: Scene) -> list[np.ndarray]:
     """A square around every box, as high or as wide as the box is, whichever is more: nothing is distorted."""
-    pixels = to_pixels(scene.image)
+    pixels = to_pixels(scene.pixels)
     height, width = pixels.shape[:2]
     crops = []
     for x0, y0, x1, y1 in scene.boxes.double().numpy() * [width, height, width, height]:
@@ -46,32 +51,38 @@ def _labelled(item: tuple, index: int) -> tuple[np.ndarray, int]:
         image = torch.as_tensor(image)
         if image.is_floating_point() and not (image.min() >= 0 and image.max() <= 1):
             raise ValueError(f"item {index}: digits need pictures in [0, 1], not normalised ones")
-        pixels = to_pixels(image) if image.is_floating_point() else image.permute(1, 2, 0).numpy()
+        if not image.is_floating_point() and image.dtype != torch.uint8:
+            raise ValueError(f"item {index}: digits need bytes or floats in [0, 1], not {image.dtype}")
+        pixels = to_pixels(image)
     if pixels.shape != (SIZE, SIZE, 3):
         raise ValueError(f"item {index} is {pixels.shape}: digits takes scenes, or pictures of 32 x 32 with a label")
     return pixels, int(label)
 
 
-def digits(dataset: Dataset) -> Digits:
+def digits(dataset: Dataset, dtype: torch.dtype = torch.float32) -> Digits:
     """All digits of a data set of scenes, each in the square window of SVHN's format 2 (the box extended to a square
     around its middle, scaled to 32 x 32; the neighbours that it then contains are part of the task).
 
     A data set of 32 x 32 pictures with labels, such as torchvision's `SVHN` or `CIFAR10`, is taken as it is.
+
+    Args:
+        dtype: of the pictures: `torch.float32` in [0, 1], or `torch.uint8`, a quarter of the memory.
 
     >>> from lipguide.data.shn import SyntheticHouseNumbers
     >>> images, labels = digits(SyntheticHouseNumbers("train", size=3, cache=False))
     >>> images.shape[1:], len(images) == len(labels)
     (torch.Size([3, 32, 32]), True)
     """
-    crops, labels = [np.zeros((0, SIZE, SIZE, 3), dtype=np.uint8)], []
+    check_dtype(dtype)
+    crops: list[np.ndarray] = []
+    labels: list[int] = []
     for index in range(len(dataset)):
         item = dataset[index]
         if isinstance(item, Scene):
-            crops += [crop[None] for crop in _crops(item)]
+            crops += _crops(item)
             labels += item.labels.tolist()
         else:
             pixels, label = _labelled(item, index)
-            crops.append(pixels[None])
+            crops.append(pixels)
             labels.append(label)
-    stack = torch.from_numpy(np.concatenate(crops)).permute(0, 3, 1, 2).contiguous()
-    return Digits(stack.float().div_(255), torch.tensor(labels, dtype=torch.int64))
+    return Digits(pictures(crops, SIZE, dtype), torch.tensor(labels, dtype=torch.int64))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,18 +14,43 @@ __all__ = ["BACKGROUND", "Annotation", "Scene", "make_scene"]
 BACKGROUND = 10  # class of the pixels of no digit in the class maps of `scenes`; the digits are 0 to 9
 
 
-class Scene(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Scene:
     """One picture with its digits; the same whether it comes from SVHN or from Synthetic House Numbers.
 
-    image: (3, H, W) float32 in [0, 1]; boxes: (n, 4) float32, x and y of the upper left, then of the lower right
-    corner, in [0, 1] of the picture's width and height; labels: (n,) int64, 0 to 9; mask: (H, W) uint8, 0 for
-    background and k + 1 for the pixels of digit k, or None where the data set has none.
+    `image, boxes, labels, mask = scene` unpacks it, with the picture as floats.
+
+    Args:
+        pixels: the picture, (3, H, W) bytes.
+        boxes: (n, 4) float32, x and y of the upper left, then of the lower right corner, in [0, 1] of the picture's
+            width and height.
+        labels: (n,) int64, 0 to 9.
+        mask: (H, W) uint8, 0 for background and k + 1 for the pixels of digit k; None where the data set has none.
+
+    >>> scene = Scene(torch.full((3, 20, 40), 255, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0).long())
+    >>> scene.image.dtype, float(scene.image.max())
+    (torch.float32, 1.0)
     """
 
-    image: Tensor
+    pixels: Tensor
     boxes: Tensor
     labels: Tensor
-    mask: Tensor | None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 3 or len(self.pixels) != 3:
+            kind = f"{self.pixels.dtype} {tuple(self.pixels.shape)}"
+            raise ValueError(
+                f"the pixels of a scene are bytes (3, H, W), not {kind}; of floats in [0, 1]: (255 * x).round().byte()"
+            )
+
+    @property
+    def image(self) -> Tensor:
+        """The picture, (3, H, W) float32 in [0, 1]."""
+        return self.pixels.float() / 255
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.image, self.boxes, self.labels, self.mask))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +82,7 @@ def make_scene(pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, mask: 
         order = np.concatenate([[0], np.cumsum(inside) * inside]).astype(np.uint8)
         mask = order[mask]
     return Scene(
-        torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 255,
+        torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),
         torch.from_numpy(corners[inside].astype(np.float32)),
         torch.from_numpy(np.asarray(labels, dtype=np.int64)[inside]),
         None if mask is None else torch.from_numpy(np.array(mask, dtype=np.uint8)),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lipguide.data.items import BACKGROUND, Scene
-from lipguide.data.windows import cut, to_pixels
+from lipguide.data.windows import check_dtype, cut, pictures, to_pixels
 
 __all__ = ["Scenes", "number_window", "scenes"]
 
@@ -18,9 +18,15 @@ ENLARGE = 0.3  # of the square around the number, both sides together
 
 
 class Scenes(NamedTuple):
-    """images: (N, 3, size, size) float32 in [0, 1]; boxes: N tensors (n, 4), xyxy in [0, 1]; labels: N tensors (n,)
-    int64, 0 to 9; masks: (N, size, size) int64 class maps, the digit of every pixel, or `BACKGROUND` = 10 where there
-    is none, or None for a data set without masks."""
+    """Square pictures of numbers.
+
+    Args:
+        images: (N, 3, size, size) float32 in [0, 1], or bytes where they were asked for.
+        boxes: N tensors (n, 4), xyxy in [0, 1].
+        labels: N tensors (n,) int64, 0 to 9.
+        masks: (N, size, size) int64 class maps, the digit of every pixel, or `BACKGROUND` = 10 where there is none;
+            None for a data set without masks.
+    """
 
     images: Tensor
     boxes: list[Tensor]
@@ -58,7 +64,7 @@ def number_window(
 
 def _window(scene: Scene, view: str, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
     """Left, top, right, bottom in pixels of what a view shows of a scene; None if it drops it."""
-    height, width = scene.image.shape[1:]
+    height, width = scene.pixels.shape[1:]
     if view == "frame":
         return 0, 0, width, height
     if not len(scene.boxes):
@@ -67,12 +73,22 @@ def _window(scene: Scene, view: str, rng: np.random.Generator) -> tuple[int, int
     return None if found is None else (found[0], found[1], found[0] + found[2], found[1] + found[2])
 
 
-def scenes(dataset: Dataset[Scene], size: int = 74, view: str = "number", seed: int = 0) -> Scenes:
+def scenes(
+    dataset: Dataset[Scene],
+    size: int = 74,
+    view: str = "number",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Scenes:
     """All scenes of a data set as square pictures.
 
-    view: "number" is the Tinier SSD recipe's square around the number (`number_window`), which drops scenes that it
-    does not suit, about one in nine of train; "frame" is the whole picture, stretched to the square as SSD does, and
-    drops none. seed: of the windows' random place, drawn for each scene by itself.
+    Args:
+        size: side of the pictures in pixels.
+        view: "number" is the Tinier SSD recipe's square around the number (`number_window`), which drops scenes that
+            it does not suit, about one in nine of train; "frame" is the whole picture, stretched to the square as SSD
+            does, and drops none.
+        seed: of the windows' random place, drawn for each scene by itself.
+        dtype: of the pictures: `torch.float32` in [0, 1], or `torch.uint8`, a quarter of the memory.
 
     >>> from lipguide.data.shn import SyntheticHouseNumbers
     >>> images, boxes, labels, masks = scenes(SyntheticHouseNumbers("train", size=3, cache=False), view="frame")
@@ -81,14 +97,15 @@ def scenes(dataset: Dataset[Scene], size: int = 74, view: str = "number", seed: 
     """
     if view not in ("number", "frame"):
         raise ValueError(f'view must be "number" or "frame", not {view!r}')
+    check_dtype(dtype)
     images, boxes, labels, masks = [], [], [], []
     for index in range(len(dataset)):
         scene = dataset[index]
         window = _window(scene, view, np.random.default_rng((seed, index)))
         if window is None:
             continue
-        images.append(cut(to_pixels(scene.image), window, size))
-        height, width = scene.image.shape[1:]
+        images.append(cut(to_pixels(scene.pixels), window, size))
+        height, width = scene.pixels.shape[1:]
         corners = scene.boxes.double().numpy() * [width, height, width, height]
         left, top, right, bottom = window
         inside = (corners - [left, top, left, top]) / [right - left, bottom - top, right - left, bottom - top]
@@ -99,6 +116,5 @@ def scenes(dataset: Dataset[Scene], size: int = 74, view: str = "number", seed: 
             masks.append(cut(classes, window, size, smooth=False))
     if masks and len(masks) != len(images):
         raise ValueError(f"{len(masks)} of {len(images)} scenes have a mask: all need one, or none")
-    stack = np.stack(images) if images else np.zeros((0, size, size, 3), dtype=np.uint8)
-    pictures = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous().float().div_(255)
-    return Scenes(pictures, boxes, labels, torch.from_numpy(np.stack(masks)).long() if masks else None)
+    class_maps = torch.from_numpy(np.stack(masks)).long() if masks else None
+    return Scenes(pictures(images, size, dtype), boxes, labels, class_maps)

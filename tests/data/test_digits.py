@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import Subset
 from torchvision.datasets import FakeData
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -19,7 +22,7 @@ PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 def scene_with(pixels: np.ndarray, *boxes: tuple[float, ...]) -> Scene:
     height, width = pixels.shape[:2]
-    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 255
+    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
     corners = torch.tensor(boxes, dtype=torch.float32) / torch.tensor([width, height, width, height])
     return Scene(image, corners, torch.arange(len(boxes)), None)
 
@@ -78,6 +81,8 @@ def test_what_is_no_digit_is_refused():
     spread = Compose([ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)])
     with pytest.raises(ValueError, match="not normalised"):
         digits(FakeData(size=1, image_size=(3, 32, 32), transform=spread))
+    with pytest.raises(ValueError, match="item 0: digits need bytes"):
+        digits([(torch.zeros(3, 32, 32, dtype=torch.int64), 1)])
 
 
 def test_no_scenes_give_no_digits():
@@ -93,6 +98,33 @@ def test_windows_anywhere_are_cut(height, width, left, top, side):
     rows = np.clip(np.arange(top, top + side), 0, height - 1)
     columns = np.clip(np.arange(left, left + side), 0, width - 1)
     np.testing.assert_array_equal(found, pixels[rows][:, columns])
+
+
+def test_a_picture_goes_from_the_file_to_the_crop_as_bytes():
+    """Without floats between: Pillow's crop of the decoded file, its edge repeated where the square sticks out."""
+    data = SyntheticHouseNumbers("test", 20, seed=3, cache=False)
+    images, _ = digits(data, dtype=torch.uint8)
+    assert images.dtype == torch.uint8
+    expected = []
+    for index in range(len(data)):
+        picture = Image.open(io.BytesIO(data._pages[index].picture)).convert("RGB")
+        room = max(picture.size)
+        wide = Image.fromarray(np.pad(np.asarray(picture), ((room, room), (room, room), (0, 0)), mode="edge"))
+        corners = data[index].boxes.double().numpy() * [*picture.size, *picture.size]
+        for x0, y0, x1, y1 in corners:
+            half = max(x1 - x0, y1 - y0) / 2
+            x, y = (x0 + x1) / 2 + room, (y0 + y1) / 2 + room
+            crop = wide.resize((32, 32), Image.Resampling.BICUBIC, box=(x - half, y - half, x + half, y + half))
+            expected.append(np.asarray(crop))
+    found = images.permute(0, 2, 3, 1).numpy()
+    assert found.shape == np.stack(expected).shape
+    assert np.abs(found.astype(int) - np.stack(expected)).max() <= 1  # the box is rounded elsewhere on a wider picture
+    assert (found == np.stack(expected)).mean() > 0.999
+
+
+@pytest.mark.parametrize("data", [SyntheticHouseNumbers("train", 6, cache=False), FakeData(4, (3, 32, 32))])
+def test_floats_are_the_bytes_over_255(data):
+    assert torch.equal(digits(data).images, digits(data, dtype=torch.uint8).images.float() / 255)
 
 
 def test_pixels_survive_the_way_through_floats():

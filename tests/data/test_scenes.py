@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from lipguide.data import BACKGROUND, Scene, SyntheticHouseNumbers, scenes
+from lipguide.data import BACKGROUND, Scene, SyntheticHouseNumbers, digits, scenes
 from lipguide.data.scenes import number_window
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -59,9 +63,9 @@ def test_the_square_slides_over_all_places_that_fit():
 
 def painted(width: int, height: int, corners: np.ndarray) -> Scene:
     """A black picture with a white rectangle for every box, and their mask."""
-    image, mask = torch.zeros(3, height, width), torch.zeros(height, width, dtype=torch.uint8)
+    image, mask = (torch.zeros(*shape, height, width, dtype=torch.uint8) for shape in ((3,), ()))
     for k, (x0, y0, x1, y1) in enumerate(corners.astype(int)):
-        image[:, y0:y1, x0:x1] = 1
+        image[:, y0:y1, x0:x1] = 255
         mask[y0:y1, x0:x1] = k + 1
     scale = torch.tensor([width, height, width, height], dtype=torch.float32)
     return Scene(image, torch.from_numpy(corners).float() / scale, torch.arange(len(corners)) + 3, mask)
@@ -110,6 +114,55 @@ def test_scenes_keep_the_contract(data):
         assert set(classes.unique().tolist()) <= {*names.tolist(), BACKGROUND}
 
 
+@pytest.mark.parametrize("view", ["number", "frame"])
+def test_a_picture_goes_from_the_file_to_the_square_as_bytes(data, view):
+    """Without floats between: the same bytes as Pillow's own resizing of the decoded file."""
+    images = scenes(data, 74, view, seed=4, dtype=torch.uint8).images
+    expected = []
+    for index in range(len(data)):
+        picture = Image.open(io.BytesIO(data._pages[index].picture)).convert("RGB")
+        box = (0, 0, *picture.size)
+        if view == "number":
+            corners = data[index].boxes.double().numpy() * [*picture.size, *picture.size]
+            window = number_window(*picture.size, corners, np.random.default_rng((4, index)))
+            if window is None:
+                continue
+            left, top, side = window
+            box = (left, top, left + side, top + side)
+        expected.append(np.asarray(picture.resize((74, 74), Image.Resampling.BICUBIC, box=box)))
+    np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize("view", ["number", "frame"])
+def test_floats_are_the_bytes_over_255(data, view):
+    bytes_, floats = (scenes(data, 40, view, dtype=kind) for kind in (torch.uint8, torch.float32))
+    assert bytes_.images.dtype == torch.uint8 and floats.images.dtype == torch.float32
+    assert torch.equal(floats.images, bytes_.images.float() / 255)
+    assert torch.equal(floats.masks, bytes_.masks)
+
+
+def test_scenes_hold_bytes_and_show_floats(data):
+    scene = data[0]
+    image, boxes, labels, mask = scene
+    assert scene.pixels.dtype == torch.uint8 and torch.equal(image, scene.pixels.float() / 255)
+    assert boxes is scene.boxes and labels is scene.labels and mask is scene.mask
+    with pytest.raises(ValueError, match=r"bytes \(3, H, W\), not torch.float32"):
+        Scene(image, boxes, labels, mask)
+    with pytest.raises(ValueError, match=r"not torch.uint8 \(20, 40, 3\)"):
+        Scene(torch.zeros(20, 40, 3, dtype=torch.uint8), boxes, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, None])
+def test_other_types_of_pictures_are_refused_before_any_is_read(dtype):
+    class Unread:
+        def __len__(self):
+            return pytest.fail("read")
+
+    for hand_out in (scenes, digits):
+        with pytest.raises(ValueError, match="torch.uint8"):
+            hand_out(Unread(), dtype=dtype)
+
+
 def test_the_frame_drops_nothing(data):
     images, boxes, _, masks = scenes(data, size=50, view="frame")
     assert images.shape == (60, 3, 50, 50) and len(masks) == 60
@@ -124,7 +177,7 @@ def test_the_seed_decides_where_windows_lie_scene_by_scene(data):
 
 
 def test_scenes_without_masks_have_none(data):
-    bare = [data[k]._replace(mask=None) for k in range(4)]
+    bare = [replace(data[k], mask=None) for k in range(4)]
     assert scenes(bare, view="frame").masks is None
     with pytest.raises(ValueError, match="all need one, or none"):
         scenes([*bare, data[5]], view="frame")
