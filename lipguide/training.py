@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from lipguide.files import replacing
+
 logger = logging.getLogger(__name__)
 StepLoss = Callable[[nn.Module, tuple[Any, ...]], Tensor]
 UNREADABLE = (EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
@@ -287,13 +289,8 @@ def _save(
     if path is None:
         return
     states = {name: part.state_dict() for name, part in stateful.items()}
-    partial = Path(f"{path}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file:
-        torch.save({**states, "run": run, "step": step, "history": history}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        torch.save({**states, "run": run, "step": step, "history": history}, temporary)
 
 
 def _line(record: dict[str, float], steps: int) -> str:

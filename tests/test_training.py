@@ -271,7 +271,7 @@ def test_write_that_fails_leaves_the_old_checkpoint_whole(uninterrupted, tmp_pat
     def full_disk(state: dict, file) -> None:
         calls.append(1)
         if len(calls) == 2:
-            file.write(b"half a checkpoint")
+            Path(file).write_bytes(b"half a checkpoint")
             raise OSError(28, "No space left on device")
         write(state, file)
 

@@ -31,7 +31,8 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from lipguide.book.staleness import chapter_key, records_read
-from lipguide.book.ledger import lock_hash
+from lipguide.files import replacing
+from lipguide.provenance import lock_hash
 
 __all__ = ["DEVICES", "PROFILES", "Book", "BuildError", "build"]
 
@@ -244,10 +245,8 @@ def _fold_parameters(notebook: nbformat.NotebookNode) -> None:
 
 
 def _write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    nbformat.write(notebook, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        nbformat.write(notebook, temporary)
 
 
 def _render(book: Book, profile: str) -> int:

@@ -6,24 +6,21 @@ the chapter then holds them together with their provenance. The text takes its n
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import math
 import os
 import platform
 import resource
-import subprocess
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Ledger", "device_name", "lock_hash", "lookup", "read", "write_json"]
+from lipguide.files import write_json
+from lipguide.provenance import provenance
 
-PACKAGE = Path(__file__).resolve().parents[1]
+__all__ = ["Ledger", "lookup", "read"]
 
 
 class Ledger:
@@ -48,17 +45,8 @@ class Ledger:
         self._cuda = torch.device(device).type == "cuda"
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
-        self.provenance: dict[str, Any] = {
-            "commit": _commit("book/results", *(["lipguide/weights"] if profile == "train" else [])),
-            "lock": lock_hash(),
-            "profile": profile,
-            "device": device_name(device),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "seed": seed,
-            "data": None,
-            "start": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
+        made_by = provenance(device, seed, ignoring=["book/results"])  # which is where ledgers go
+        self.provenance: dict[str, Any] = {"profile": profile, **made_by, "data": None}
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.results[key] = _plain(value, key)
@@ -128,51 +116,6 @@ def lookup(content: Any, key: str) -> Any:
     raise KeyError(f"nothing at {key!r}; there is: {there}")
 
 
-def write_json(path: str | Path, content: Any) -> Path:
-    """Write JSON under a temporary name, then rename: readers see the old file or the new one, never half of one.
-
-    >>> import tempfile
-    >>> write_json(Path(tempfile.mkdtemp()) / "a.json", {"b": 1}).read_text()
-    '{\\n  "b": 1\\n}\\n'
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(
-            json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def lock_hash() -> str:
-    """The first 12 digits of the SHA-256 of environment.yml, or "none" where the package stands without it.
-
-    >>> len(lock_hash()) in (4, 12)
-    True
-    """
-    lock = PACKAGE.parent / "environment.yml"
-    return hashlib.sha256(lock.read_bytes()).hexdigest()[:12] if lock.exists() else "none"
-
-
-def device_name(device: str) -> str:
-    """What the device is called, for people.
-
-    >>> device_name("cpu") != ""
-    True
-    """
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(torch.device(device))
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model} ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
-
-
 def _plain(value: Any, key: str) -> Any:
     """Tensors, arrays and numbers as JSON has them. NaN has no place in a ledger."""
     if hasattr(value, "tolist"):
@@ -188,19 +131,6 @@ def _plain(value: Any, key: str) -> Any:
     if value is None or isinstance(value, str | int | bool):
         return value
     raise TypeError(f"{key} is a {type(value).__name__}; record numbers, text, or lists and dicts of those")
-
-
-def _commit(*products: str) -> str:
-    """The commit of the checkout, with a plus sign where tracked files differ from it, apart from what runs write."""
-    try:
-        git = ["git", "-C", str(PACKAGE.parent)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        others = [f":!{path}" for path in products]  # they say nothing about the code that ran
-        changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *others]
-        status = subprocess.run(changed, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
 def _peak_memory() -> int:

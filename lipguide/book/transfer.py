@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lipguide.data.digits import Digits, digits
-from lipguide.data.svhn import SVHN
 from lipguide.data.shn import SyntheticHouseNumbers
+from lipguide.data.svhn import SVHN
 
 __all__ = ["SYN_DIGITS", "Comparison", "accuracy", "compare", "small_reader", "train_reader"]
 

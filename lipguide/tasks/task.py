@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lipguide.book.ledger import Ledger
 from lipguide.data.svhn.download import DownloadError
+from lipguide.provenance import provenance
 from lipguide.tasks.weights import WEIGHTS, run_of, save
 from lipguide.training import start_distributed
 
@@ -70,12 +70,10 @@ def train(name: str, steps: int | None, device: str, seed: int, folder: str | Pa
     if folder is None:
         folder = FULL if name.endswith("-full") else WEIGHTS
     where = start_distributed(device)
-    facts = Ledger(name, "train", where.type, seed).provenance
+    made_by = provenance(where.type, seed, ignoring=["book/results", "lipguide/weights"])
     began = time.perf_counter()
     model, run = recipes[name](steps, where, seed)
-    kept = {key: facts[key] for key in ("commit", "lock", "device", "torch", "python", "seed", "start")}
-    kept["threads"] = torch.get_num_threads()
-    return save(name, model, run | kept | {"seconds": round(time.perf_counter() - began, 1)}, folder)
+    return save(name, model, run | made_by | {"seconds": round(time.perf_counter() - began, 1)}, folder)
 
 
 def ensure(name: str, device: str, seed: int, folder: str | Path) -> Path:

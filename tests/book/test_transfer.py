@@ -7,8 +7,8 @@ import argparse
 import pytest
 import torch
 
-from lipguide.data import SyntheticHouseNumbers, cli
 from lipguide.book.transfer import SYN_DIGITS, accuracy, compare, train_reader
+from lipguide.data import SyntheticHouseNumbers, cli
 from lipguide.data.digits import Digits
 
 

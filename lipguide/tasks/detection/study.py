@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lipguide.book.ledger import Ledger, write_json
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.data import SVHN, SyntheticHouseNumbers, scenes
+from lipguide.files import write_json
+from lipguide.provenance import provenance
 from lipguide.robustness.attacks import BlindAttack
 from lipguide.tasks import weights as pretrained
 from lipguide.tasks.detection.attacks import ATTACKS, attack_l2, strongest
@@ -178,7 +179,9 @@ def _one(
     torch.manual_seed(seed)
     model = make().to(train.images.device, memory_format=torch.channels_last)
     rank, ranks = rank_and_ranks()
-    facts = Ledger(slug, "study", train.images.device.type, seed).provenance  # of the code that runs, so before it does
+    facts = provenance(
+        train.images.device.type, seed, ignoring=["book/results"]
+    )  # of the code that runs: before it does
     if ranks > 1 and train.images.is_cuda:  # see the docstring of study
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate * FASTER.get(name, 1.0))

@@ -234,7 +234,7 @@ def test_each_entry_keeps_the_provenance_of_its_own_run(splits, tmp_path, monkey
     monkeypatch.setitem(PLANS, "quick", TINY)
     monkeypatch.setattr(cli, "load_split", lambda split, *rest: splits[split])
     for commit, name in (("first", "standard conv"), ("second", "L2-normalised")):
-        monkeypatch.setattr("lipguide.book.ledger._commit", lambda *_, commit=commit: commit)
+        monkeypatch.setattr("lipguide.provenance.commit", lambda *_, commit=commit: commit)
         only = [name, "standard conv"]
         command = ["study", "--plan", "quick", "--device", "cpu", "--folder", str(tmp_path), "--only", *only]
         assert main(command) == 0
@@ -249,12 +249,12 @@ def test_each_entry_keeps_the_provenance_of_its_own_run(splits, tmp_path, monkey
 
 def test_the_run_on_record_is_that_of_the_code_that_began_it(splits, tmp_path, monkeypatch):
     """Hours later the checkout may be at another commit."""
-    monkeypatch.setattr("lipguide.book.ledger._commit", lambda *_: "began")
+    monkeypatch.setattr("lipguide.provenance.commit", lambda *_: "began")
     fit = module.fit
 
     def slow(*arguments, **options):
         history = fit(*arguments, **options)
-        monkeypatch.setattr("lipguide.book.ledger._commit", lambda *_: "later")
+        monkeypatch.setattr("lipguide.provenance.commit", lambda *_: "later")
         return history
 
     monkeypatch.setattr(module, "fit", slow)
