@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lipguide.checks import check_eval
+
 Model = Callable[[Tensor], Any]
 Objective = Callable[[Any, Any], Tensor]
 SPREAD = 10.0  # between the largest and the smallest logit, once rescaled
@@ -203,16 +205,6 @@ they stand says nothing about their robustness
             "were taken instead: that they stand says nothing about their robustness"
         )
         self.blind = blind
-
-
-def check_eval(model: nn.Module, before: str) -> None:
-    """Raise ValueError for a model in training mode: it would not answer as it will in use.
-
-    >>> check_eval(nn.Linear(2, 3).eval(), "measuring its robustness")
-    """
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise ValueError(f"{training[0]} is in training mode: call model.eval() before {before}")
 
 
 def robust_accuracy_curve(

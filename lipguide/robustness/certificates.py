@@ -26,6 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lipguide.checks import check_eval
+from lipguide.robustness.scores import labelled
+
 ATTACKERS_FAVOUR = 1e-12  # relative slack granted to the attacker, far above the rounding of float64 sums
 
 
@@ -97,8 +100,8 @@ def certified_pixel_accuracy(
     """
     if bound not in ("independent", "shared", "both"):
         raise ValueError(f'bound must be "independent", "shared" or "both", not {bound!r}')
-    valid = _labelled(labels, ignore_index)
-    pixels = _radius(logits, torch.where(valid, labels, 0), lipschitz, rows).flatten(1)
+    labels, valid = labelled(labels, ignore_index)
+    pixels = _radius(logits, labels, lipschitz, rows).flatten(1)
     right = (valid.flatten(1)) & (pixels > 0)
     budgets = _budgets(epsilon, logits.device)
     safe = []
@@ -141,8 +144,8 @@ def class_attacks(
     tensor([[ 1, -1],
             [ 0,  0]])
     """
-    valid = _labelled(labels, ignore_index)
-    _check(logits, torch.where(valid, labels, 0), lipschitz, rows)
+    labels, valid = labelled(labels, ignore_index)
+    _check(logits, labels, lipschitz, rows)
     distance = lipschitz * _row_distances(logits.shape[1], rows, logits.device)
     reach = _budgets(epsilon, logits.device) * (1 + ATTACKERS_FAVOUR)
     pictures = zip(logits.detach().flatten(2), labels.flatten(1), valid.flatten(1), strict=True)
@@ -231,10 +234,7 @@ def checked_logits(
     torch.float64
     """
     _check_images(images)
-    for name, module in model.named_modules():
-        if module.training:
-            where = f"module {name!r}" if name else "the model"
-            raise ValueError(f"{where} ({type(module).__name__}) is in training mode: call model.eval() first")
+    check_eval(model, "certifying it")
     twin = copy.deepcopy(model).double()
     batches = images.split(batch_size)
     with torch.no_grad():
@@ -344,18 +344,6 @@ def _budgets(epsilon: float | Sequence[float] | Tensor, device: torch.device) ->
     if not (budgets >= 0).all() or budgets.isinf().any():
         raise ValueError(f"epsilon must be 0 or more and finite, not {epsilon}")
     return budgets
-
-
-def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
-    if labels.ndim < 2:
-        raise ValueError(f"labels {tuple(labels.shape)} must be one map of classes a picture, (N, H, W)")
-    if len(labels) == 0:
-        raise ValueError("the certificate of no pictures is undefined: there is none in labels")
-    valid = labels.long() != ignore_index  # -100 in eight bits without a sign would be 156
-    for index, picture in enumerate(valid.flatten(1).any(1).tolist()):
-        if not picture:
-            raise ValueError(f"picture {index} has no labelled pixel: leave it out, its accuracy is undefined")
-    return valid
 
 
 def _check_images(images: Tensor) -> None:

@@ -17,7 +17,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from lipguide.tasks.segmentation.networks import counted
+from lipguide.checks import IGNORE, check_eval, check_numbers, class_indices
+from lipguide.robustness.scores import counted, labelled
 
 __all__ = ["ABSTAIN", "Votes", "holm", "segcertify", "smoothed_miou", "smoothing_radius", "votes"]
 
@@ -56,12 +57,11 @@ def votes(
     >>> votes(bright, torch.tensor([0.1, 0.9]).reshape(1, 1, 1, 2), sigma=0.05, draws=20).hits
     tensor([[[20, 20]]])
     """
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma must be positive and finite, not {sigma}")
+    _check_sigma(sigma)
     if guesses < 1 or draws < 1 or len(images) == 0:
         raise ValueError(f"{len(images)} pictures, {guesses} guesses and {draws} draws: each must be 1 or more")
-    if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
-        raise ValueError("the model is in training mode: call model.eval() first")
+    if isinstance(model, torch.nn.Module):
+        check_eval(model, "it votes")
     generator = generator or torch.Generator(images.device).manual_seed(0)
 
     def labels(image: Tensor, copies: int) -> Tensor:
@@ -69,7 +69,9 @@ def votes(
         for size in [batch_size] * (copies // batch_size) + [copies % batch_size]:
             noise = torch.randn(size, *image.shape, device=image.device, dtype=image.dtype, generator=generator)
             if size:
-                parts.append(model(image + sigma * noise).argmax(1))
+                logits = model(image + sigma * noise)
+                check_numbers(logits)
+                parts.append(logits.argmax(1))
         return torch.cat(parts)
 
     guess = torch.stack([labels(image, guesses).mode(0).values for image in images])
@@ -100,7 +102,7 @@ def smoothing_radius(sigma: float, tau: float) -> float:
     >>> round(smoothing_radius(0.25, 0.75), 4)
     0.1686
     """
-    return sigma * NormalDist().inv_cdf(_check_tau(tau))
+    return _check_sigma(sigma) * NormalDist().inv_cdf(_check_tau(tau))
 
 
 def holm(p_values: Tensor, alpha: float) -> Tensor:
@@ -117,7 +119,7 @@ def holm(p_values: Tensor, alpha: float) -> Tensor:
     return torch.zeros_like(passed).scatter(1, order, passed.long().cumprod(1).bool())
 
 
-def smoothed_miou(labels: Tensor, masks: Tensor, classes: int, ignore_index: int = -100) -> Tensor:
+def smoothed_miou(labels: Tensor, masks: Tensor, classes: int, ignore_index: int = IGNORE) -> Tensor:
     """Lower bound of each picture's mIoU, over the classes of its mask, within the radius of `segcertify`: (N,).
 
     A label that was given cannot change. The pixels without one go, for each class by itself, where they hurt it most.
@@ -125,18 +127,23 @@ def smoothed_miou(labels: Tensor, masks: Tensor, classes: int, ignore_index: int
     >>> smoothed_miou(torch.tensor([[[0, 0, ABSTAIN, 1]]]), torch.tensor([[[0, 0, 0, 1]]]), classes=2)
     tensor([0.5833], dtype=torch.float64)
     """
-    given = torch.where(labels == ABSTAIN, 0, labels)
-    valid = counted(given, masks, ignore_index, classes).flatten(1)
-    if not valid.any(1).all():
-        raise ValueError("every pixel of a picture is ignored: its mIoU is undefined")
-    given, truth = labels.flatten(1), masks.flatten(1)
+    given, decided = class_indices(labels, ABSTAIN)
+    given, truth, _ = counted(given, masks, ignore_index, classes)
+    _, counts = labelled(masks, ignore_index)
+    given, truth, decided, counts = (part.flatten(1) for part in (given, truth, decided, counts))
     bounds = []
     for c in range(classes):
-        mine = valid & (truth == c)
-        correct = (mine & (given == c)).sum(1)
-        claimed = (valid & ~mine & ((given == c) | (given == ABSTAIN))).sum(1)
+        mine = counts & (truth == c)
+        correct = (mine & decided & (given == c)).sum(1)
+        claimed = (counts & ~mine & ((given == c) | ~decided)).sum(1)
         bounds.append(torch.where(mine.any(1), correct / (mine.sum(1) + claimed).clamp(min=1).double(), math.nan))
     return torch.stack(bounds).nanmean(0)
+
+
+def _check_sigma(sigma: float) -> float:
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma must be positive and finite, not {sigma}")
+    return sigma
 
 
 def _check_tau(tau: float) -> float:

@@ -119,12 +119,12 @@ def test_wrong_use_is_named():
         with pytest.raises(ValueError, match="alpha is a probability"):
             segcertify(cast, alpha=alpha)
     with pytest.raises(ValueError, match="agree in shape"):
-        smoothed_miou(torch.zeros(1, 2, 2), torch.zeros(1, 2, 3), 2)
+        smoothed_miou(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 3).long(), 2)
 
 
 def test_a_smoothed_score_refuses_unknown_labels_and_a_picture_without_any():
     given = torch.tensor([[[0, ABSTAIN]]])
     with pytest.raises(ValueError, match="masks hold label 255"):
         smoothed_miou(given, torch.tensor([[[0, 255]]]), classes=2)
-    with pytest.raises(ValueError, match="every pixel of a picture is ignored"):
+    with pytest.raises(ValueError, match="picture 0 has no labelled pixel"):
         smoothed_miou(given, torch.full((1, 1, 2), -100), classes=2)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from lipguide.robustness.attacks import check_eval
+from lipguide.checks import check_eval
 from lipguide.tasks.detection.boxes import MIN_SCORE, NOTHING, Targets, detect
 
 __all__ = ["Score", "detections", "hits", "score"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipguide.checks import IGNORE, class_indices
 from lipguide.data import BACKGROUND
 from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import orthogonal, unit_rows
@@ -21,25 +22,17 @@ from lipguide.layers.pooling import InvertibleDownSampling, InvertibleUpSampling
 
 __all__ = [
     "CLASSES",
-    "IGNORE",
     "NETWORKS",
     "Entry",
     "build",
-    "check_masks",
-    "confusion",
-    "counted",
     "fcn",
     "flipped",
-    "miou",
     "ordinary_fcn",
     "ordinary_unet",
-    "pixel_accuracy",
-    "pooled_miou",
     "soft_flips",
     "unet",
 ]
 
-IGNORE = -100  # the label of pixels that are not counted, as in torch
 CLASSES = BACKGROUND + 1
 SOFT = 0.05  # margin over which a pixel counts as half flipped, relative to the spread of the logits
 
@@ -200,81 +193,14 @@ def build(network: str, **options: Any) -> nn.Sequential:
     return NETWORKS[network](**options)
 
 
-def check_masks(model: nn.Module, masks: Tensor, ignore_index: int = IGNORE) -> None:
-    """Raise ValueError unless every pixel's label is a class that the network's head has, or ``ignore_index``.
-
-    >>> check_masks(unet((4, 8), classes=10), torch.full((1, 4, 4), 10))
-    Traceback (most recent call last):
-    ...
-    ValueError: the head has 10 classes, labelled 0 to 9, but the masks hold 10 too: build the network with \
-classes=11, or mark these pixels with ignore_index = -100
-    """
-    if masks.is_floating_point() or masks.dtype == torch.bool:
-        raise ValueError(f"masks hold one whole number a pixel, the class, not {masks.dtype}")
-    if masks.dim() != 3 or masks.numel() == 0:
-        raise ValueError(f"masks are (N, H, W) with a pixel or more, not {tuple(masks.shape)}: one class a pixel")
-    head = model[-1] if isinstance(model, nn.Sequential) else None
-    if not isinstance(head, nn.Conv2d):
-        raise ValueError("the network must be an nn.Sequential that ends in its head, an nn.Conv2d with a row a class")
-    classes = head.out_channels
-    masks = masks.long()  # -100 in eight bits without a sign would be 156
-    found = masks[masks != ignore_index].unique()
-    unknown = found[(found < 0) | (found >= classes)].tolist()
-    if unknown:
-        none = min(unknown) < 0 or 255 in unknown  # numbers that commonly stand for "no label"
-        build = "" if none else f"build the network with classes={max(unknown) + 1}, or "
-        raise ValueError(
-            f"the head has {classes} classes, labelled 0 to {classes - 1}, but the masks hold "
-            f"{', '.join(map(str, unknown[:5]))} too: {build}mark these pixels with ignore_index = {ignore_index}"
-        )
-
-
-def counted(predicted: Tensor, masks: Tensor, ignore_index: int = IGNORE, classes: int | None = None) -> Tensor:
-    """Which pixels a score counts, or ValueError for predictions and masks that it cannot compare.
-
-    Args:
-        classes: how many labels there are; None for any number.
-
-    >>> counted(torch.tensor([[[3, 1]]]), torch.tensor([[[0, -100]]]), classes=2)
-    Traceback (most recent call last):
-    ...
-    ValueError: the predictions hold label 3, and a score of 2 classes knows 0 to 1
-    """
-    if predicted.shape != masks.shape:
-        raise ValueError(f"predictions {tuple(predicted.shape)} and masks {tuple(masks.shape)} must agree in shape")
-    for what, labels in (("predictions", predicted), ("masks", masks)):
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"the {what} hold one whole number a pixel, the class, not {labels.dtype}")
-    valid = masks.long() != ignore_index
-    if classes is not None:
-        for what, labels in (("predictions", predicted[valid]), ("masks", masks[valid])):
-            wrong = labels[(labels < 0) | (labels >= classes)]
-            if len(wrong):
-                known = f"a score of {classes} classes knows 0 to {classes - 1}"
-                raise ValueError(f"the {what} hold label {int(wrong[0])}, and {known}")
-    return valid
-
-
-def confusion(predicted: Tensor, masks: Tensor, classes: int = CLASSES, ignore_index: int = IGNORE) -> Tensor:
-    """Counts (C, C) over all pixels that are not ignored: how often class i (row) is predicted as j (column).
-
-    >>> confusion(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 0]]]), classes=2).tolist()
-    [[1, 1], [0, 0]]
-    """
-    valid = counted(predicted, masks, ignore_index, classes)
-    pairs = masks[valid].long() * classes + predicted[valid].long()
-    if pairs.numel() == 0:
-        raise ValueError("every pixel is ignored: nothing is left to score")
-    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
 def flipped(logits: Tensor, masks: Tensor, ignore_index: int = IGNORE) -> Tensor:
     """1 for a pixel whose label is wrong, 0 for one that is right or ignored: (N, H, W); what an attack is after.
 
     >>> flipped(torch.tensor([[[[2.0, 0.0]], [[1.0, 1.0]]]]), torch.tensor([[[0, 0]]]))
     tensor([[[0., 1.]]])
     """
-    return ((logits.argmax(1) != masks) & (masks != ignore_index)).to(logits.dtype)
+    labels, counts = class_indices(masks, ignore_index)
+    return ((logits.argmax(1) != labels) & counts).to(logits.dtype)
 
 
 def soft_flips(logits: Tensor, masks: Tensor, ignore_index: int = IGNORE) -> Tensor:
@@ -286,48 +212,10 @@ def soft_flips(logits: Tensor, masks: Tensor, ignore_index: int = IGNORE) -> Ten
     >>> soft_flips(torch.tensor([[[[2.0, 0.0]], [[1.0, 1.0]]]]), torch.tensor([[[0, 0]]])).round(decimals=2)
     tensor([[[0., 1.]]])
     """
-    valid = masks != ignore_index
-    label = torch.where(valid, masks, 0).unsqueeze(1)
+    labels, counts = class_indices(masks, ignore_index)
+    label = labels.unsqueeze(1)  # (N, 1, H, W)
     wrong = logits.scatter(1, label, -torch.inf).amax(1)
     spread = (logits.detach().amax(1) - logits.detach().amin(1)).flatten(1).amax(1)[:, None, None]
     scale = SOFT * spread.clamp(min=torch.finfo(logits.dtype).tiny)
-    return torch.where(valid, torch.sigmoid((wrong - logits.gather(1, label).squeeze(1)) / scale), 0.0)
-
-
-def pixel_accuracy(predicted: Tensor, masks: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """Share of each picture's pixels that are right: (N,).
-
-    >>> pixel_accuracy(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 0, -100]]]))
-    tensor([0.5000], dtype=torch.float64)
-    """
-    valid = counted(predicted, masks, ignore_index).flatten(1)
-    if not valid.any(1).all():
-        raise ValueError("every pixel of a picture is ignored: its accuracy is undefined")
-    return ((predicted == masks).flatten(1) & valid).sum(1) / valid.sum(1).double()
-
-
-def miou(predicted: Tensor, masks: Tensor, classes: int = CLASSES, ignore_index: int = IGNORE) -> Tensor:
-    """Each picture's mean IoU over the classes that its *mask* holds: (N,), as `certified_miou` bounds it.
-
-    For the pooled mIoU of a data set see `pooled_miou`.
-
-    >>> miou(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 0, 1]]]), classes=2)
-    tensor([0.5000], dtype=torch.float64)
-    """
-    counts = [confusion(p[None], m[None], classes, ignore_index) for p, m in zip(predicted, masks, strict=True)]
-    return torch.stack([_miou(c) for c in counts])
-
-
-def pooled_miou(predicted: Tensor, masks: Tensor, classes: int = CLASSES, ignore_index: int = IGNORE) -> Tensor:
-    """mIoU of the counts of all pictures together, over the classes that the masks hold: a scalar.
-
-    >>> pooled_miou(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 0, 1]]]), classes=2)
-    tensor(0.5000, dtype=torch.float64)
-    """
-    return _miou(confusion(predicted, masks, classes, ignore_index))
-
-
-def _miou(counts: Tensor) -> Tensor:
-    right = counts.diag()
-    iou = right / (counts.sum(0) + counts.sum(1) - right).clamp(min=1).double()
-    return iou[counts.sum(1) > 0].mean()
+    right = logits.gather(1, label).squeeze(1)
+    return torch.where(counts, torch.sigmoid((wrong - right) / scale), 0.0)

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from lipguide import losses
 from lipguide.bounds.network import lipschitz_bound
+from lipguide.checks import IGNORE
 from lipguide.data import BACKGROUND, SyntheticHouseNumbers, scenes
 from lipguide.export import without_parametrizations
 from lipguide.robustness.certificates import certified_miou, certified_pixel_accuracy, checked_logits
+from lipguide.robustness.scores import check_masks, miou, pixel_accuracy, pooled_miou
 from lipguide.tasks import weights as pretrained
-from lipguide.tasks.segmentation.networks import IGNORE, build, check_masks, miou, pixel_accuracy, pooled_miou
+from lipguide.tasks.segmentation.networks import build
 from lipguide.tasks.weights import TEST_SEED, fingerprint
 from lipguide.training import shifted
 

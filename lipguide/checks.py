@@ -1,0 +1,86 @@
+"""What every room asks of its arguments: labels that are labels, a model in eval mode, outputs that are numbers.
+
+A label is a whole number, the index of a class, or the number that stands for "not counted". Labels arrive in whatever
+type a file has them in. They are compared in int64 and nowhere else: in eight bits without a sign -100 would be 156,
+and -1 would be 255.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["IGNORE", "check_eval", "check_numbers", "class_indices", "positives"]
+
+IGNORE = -100  # the label of entries that are not counted, as in torch
+
+
+def class_indices(labels: Tensor, ignore_index: int | None = IGNORE, what: str = "labels") -> tuple[Tensor, Tensor]:
+    """Labels of any whole type as indices in int64, 0 where they are not counted, and which of them count.
+
+    Args:
+        ignore_index: the label of entries that do not count; None if all do.
+        what: a name of the labels for the message.
+
+    >>> class_indices(torch.tensor([3, 156], dtype=torch.uint8))
+    (tensor([  3, 156]), tensor([True, True]))
+    >>> class_indices(torch.tensor([3, -100], dtype=torch.int8))
+    (tensor([3, 0]), tensor([ True, False]))
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{what} hold one whole number an entry, the class, not {labels.dtype}")
+    index = labels.long()
+    if ignore_index is None:
+        return index, torch.ones_like(index, dtype=torch.bool)
+    counts = index != ignore_index
+    return torch.where(counts, index, 0), counts
+
+
+def positives(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which binary labels stand for the positive class, and which are binary labels at all: 0 and 1, or -1 and 1.
+
+    >>> positives(torch.tensor([1, 0, 255], dtype=torch.uint8))
+    (tensor([ True, False,  True]), tensor([ True,  True, False]))
+    """
+    values = labels if labels.is_floating_point() else labels.long()
+    known = (values == 1) | (values == 0) | (values == -1)
+    return values > 0, known
+
+
+def check_eval(model: nn.Module, before: str) -> None:
+    """Raise ValueError for a model in training mode: it would not answer as it will in use.
+
+    Args:
+        before: what is about to be done, for the message.
+
+    >>> check_eval(nn.Linear(2, 3).eval(), "measuring its robustness")
+    >>> check_eval(nn.Sequential(nn.Dropout()), "measuring its robustness")
+    Traceback (most recent call last):
+    ...
+    ValueError: the model (Sequential) is in training mode: call model.eval() before measuring its robustness
+    """
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"module {name!r}" if name else "the model"
+            kind = type(module).__name__
+            raise ValueError(f"{where} ({kind}) is in training mode: call model.eval() before {before}")
+
+
+def check_numbers(output: Tensor, what: str = "the model's output", infinite: bool = False) -> None:
+    """Raise ValueError for NaN: every comparison with it is false, and an argmax of it is a class like any other.
+
+    Args:
+        output: (N, ...), one entry a sample.
+        infinite: whether infinite values are let through.
+
+    >>> check_numbers(torch.tensor([[1.0, 0.0], [float("nan"), 0.0]]))
+    Traceback (most recent call last):
+    ...
+    ValueError: the model's output was NaN or infinite for 1 of 2 samples, first for sample 1
+    """
+    good = ~output.isnan() if infinite else output.isfinite()
+    bad = ~good.flatten(1).all(1) if output.ndim > 1 else ~good
+    if bad.any():
+        kind = "NaN" if infinite else "NaN or infinite"
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"{what} was {kind} for {int(bad.sum())} of {len(bad)} samples, first for sample {first}")
