@@ -6,7 +6,6 @@ in a step follows from (seed, step), so a run that was interrupted goes on to th
 
 import logging
 import math
-import os
 import pickle
 import time
 import zipfile
@@ -18,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
+from lipguide.distributed import gathered, rank_and_ranks, share_buffers
 from lipguide.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ def fit(
     """Train ``model`` where its parameters are, and return one record for each line reported.
 
     Args:
-        model: any module. Under ``torchrun`` (see ``start_distributed``) it is trained data-parallel.
+        model: any module. Under ``torchrun`` (see ``lipguide.distributed.start``) it is trained data-parallel.
         data: columns of equal length, such as ``(images, labels)`` or ``(images, boxes, labels)``; a column is a
             tensor, moved to the device whole, or a list with one item a sample.
         step_loss: ``step_loss(model, batch)``, the mean loss of a batch (a tuple with a part of each column); under
@@ -167,7 +166,11 @@ def fit(
             total += loss.detach()
             if (step + 1) % log_every == 0 or step + 1 == steps:
                 count, seconds = step + 1 - since, time.perf_counter() - started
-                record = {"step": step + 1, "loss": _mean_over_ranks(total / count), "gradient_norm": norm.item()}
+                record = {
+                    "step": step + 1,
+                    "loss": sum(gathered(total.item())) / (count * ranks),
+                    "gradient_norm": norm.item(),
+                }
                 record |= {"learning_rate": optimizer.param_groups[0]["lr"]}
                 record |= {"samples_per_second": count * batch_size / seconds}
                 history.append(record)
@@ -175,40 +178,9 @@ def fit(
                     report(_line(record, steps))
                     _save(checkpoint, stateful, run, step + 1, history)
                 total, since, started = torch.zeros_like(total), step + 1, time.perf_counter()
+    share_buffers(model)  # DistributedDataParallel keeps them in step only while it trains
     model.train(was_training)
     return history
-
-
-def start_distributed(device: str = "auto") -> torch.device:
-    """The device of this process; under ``torchrun``, joins the other processes first.
-
-    ``device`` is "auto", "cpu" or "cuda". Without ``torchrun`` nothing but the choice happens.
-
-    >>> start_distributed("cpu")
-    device(type='cpu')
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "auto", "cpu" or "cuda", not {device!r}')
-    if "LOCAL_RANK" not in os.environ:
-        return torch.device(device)
-    chosen = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device("cpu")
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return chosen
-
-
-def rank_and_ranks() -> tuple[int, int]:
-    """Which of how many processes this one is; the first of one without ``torchrun``.
-
-    >>> rank_and_ranks()
-    (0, 1)
-    """
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def _check(data: Sequence[Any], steps: int, batch_size: int, schedule: str, precision: torch.dtype) -> int:
@@ -299,13 +271,6 @@ def _line(record: dict[str, float], steps: int) -> str:
         f"lr {record['learning_rate']:.2e}  |gradient| {record['gradient_norm']:.3g}  "
         f"{record['samples_per_second']:.0f} samples/s"
     )
-
-
-def _mean_over_ranks(value: Tensor) -> float:
-    _, ranks = rank_and_ranks()
-    if ranks > 1:
-        dist.all_reduce(value)
-    return value.item() / ranks
 
 
 def _stop(model: nn.Module, loss: Tensor, step: int, loss_of: Callable[[nn.Module, int], Tensor]) -> None:

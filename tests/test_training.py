@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lipguide import training
+from lipguide import distributed, training
 from lipguide.losses import MulticlassHKR, MulticlassSoftHKR
 from lipguide.training import Supervised, fit, learning_rate_factor
 
@@ -443,8 +443,8 @@ def test_wrong_settings_are_named(change, message):
 def test_unknown_device_is_named(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(ValueError, match='"auto", "cpu" or "cuda"'):
-        training.start_distributed("gpu")
-    assert training.start_distributed("auto").type in ("cpu", "cuda")
+        distributed.start("gpu")
+    assert distributed.start("auto").type in ("cpu", "cuda")
 
 
 # --- several processes
@@ -455,10 +455,10 @@ import torch
 from torch import distributed as dist
 sys.path.insert(0, {tests!r})
 from test_training import distributed_run
-from lipguide.training import start_distributed
+from lipguide.distributed import start
 
 torch.set_num_threads(1)
-device = start_distributed("cpu")
+device = start("cpu")
 for name in {losses!r}:
     model, history, sizes = distributed_run(name, {folder!r} + "/" + name + ".pt")
     assert sizes == [4 - dist.get_rank()] * 15, sizes

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lipguide.losses.base import BinaryLoss, CategoricalLoss, check_range, sum_over_ranks
+from lipguide.distributed import sum_over_ranks
+from lipguide.losses.base import BinaryLoss, CategoricalLoss, check_range
 
 
 def _one_hot(logits: Tensor, label: Tensor) -> Tensor:

@@ -1,35 +1,19 @@
 """What every loss shares: its checks, its reduction, and its behaviour when a batch is split over several
 processes.
 
-Under DistributedDataParallel the gradients are *averaged* over the ranks. A mean over the whole batch, split
-unevenly, is therefore computed as ``ranks * (sum over this rank's entries) / (entries on all ranks)``: the
-average over the ranks of that is the mean over the whole batch, and so is its gradient. The same goes for the
-class counts that the Kantorovich-Rubinstein losses need. Ranks talk only where a gradient will flow, so one
-rank may evaluate alone under ``torch.no_grad()``; "sum" and "none" are a rank's own share and need to be
-added up, not averaged.
+"mean" is the mean over the whole batch, also where it is split (``lipguide.distributed``), and the class counts that
+the Kantorovich-Rubinstein losses need are those of the whole batch; "sum" and "none" are a rank's own share and need
+to be added up, not averaged.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
+
+from lipguide.distributed import mean_over_ranks
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-def number_of_ranks(logits: Tensor) -> int:
-    """How many processes share the batch that ``logits`` is a part of."""
-    shared = logits.requires_grad and dist.is_available() and dist.is_initialized()
-    return dist.get_world_size() if shared else 1
-
-
-def sum_over_ranks(counts: Tensor, logits: Tensor) -> Tensor:
-    """``counts`` of this rank's part of the batch, added up over the ranks that share it."""
-    if number_of_ranks(logits) > 1:
-        counts = counts.clone()
-        dist.all_reduce(counts)
-    return counts
 
 
 def check_range(low: float = 0.0, high: float = math.inf, **values: float) -> None:
@@ -74,8 +58,7 @@ class Loss(nn.Module):
             return values
         if self.reduction == "sum":
             return values.sum()
-        entries = sum_over_ranks(valid.sum(), logits)
-        return values.sum() * number_of_ranks(logits) / entries.clamp(min=1)
+        return mean_over_ranks(values.sum(), valid.sum(), logits)
 
 
 class BinaryLoss(Loss):

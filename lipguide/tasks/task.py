@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lipguide import distributed
 from lipguide.data.svhn.download import DownloadError
 from lipguide.provenance import provenance
 from lipguide.tasks.weights import WEIGHTS, run_of, save
-from lipguide.training import start_distributed
 
 __all__ = ["FULL", "TASKS", "Training", "add_arguments", "ensure", "train", "trainings"]
 
@@ -69,7 +69,7 @@ def train(name: str, steps: int | None, device: str, seed: int, folder: str | Pa
         raise ValueError(f"no training {name!r}; there are: {', '.join(sorted(known))}")
     if folder is None:
         folder = FULL if name.endswith("-full") else WEIGHTS
-    where = start_distributed(device)
+    where = distributed.start(device)
     made_by = provenance(where.type, seed, ignoring=["book/results", "lipguide/weights"])
     began = time.perf_counter()
     model, run = recipes[name](steps, where, seed)

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
 
+from lipguide import distributed
 from lipguide.book.ledger import Ledger
 from lipguide.tasks.detection.study import CONFIGURATIONS, EPSILON, PLANS, load_split, study
-from lipguide.training import rank_and_ranks, start_distributed
 
 __all__ = ["add_arguments"]
 
@@ -48,8 +47,8 @@ def _run(options: argparse.Namespace) -> int:
     if problem := _problem(options):
         print(f"python -m lipguide study: {problem}", file=sys.stderr)
         return 2
-    device = start_distributed(options.device)
-    first = rank_and_ranks()[0] == 0
+    device = distributed.start(options.device)
+    first = distributed.rank_and_ranks()[0] == 0
     folder, plan = options.folder or Path("study") / options.plan, PLANS[options.plan]
     ledger = Ledger("study", options.plan, device.type, options.seed, folder=folder)
     try:
@@ -69,6 +68,5 @@ def _run(options: argparse.Namespace) -> int:
         # What all configurations took, also those that an earlier call trained.
         seconds = sum(entry["train_seconds"] + entry["evaluate_seconds"] for entry in entries)
         print(f"on record: {ledger.save(seconds)}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    distributed.finish()
     return 0

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
+from lipguide.distributed import mean_over_ranks
 from lipguide.layers.affine import orthogonal, unit_rows
 from lipguide.layers.blocks import SLL
-from lipguide.losses.base import check_range, number_of_ranks, sum_over_ranks
+from lipguide.losses.base import check_range
 from lipguide.tasks.detection.boxes import NOTHING, Targets, check_targets
 
 __all__ = ["FCOS", "Brightless", "FCOSLoss", "FCOSOutput", "assign", "fcos", "ordinary_fcos"]
@@ -143,7 +144,7 @@ class FCOSLoss(nn.Module):
         scene, count = focal + (giou + middle).sum(1), positive.sum(1)
         if self.reduction == "none":
             return scene / count.clamp(min=1)
-        return scene.sum() * number_of_ranks(logits) / sum_over_ranks(count.sum(), logits).clamp(min=1)
+        return mean_over_ranks(scene.sum(), count.sum(), logits)
 
     def _centerness(self, boxes: Tensor) -> Tensor:
         before, after = self.centres - boxes[..., :2], boxes[..., 2:] - self.centres

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lipguide.losses.base import number_of_ranks, sum_over_ranks
+from lipguide.distributed import mean_over_ranks
 from lipguide.tasks.detection.boxes import Targets, encode, match, unit_range
 
 __all__ = ["DetectionStep", "Multibox"]
@@ -58,7 +58,7 @@ class Multibox(nn.Module):
         scene = ((values * kept) + distance * positive).sum(1)
         if self.reduction == "none":
             return scene / positive.sum(1).clamp(min=1)
-        return scene.sum() * number_of_ranks(logits) / sum_over_ranks(positive.sum(), logits).clamp(min=1)
+        return mean_over_ranks(scene.sum(), positive.sum(), logits)
 
     @property
     def _anything(self) -> Tensor:

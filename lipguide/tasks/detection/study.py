@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.data import SVHN, SyntheticHouseNumbers, scenes
+from lipguide.distributed import gathered, rank_and_ranks
 from lipguide.files import write_json
 from lipguide.provenance import provenance
 from lipguide.robustness.attacks import BlindAttack
@@ -33,7 +33,7 @@ from lipguide.tasks.detection.configurations import l2_normalised, naive, spectr
 from lipguide.tasks.detection.losses import DetectionStep
 from lipguide.tasks.detection.scores import Score, detections, score
 from lipguide.tasks.detection.tinier_ssd import PICTURE, TinierSSD
-from lipguide.training import fit, rank_and_ranks
+from lipguide.training import fit
 
 __all__ = [
     "CONFIGURATIONS",
@@ -192,8 +192,6 @@ def _one(
         model, columns, step, optimizer, steps, plan.batch_size, "one-cycle", precision,
         seed=seed, checkpoint=checkpoint, report=lambda line: report(f"{name}: {line}"),
     )  # fmt: skip
-    for buffer in model.buffers() if ranks > 1 else ():  # running statistics: all shall evaluate the same detector
-        dist.broadcast(buffer, 0)
     began = time.perf_counter()
     entry = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
     entry |= evaluate(model.eval(), plan, test)
@@ -247,7 +245,7 @@ def evaluate(model: TinierSSD, plan: Plan, test: Split) -> dict[str, Any]:
     pgd, rate = scored["training loss"]
     entry |= {"pgd_map50": pgd.map50, "pgd": pgd._asdict(), "attack_scenes_per_second": rate}
     entry["attacks_map50"] = {name: one.map50 for name, (one, _) in scored.items()}
-    entry["blind_scenes"] = {name: sum(share[name] for share in _shares(blind)) for name in blind}
+    entry["blind_scenes"] = {name: sum(share[name] for share in gathered(blind)) for name in blind}
     turns = zip(*made.values(), strict=True)  # each scoring meets the parts of the scenes in the same order
 
     def hardest(images: Tensor, targets: Targets) -> Tensor:
@@ -283,15 +281,6 @@ def attacked(
     return moved, blind
 
 
-def _shares(own: Any) -> list[Any]:
-    """What each process has, in their order."""
-    ranks = rank_and_ranks()[1]
-    shares = [own] * ranks
-    if ranks > 1:
-        dist.all_gather_object(shares, own)
-    return shares
-
-
 def _scored(model: nn.Module, test: Split, change: Callable[[Tensor, Targets], Tensor]) -> tuple[Score, float]:
     """The score of a model on changed pictures, and scenes a second; processes share the scenes."""
     began, size = time.perf_counter(), 128
@@ -301,7 +290,7 @@ def _scored(model: nn.Module, test: Split, change: Callable[[Tensor, Targets], T
         images, targets, *_ = test.part(slice(start, start + size))
         found += detections(model, change(unit_range(images), targets))
     found = [{key: value.cpu() for key, value in scene.items()} for scene in found]
-    shares, starts = _shares(found), range(0, len(test.images), size)
+    shares, starts = gathered(found), range(0, len(test.images), size)
     order = [share[size * turn : size * (turn + 1)] for turn in range(len(starts)) for share in shares]
     rate = len(test.images) / (time.perf_counter() - began)
     return score([scene for part in order for scene in part], test.targets), rate
