@@ -5,6 +5,7 @@ from lipguide.data.contact_sheet import contact_sheet
 from lipguide.data.digits import Digits, digits
 from lipguide.data.facts import geometry, geometry_table, svhn_facts
 from lipguide.data.items import BACKGROUND, Annotation, Scene
+from lipguide.data.real import REAL, first, folder_of, real
 from lipguide.data.scenes import Scenes, scenes
 from lipguide.data.shn import SyntheticHouseNumbers
 from lipguide.data.shn.difficulty import Difficulty
@@ -21,14 +22,18 @@ __all__ = [
     "Digits",
     "DownloadError",
     "PictureError",
+    "REAL",
     "Scene",
     "Scenes",
     "SyntheticHouseNumbers",
     "contact_sheet",
     "digits",
     "download_svhn",
+    "first",
+    "folder_of",
     "geometry",
     "geometry_table",
+    "real",
     "scenes",
     "svhn_facts",
 ]
