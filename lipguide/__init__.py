@@ -7,21 +7,11 @@ are first asked for: a layer needs torch and nothing else.
 from importlib import import_module
 from types import ModuleType
 
-from lipguide.bounds import Unbounded, lipschitz_bound, lipschitz_lower_bound
+from lipguide.bounds import Unbounded, lipschitz_bound, lipschitz_lower_bound, most_stretched_pair, stretch
 from lipguide.export import export
 from lipguide.layers.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
 from lipguide.layers.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
-from lipguide.layers.blocks import (
-    SLL,
-    BatchCentering,
-    Concat,
-    PadChannels,
-    Patches,
-    Residual,
-    SLLLinear,
-    most_stretched_pair,
-    stretch,
-)
+from lipguide.layers.blocks import BatchCentering, Concat, PadChannels, Patches, Residual
 from lipguide.layers.pooling import (
     GlobalAvgPool2d,
     GlobalL2NormPool2d,
@@ -30,6 +20,7 @@ from lipguide.layers.pooling import (
     ScaledAvgPool2d,
     ScaledL2NormPool2d,
 )
+from lipguide.layers.sll import SLL, SLLLinear
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from lipguide.layers.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
 from lipguide.layers.affine import aol, frobenius, orthogonal, spectral
-from lipguide.layers.blocks import SLL, BatchCentering, Concat, PadChannels, Patches, Residual, SLLLinear
+from lipguide.layers.blocks import BatchCentering, Concat, PadChannels, Patches, Residual
 from lipguide.layers.pooling import (
     GlobalAvgPool2d,
     GlobalL2NormPool2d,
@@ -15,6 +15,7 @@ from lipguide.layers.pooling import (
     ScaledAvgPool2d,
     ScaledL2NormPool2d,
 )
+from lipguide.layers.sll import SLL, SLLLinear
 
 CONSTRAINTS = {
     "plain": lambda layer: layer,

@@ -6,8 +6,10 @@ rounding of its values. That is why a pair is measured in float64, and what roun
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lipguide.export import without_parametrizations
 
-__all__ = ["lipschitz_lower_bound"]
+__all__ = ["StretchedPair", "lipschitz_lower_bound", "most_stretched_pair", "stretch"]
 
 
 def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distance: float | None = None) -> float:
@@ -133,3 +135,70 @@ def _unit(batch: Tensor) -> Tensor:
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
+
+
+class StretchedPair(NamedTuple):
+    """Two inputs and by how much the function pulls them apart."""
+
+    a: Tensor
+    b: Tensor
+    stretch: float
+
+
+def stretch(fn: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
+    """‖f(a) − f(b)‖ / ‖a − b‖: a lower bound of every Lipschitz constant of f.
+
+    Each tensor is one point, batch and all: what batch norm does is visible. Random layers draw the same numbers for
+    both points.
+
+    >>> stretch(lambda x: x + x, torch.zeros(1, 3), torch.ones(1, 3))
+    2.0
+    """
+    distance = torch.linalg.vector_norm((a - b).double())
+    if distance == 0:
+        raise ValueError("the two points are the same: give it two that differ")
+    with torch.no_grad():
+        apart = _same_draws(fn, a).double() - _same_draws(fn, b).double()
+    return float(torch.linalg.vector_norm(apart) / distance)
+
+
+def most_stretched_pair(
+    fn: Callable[[Tensor], Tensor], start: Tensor, distance: float = 0.1, steps: int = 200, seed: int = 0
+) -> StretchedPair:
+    """Searches two points a given distance apart that f pulls apart as far as it can, by gradient ascent on both.
+
+    A stretch above 1 disproves that f is 1-Lipschitz; one below 1 proves nothing. A module is searched as a copy in its
+    present mode, so that a batch norm in training keeps its statistics.
+
+    Args:
+        fn: the function f, or a module.
+        start: the first point a, one tensor, batch and all.
+        distance: ‖a − b‖ in the L2 norm.
+        steps: of Adam, each at a rate of a tenth of `distance`.
+        seed: of the direction in which b lies at first.
+
+    >>> most_stretched_pair(nn.Linear(4, 4), torch.randn(1, 4)).stretch > 0
+    True
+    """
+    fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
+    generator = torch.Generator().manual_seed(seed)
+    a = start.detach().clone().requires_grad_()
+    direction = torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device).requires_grad_()
+    ascent = torch.optim.Adam([a, direction], lr=distance / 10, maximize=True)
+    best = None
+    for _ in range(steps + 1):
+        b = a + distance * direction / torch.linalg.vector_norm(direction)
+        pair = StretchedPair(a.detach().clone(), b.detach().clone(), stretch(fn, a.detach(), b.detach()))
+        best = pair if best is None or pair.stretch > best.stretch else best
+        apart = torch.linalg.vector_norm(_same_draws(fn, a) - _same_draws(fn, b))
+        a.grad, direction.grad = torch.autograd.grad(apart, (a, direction))
+        ascent.step()
+    return best
+
+
+def _same_draws(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[x.device.index] if x.is_cuda else []):
+        torch.default_generator.manual_seed(0)
+        if x.is_cuda:
+            torch.cuda.default_generators[x.device.index].manual_seed(0)
+        return fn(x)

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from lipguide.bounds.torch_layers import LAYERS, NoBound
-from lipguide.export import inherited
+from lipguide.export import EveryPartALeaf
+from lipguide.layers.brick import voucher
 
 __all__ = ["only_shrinks", "travel", "versions"]
 
@@ -44,7 +45,7 @@ def only_shrinks(part: nn.Module, before: Any, after: Any) -> bool:
     >>> only_shrinks(nn.ReLU(inplace=True), 2.0, 2.0), only_shrinks(nn.SELU(inplace=True), 1.0, 1.76)
     (True, False)
     """
-    known = getattr(part, "inplace", False) and inherited(part, LAYERS) is not None
+    known = getattr(part, "inplace", False) and voucher(part, LAYERS.__contains__) is not None
     return known and isinstance(after, float | int) and after <= before
 
 
@@ -77,7 +78,7 @@ def travel(module: nn.Module, x: Tensor, constant: float, through: Callable[[nn.
 def _trace(module: nn.Module) -> fx.Graph:
     held = set(vars(module))
     try:
-        return _EveryPartALeaf().trace(module)
+        return EveryPartALeaf().trace(module)
     except Exception as error:
         raise NoBound(f"its forward cannot be traced ({error})") from error
     finally:
@@ -94,11 +95,6 @@ def _same_values(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_same_values, a, b))
     return a == b
-
-
-class _EveryPartALeaf(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        return True
 
 
 class _Traveller(fx.Interpreter):

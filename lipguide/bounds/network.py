@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import chain
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from lipguide.bounds.below import lipschitz_lower_bound
 from lipguide.bounds.forwards import only_shrinks, travel, versions
-from lipguide.bounds.torch_layers import BRICKS, LAYERS, Call, NoBound
-from lipguide.export import brick_name, inherited
-from lipguide.layers import blocks
+from lipguide.bounds.torch_layers import LAYERS, Call, NoBound
+from lipguide.export import equation_of
+from lipguide.layers.brick import own_rule, voucher
 
 __all__ = ["Bound", "LayerBound", "Unbounded", "lipschitz_bound", "lipschitz_lower_bound"]
 
@@ -207,18 +208,39 @@ class _Walk:
             raise Unbounded(f"{where} has no bound that is known here: {error}. {_advice(module)}") from error
 
     def _through(self, module: nn.Module, constant: float) -> Any:
-        if hasattr(module, "lipschitz"):
-            return module.lipschitz(constant, self.kept)
-        if rule := BRICKS.get(brick_name(module)) or inherited(module, LAYERS):
-            for part in module.modules():
-                _check_untouched(part)
-            self.accounted.update(module.modules())
-            own = [rule(module, call) for call in self.calls[module]]
-            if not all(map(math.isfinite, own)):
-                raise NoBound(f"its constant would be {max(own)}")
-            return self.row(module, constant, constant * max(own))
-        if joint := inherited(module, JOINTS):
-            return joint(self, module, constant)
+        if rule := _rule_of(module):
+            return self._by_its_own_rule(module, rule, constant)
+        if kind := voucher(module, LAYERS.__contains__):
+            return self._layer(module, LAYERS[kind], constant)
+        if voucher(module, {nn.Sequential}.__contains__):
+            for part in module:
+                constant = self(part, constant)
+            return constant
+        return self._followed(module, constant)
+
+    def _by_its_own_rule(self, module: nn.Module, rule: Callable[..., Any], constant: float) -> Any:
+        handed: list[Any] = []
+
+        def through(part: nn.Module, constant: float) -> Any:
+            handed.append(self.kept(part, constant))
+            return handed[-1]
+
+        outcome = rule(constant, through)
+        # What a part gave and the module hands on as it is stands in the part's row already.
+        if isinstance(outcome, float) and not any(outcome is part for part in handed):
+            self.row(module, constant, outcome)
+        return outcome
+
+    def _layer(self, module: nn.Module, rule: Callable[[nn.Module, Call], float], constant: float) -> float:
+        for part in module.modules():
+            _check_untouched(part)
+        self.accounted.update(module.modules())
+        own = [rule(module, call) for call in self.calls[module]]
+        if not all(map(math.isfinite, own)):
+            raise NoBound(f"its constant would be {max(own)}")
+        return self.row(module, constant, constant * max(own))
+
+    def _followed(self, module: nn.Module, constant: float) -> Any:
         inputs = [_probe(call.input, module, self.model) for call in self.calls[module]]
         outcomes = [travel(module, x, constant, self) for x in inputs]
         if len(outcomes) > 1 and not all(isinstance(outcome, float) for outcome in outcomes):
@@ -265,31 +287,11 @@ def _check_untouched(module: nn.Module) -> None:
             raise NoBound(f"it carries a hook ({owner}.{getattr(hook, '__qualname__', hook)}) that may change values")
 
 
-def _sequential(walk: _Walk, module: nn.Sequential, constant: float) -> Any:
-    for part in module:
-        constant = walk(part, constant)
-    return constant
-
-
-def _residual(walk: _Walk, module: blocks.Residual, constant: float) -> float:
-    return walk.row(module, constant, (constant + walk.kept(module.branch, constant)) / 2)
-
-
-def _concat(walk: _Walk, module: blocks.Concat, constant: float) -> float:
-    squares = sum(walk.kept(branch, constant) ** 2 for branch in module.branches)
-    return walk.row(module, constant, math.sqrt(squares / len(module.branches)))
-
-
-def _patches(walk: _Walk, module: blocks.Patches, constant: float) -> Any:
-    return walk(module.fn, constant)
-
-
-JOINTS: dict[type[nn.Module], Callable[[_Walk, Any, float], Any]] = {
-    nn.Sequential: _sequential,
-    blocks.Residual: _residual,
-    blocks.Concat: _concat,
-    blocks.Patches: _patches,
-}
+def _rule_of(module: nn.Module) -> Callable[..., Any] | None:
+    """The `lipschitz` method of a module, or of the class whose equation an exported graph holds."""
+    if equation := equation_of(module):
+        return MethodType(equation.lipschitz, module)
+    return own_rule(module, "lipschitz")
 
 
 def _advice(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""The Lipschitz constants of single layers: of plain torch layers and of lipguide's bricks.
+"""The Lipschitz constants of torch's own layers.
 
 A rule takes the layer and the shapes of its input and output, batch included, and returns an upper bound of the layer's
 constant in the L2 norm. It speaks of eval mode and of exact arithmetic with the weights as they are.
@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lipguide.bounds.convolutions import (
     Call,
@@ -22,11 +21,9 @@ from lipguide.bounds.convolutions import (
     nonnegative,
     transposed_convolution,
 )
-from lipguide.layers import activations, blocks, pooling
-from lipguide.layers.norms import CUSHION, conv_norm, matrix_norm
-from lipguide.layers.sll import GramScale
+from lipguide.layers.norms import CUSHION
 
-__all__ = ["BRICKS", "LAYERS", "Call", "NoBound"]
+__all__ = ["LAYERS", "Call", "NoBound"]
 
 
 def batch_norm(layer: nn.modules.batchnorm._BatchNorm, call: Call) -> float:
@@ -126,74 +123,6 @@ def softmax(layer: nn.Softmax, call: Call) -> float:
     return 0.5
 
 
-def sll(layer: blocks.SLL | blocks.SLLLinear, call: Call) -> float:
-    """1 under its constraint; max(1, 2‖V‖² − 1) where V has become a plain weight.
-
-    >>> sll(blocks.SLLLinear(4, 4), Call((1, 4), (1, 4)))
-    1.0
-    """
-    if parametrize.is_parametrized(layer, "weight") and [type(p) for p in layer.parametrizations.weight] == [GramScale]:
-        return 1.0
-    norm = matrix_norm(layer.weight) if layer.weight.dim() == 2 else conv_norm(layer.weight)
-    return max(1.0, 2 * norm**2 - 1)
-
-
-def exported_sll(layer: nn.Module, call: Call) -> float:
-    """max(1, ‖V‖‖2V‖ − 1) as exported, 1 + ‖V₁‖‖V₂‖ once the two layers have been trained apart."""
-    inward, outward = (_exported_norm(part) for part in (layer.inward, layer.outward))
-    _check_kept(call)
-    twin, mode = layer.inward.weight, getattr(layer.inward, "padding_mode", None)
-    if isinstance(layer.outward, nn.Linear):
-        twin = twin.T
-    elif isinstance(layer.outward, nn.Conv2d):
-        twin = twin.transpose(0, 1).flip(2, 3)
-    adjoint = getattr(layer.outward, "padding_mode", None) == mode
-    tied = adjoint and torch.equal(2 * twin, layer.outward.weight)
-    return max(1.0, inward * outward - 1) if tied else 1 + inward * outward
-
-
-def _exported_norm(part: nn.Module) -> float:
-    """Of one of the two layers of an exported SLL, whose geometry must be the one that it was exported with."""
-    kind = parametrize.type_before_parametrizations(part)
-    if kind is nn.Linear:
-        return matrix_norm(part.weight)
-    if kind not in (nn.Conv2d, nn.ConvTranspose2d):
-        raise NoBound(f"a layer inside it has become a {kind.__name__}")
-    pad, odd = part.weight.shape[2] // 2, part.weight.shape[2] % 2
-    made = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding": (pad, pad), "output_padding": (0, 0)}
-    same = all(getattr(part, name) == value for name, value in made.items())
-    same &= tuple(part._reversed_padding_repeated_twice) == (pad,) * 4
-    if not same or part.padding_mode not in (("zeros", "circular") if odd else ("zeros",)):
-        raise NoBound(f"the geometry of a {kind.__name__} inside it was changed after the export")
-    return conv_norm(part.weight)
-
-
-def exported_householder(layer: nn.Module, call: Call) -> float:
-    """max(1, 2|v|² − 1) over the pairs."""
-    if call.input[1] != layer.v.numel():
-        raise NoBound(f"it reflects {layer.v.numel()} channels and gets {call.input[1]}, which it repeats")
-    squares = layer.v.detach().double().square().reshape(2, -1).sum(0)
-    return max(1.0, float(2 * squares.max() - 1))
-
-
-def exported_pairs(layer: nn.Module, call: Call) -> float:
-    """1 where the channels make pairs; an odd one would be repeated."""
-    if call.input[1] % 2:
-        raise NoBound(f"it sorts pairs of channels and gets {call.input[1]} of them, an odd number")
-    return 1.0
-
-
-def exported_shift(layer: nn.Module, call: Call) -> float:
-    """1 for a shift of each channel; a shift of more channels than there are would repeat them."""
-    _check_kept(call)
-    return 1.0
-
-
-def _check_kept(call: Call) -> None:
-    if call.input != call.output:
-        raise NoBound(f"it was made for another number of channels: {call.input} becomes {call.output}")
-
-
 def _slope(value: float) -> Callable[[nn.Module, Call], float]:
     def rule(layer: nn.Module, call: Call) -> float:
         return value
@@ -268,22 +197,4 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
     nn.ELU: _elu,
     nn.CELU: _celu,
     nn.RReLU: _rrelu,
-    # lipguide's own
-    **dict.fromkeys((activations.GroupSort, activations.MaxMin, activations.MaxMinDouble), _slope(1.0)),
-    **dict.fromkeys((activations.FullSort, activations.Householder), _slope(1.0)),
-    **dict.fromkeys((pooling.ScaledL2NormPool2d, pooling.ScaledAvgPool2d), _slope(1.0)),
-    **dict.fromkeys((pooling.GlobalL2NormPool2d, pooling.GlobalAvgPool2d), _slope(1.0)),
-    **dict.fromkeys((pooling.InvertibleDownSampling, pooling.InvertibleUpSampling), isometry),
-    **dict.fromkeys((blocks.PadChannels, blocks.BatchCentering), isometry),
-    **dict.fromkeys((blocks.SLL, blocks.SLLLinear), sll),
-}
-
-# What `lip.export` turned into graphs, by the name of the brick.
-BRICKS: dict[str, Callable[[nn.Module, Call], float]] = {
-    **dict.fromkeys(("GroupSort", "MaxMinDouble", "FullSort", "PadChannels"), isometry),
-    **dict.fromkeys(("L2NormPool", "ScaledAvgPool2d", "GlobalAvgPool2d"), isometry),
-    "MaxMin": exported_pairs,
-    "Householder": exported_householder,
-    "BatchCentering": exported_shift,
-    "SLL": exported_sll,
 }

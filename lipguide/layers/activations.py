@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipguide.layers.arguments import whole
+from lipguide.layers.brick import Brick, Through
 
 __all__ = ["FullSort", "GroupSort", "GroupSort2", "Householder", "MaxMin", "MaxMinDouble"]
 
@@ -75,7 +76,7 @@ def _sort_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return _SortPair.apply(a, b)[:2]
 
 
-class GroupSort(nn.Module):
+class GroupSort(Brick):
     """Sorts each group of neighbouring channels: y_g = sort(x_g), the smallest first.
 
     The values are permuted, never changed, so the Jacobian is a permutation matrix. The guide sorts downwards; the two
@@ -99,8 +100,30 @@ class GroupSort(nn.Module):
             return torch.stack(_sort_pair(*groups.unbind(2)), 2).flatten(1, 2)
         return groups.sort(2).values.flatten(1, 2)
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+    def plain(self) -> nn.Module:
+        return _PlainGroupSort(self.group_size)
+
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}"
+
+
+class _PlainGroupSort(nn.Module):
+    def __init__(self, group_size: int) -> None:
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(1, (-1, self.group_size))
+        if self.group_size > 2:
+            return groups.sort(2).values.flatten(1, 2)
+        a, b = groups.unbind(2)
+        return torch.stack((torch.minimum(a, b), torch.maximum(a, b)), 2).flatten(1, 2)
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
 
 
 class GroupSort2(GroupSort):
@@ -114,7 +137,7 @@ class GroupSort2(GroupSort):
         super().__init__(2)
 
 
-class MaxMin(nn.Module):
+class MaxMin(Brick):
     """y = (max(a, b), min(a, b)) with a and b the two halves of the channels; the shape is kept.
 
     `GroupSort2` with another choice of pairs: channel i with channel i + C/2, which lie contiguous in memory.
@@ -128,8 +151,23 @@ class MaxMin(nn.Module):
         low, high = _sort_pair(*x.chunk(2, 1))
         return torch.cat((high, low), 1)
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
 
-class MaxMinDouble(nn.Module):
+    def plain(self) -> nn.Module:
+        return _PlainMaxMin()
+
+
+class _PlainMaxMin(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.unflatten(1, (2, -1)).unbind(1)  # fails on an odd number of channels
+        return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), 1)
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+
+class MaxMinDouble(Brick):
     """y = (relu(x), relu(−x)): the guide's MaxMin, also called CReLU; it doubles the channels.
 
     One of the two copies of a channel has slope ±1 and the other slope 0, so the map is an isometry. But a layer that
@@ -145,8 +183,22 @@ class MaxMinDouble(nn.Module):
         # relu(−x) = relu(x) − x, exactly; written so, an x of zero has slopes 0 and −1 instead of twice 0.
         return torch.cat((positive, positive - x), 1)
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
 
-class FullSort(nn.Module):
+    def plain(self) -> nn.Module:
+        return _PlainMaxMinDouble()
+
+
+class _PlainMaxMinDouble(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((F.relu(x), F.relu(-x)), 1)
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+
+class FullSort(Brick):
     """Sorts all the channels, the smallest first: `GroupSort` with a single group.
 
     >>> FullSort()(torch.tensor([[3.0, 1.0, 2.0]]))
@@ -157,8 +209,22 @@ class FullSort(nn.Module):
         _check_channels(self, x, 1)
         return x.sort(1).values
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
 
-class Householder(nn.Module):
+    def plain(self) -> nn.Module:
+        return _PlainFullSort()
+
+
+class _PlainFullSort(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sort(1).values
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+
+class Householder(Brick):
     """y = z − 2 relu(vᵀz) v on each pair z of channels: the half-plane vᵀz > 0 is reflected onto the other.
 
     v = (sin θ/2, −cos θ/2) with an angle θ learned for each pair; channel i pairs with channel i + C/2. At θ = π/2,
@@ -190,5 +256,34 @@ class Householder(nn.Module):
         beyond = 2 * F.relu(v1 * z1 + v2 * z2)
         return torch.cat((z1 - beyond * v1, z2 - beyond * v2), 1)
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+    def plain(self) -> nn.Module:
+        half_angle = self.theta.detach() / 2
+        return _PlainHouseholder(torch.cat((half_angle.sin(), -half_angle.cos())))
+
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
+
+
+class _PlainHouseholder(nn.Module):
+    """y = z − 2 relu(vᵀz) v with the vectors v themselves, as (all their first entries, all their second ones)."""
+
+    v: Tensor
+
+    def __init__(self, v: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("v", v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # `unflatten` fails where there are more or fewer channels: a product would repeat values.
+        z = x.movedim(1, -1).unflatten(-1, self.v.shape)
+        z1, z2 = (z * self.v).chunk(2, -1)
+        beyond = 2 * F.relu(z1 + z2)
+        return (z - torch.cat((beyond, beyond), -1) * self.v).movedim(-1, 1)
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        """max(1, 2|v|² − 1) over the pairs."""
+        squares = self.v.detach().double().square().reshape(2, -1).sum(0)
+        return constant * max(1.0, float(2 * squares.max() - 1))

@@ -1,37 +1,23 @@
-"""Blocks that join layers without losing the bound: residual, concatenation, patches, centering, and SLL.
+"""Blocks that join layers without losing the bound: residual, concatenation, patches, padding and centering.
 
-Each `forward` is its equation, with the factor that keeps it 1-Lipschitz in sight. Below them, what it takes to show
-that other layers have no such bound: `stretch` and `most_stretched_pair`.
+Each `forward` is its equation, with the factor that keeps it 1-Lipschitz in sight.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
-from lipguide.layers.sll import GramScale
+from lipguide.layers.arguments import whole
+from lipguide.layers.brick import Brick, Through
 
-__all__ = [
-    "SLL",
-    "BatchCentering",
-    "Concat",
-    "PadChannels",
-    "Patches",
-    "Residual",
-    "SLLLinear",
-    "most_stretched_pair",
-    "stretch",
-]
+__all__ = ["BatchCentering", "Concat", "PadChannels", "Patches", "Residual"]
 
 
-class Residual(nn.Module):
+class Residual(Brick):
     """y = (x + f(x)) / 2, which is 1-Lipschitz if f is; without the half it would be 2-Lipschitz.
 
     The half has a price: where x and f(x) point in unrelated directions, y is shorter by √2. `lip.SLL` is residual
@@ -57,8 +43,23 @@ class Residual(nn.Module):
             )
         return (x + y) / 2
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return (constant + through(self.branch, constant)) / 2
 
-class Concat(nn.Module):
+    def plain(self) -> nn.Module:
+        return _PlainResidual(self.branch)
+
+
+class _PlainResidual(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.branch(x)) / 2
+
+
+class Concat(Brick):
     """y = (f₁(x), …, f_n(x)) / √n, channels side by side: 1-Lipschitz if every f_i is.
 
     Args:
@@ -77,8 +78,15 @@ class Concat(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([branch(x) for branch in self.branches], 1) / math.sqrt(len(self.branches))
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        squares = [through(branch, constant) ** 2 for branch in self.branches]
+        return math.sqrt(sum(squares) / len(squares))
 
-class Patches(nn.Module):
+    def plain(self) -> nn.Module:
+        return self  # its forward can be traced as it stands
+
+
+class Patches(Brick):
     """Cuts a picture into size×size patches, applies one function to all of them, puts the results back in place.
 
     Patches share no pixel, so ‖y − y'‖² is a sum over patches and the whole is exactly as Lipschitz as the function.
@@ -94,10 +102,8 @@ class Patches(nn.Module):
 
     def __init__(self, fn: nn.Module, size: int) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"size is {size}: a patch has one pixel or more an axis")
         self.fn = fn
-        self.size = size
+        self.size = whole("size", size, "a patch has one pixel or more an axis")
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
@@ -121,11 +127,36 @@ class Patches(nn.Module):
         y = y.reshape(batch, rows, columns, *y.shape[1:]).permute(0, 3, 1, 4, 2, 5)
         return y.reshape(batch, y.shape[1], rows * y.shape[3], columns * y.shape[5])
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return through(self.fn, constant)
+
+    def plain(self) -> nn.Module:
+        return _PlainPatches(self.fn, self.size)
+
     def extra_repr(self) -> str:
         return f"size={self.size}"
 
 
-class PadChannels(nn.Module):
+class _PlainPatches(nn.Module):
+    def __init__(self, fn: nn.Module, size: int) -> None:
+        super().__init__()
+        self.fn = fn
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, rows, columns = self.size, x.shape[2] // self.size, x.shape[3] // self.size
+        patches = x.reshape(x.shape[0], x.shape[1], rows, s, columns, s).permute(0, 2, 4, 1, 3, 5)
+        # A vector (M, C) becomes a picture of one pixel; behind a picture the two ones change nothing.
+        y = self.fn(patches.reshape(-1, x.shape[1], s, s))[..., None, None]
+        height, width = y.shape[2], y.shape[3]
+        y = y.reshape(x.shape[0], rows, columns, y.shape[1], height, width).permute(0, 3, 1, 4, 2, 5)
+        return y.reshape(x.shape[0], y.shape[1], rows * height, columns * width)
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return through(self.fn, constant)
+
+
+class PadChannels(Brick):
     """Appends channels of zeros up to a given number: an isometry, for an entry or a widening of a stack of `SLL`.
 
     >>> PadChannels(3)(torch.ones(1, 1))
@@ -134,7 +165,7 @@ class PadChannels(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels = whole("channels", channels, "PadChannels fills up to a number of channels")
 
     def forward(self, x: Tensor) -> Tensor:
         missing = self.channels - x.shape[1]
@@ -145,11 +176,29 @@ class PadChannels(nn.Module):
             )
         return torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), 1)
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+    def plain(self) -> nn.Module:
+        return _PlainPadChannels(self.channels)
+
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
 
 
-class BatchCentering(nn.Module):
+class _PlainPadChannels(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x.movedim(1, -1), (0, self.channels - x.shape[1])).movedim(-1, 1)
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+
+class BatchCentering(Brick):
     """y = x − mean + bias, channel by channel: batch norm without the division, and so without its stretch.
 
     *In eval mode* the mean is a constant, the running one: y is a shift of x, an isometry for each sample. This is the
@@ -175,7 +224,7 @@ class BatchCentering(nn.Module):
 
     def __init__(self, channels: int, momentum: float = 0.1) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels = whole("channels", channels, "BatchCentering has a mean for each channel")
         self.momentum = momentum
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -201,180 +250,27 @@ class BatchCentering(nn.Module):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
         return mean
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+    def plain(self) -> nn.Module:
+        return _PlainBatchCentering(self.bias.detach() - self.running_mean)
+
     def extra_repr(self) -> str:
         return f"channels={self.channels}, momentum={self.momentum}"
 
 
-def _orthogonal_filters(inner: int, channels: int, kernel_size: int) -> Tensor:
-    """Orthonormal rows, each at one tap of its own: an isometry that already looks in all directions."""
-    filters = torch.zeros(inner, channels, kernel_size**2)
-    taps = torch.randperm(inner) % kernel_size**2
-    filters[torch.arange(inner), :, taps] = nn.init.orthogonal_(torch.empty(inner, channels))
-    return filters.unflatten(2, (kernel_size, kernel_size))
+class _PlainBatchCentering(nn.Module):
+    shift: Tensor
 
-
-class SLL(nn.Module):
-    """y = x − 2 W T⁻¹ relu(Wᵀx + b): the SDP-based Lipschitz layer (Araujo et al., 2023) as a convolution.
-
-    Written with V = W T^(-1/2), which `weight` holds transposed: y = x − 2 V relu(Vᵀx + b), ‖V‖ ≤ 1. (A positive T
-    goes through the ReLU; b absorbs a factor.) The Jacobian is I − 2 V D Vᵀ with 0 ⪯ D ⪯ I, a symmetric matrix with
-    eigenvalues in [−1, 1]: the block is residual and 1-Lipschitz without a half. Where V is an isometry the block
-    reflects and keeps the norm of the gradient; so it is at initialisation, with orthonormal filters of one tap each,
-    as long as `inner` ≤ `channels`.
-
-    T is recomputed from the filters at every call (`GramScale`); within `torch.nn.utils.parametrize.cached()` once, and
-    after `torch.nn.utils.parametrize.remove_parametrizations(block, "weight")` never: V is a plain weight then, and
-    training it would lose the bound.
-
-    The channels are kept. A 1-Lipschitz way to change them: `PadChannels` for more of them, `InvertibleDownSampling` to
-    trade pixels for channels, a layer under `lip.orthogonal` or `lip.spectral` for fewer.
-
-    Args:
-        channels: of the input and of the output.
-        inner: the number of filters, columns of W.
-        kernel_size: of the filters, which are square; with circular padding an odd one.
-        padding_mode: "zeros" or "circular"; the size of the picture is kept either way.
-        iterations: of the Gram iteration, 0 for plain row sums. Each one more is tighter and dearer: 64 random 3×3
-            filters over 64 channels reach ‖V‖ = 0.58, 0.73, 0.81, 0.92, 0.96, 0.97 with 0 to 5 of them, 0.36 with the
-            T of the public code.
-
-    >>> block = SLL(8, 8, 3)
-    >>> y = block(torch.randn(2, 8, 5, 7))
-    >>> y.shape, block.weight.shape
-    (torch.Size([2, 8, 5, 7]), torch.Size([8, 8, 3, 3]))
-    """
-
-    def __init__(
-        self, channels: int, inner: int, kernel_size: int = 3, padding_mode: str = "zeros", iterations: int = 3
-    ) -> None:
+    def __init__(self, shift: Tensor) -> None:
         super().__init__()
-        if not isinstance(kernel_size, int) or kernel_size < 1:
-            raise ValueError(f"kernel_size is {kernel_size}: the filters of SLL are square, so give it one number ≥ 1")
-        if padding_mode not in ("zeros", "circular"):
-            raise ValueError(f'padding_mode is {padding_mode!r}: "zeros" and "circular" keep the bound')
-        if padding_mode == "circular" and kernel_size % 2 == 0:
-            raise ValueError(
-                f"kernel_size is {kernel_size}: circular padding has as much on either side, which needs an odd one; "
-                'use padding_mode="zeros" or an odd kernel'
-            )
-        self.channels, self.inner, self.kernel_size = channels, inner, kernel_size
-        self.padding_mode = padding_mode
-        self.weight = nn.Parameter(_orthogonal_filters(inner, channels, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(inner))
-        parametrize.register_parametrization(self, "weight", GramScale(inner, iterations))
+        self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        v, p = self.weight, self.kernel_size // 2
-        if self.padding_mode == "zeros":
-            z = F.relu(F.conv2d(x, v, self.bias, padding=p))
-            return x - F.conv_transpose2d(z, 2 * v, padding=p)
-        z = F.relu(F.conv2d(self._wrap(x), v, self.bias))
-        return x - F.conv2d(self._wrap(z), 2 * v.transpose(0, 1).flip(2, 3))
+        # `unflatten` fails where there are more or fewer channels: adding would repeat values.
+        channels_last = x.movedim(1, -1).unflatten(-1, self.shift.shape)
+        return (channels_last + self.shift).movedim(-1, 1)
 
-    def _wrap(self, x: Tensor) -> Tensor:
-        p = self.kernel_size // 2
-        if min(x.shape[2:]) < p:
-            raise ValueError(
-                f"a picture of {x.shape[2]}×{x.shape[3]} is smaller than the circular padding of {p} that a kernel of "
-                f'size {self.kernel_size} needs: use padding_mode="zeros" or a smaller kernel'
-            )
-        return F.pad(x, (p, p, p, p), mode="circular")
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, inner={self.inner}, kernel_size={self.kernel_size}, {self.padding_mode}"
-
-
-class SLLLinear(nn.Module):
-    """y = x − 2 W T⁻¹ relu(Wᵀx + b): `SLL` for vectors; `weight` holds Vᵀ = T^(-1/2) Wᵀ, and y = x − 2 V relu(Vᵀx + b).
-
-    Args:
-        features: of the input and of the output, the last dimension.
-        inner: the number of filters, columns of W.
-        iterations: of the Gram iteration; 0 is the T of the paper.
-
-    >>> block = SLLLinear(2, 2, iterations=0)
-    >>> block.parametrizations.weight.original.data = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    >>> block(torch.tensor([[1.0, 2.0]])).detach().round(decimals=3)
-    tensor([[-1., -2.]])
-    """
-
-    def __init__(self, features: int, inner: int, iterations: int = 3) -> None:
-        super().__init__()
-        self.features, self.inner = features, inner
-        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(inner, features)))
-        self.bias = nn.Parameter(torch.zeros(inner))
-        parametrize.register_parametrization(self, "weight", GramScale(inner, iterations))
-
-    def forward(self, x: Tensor) -> Tensor:
-        v_t = self.weight
-        return x - F.linear(F.relu(F.linear(x, v_t, self.bias)), 2 * v_t.T)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, inner={self.inner}"
-
-
-class StretchedPair(NamedTuple):
-    """Two inputs and by how much the function pulls them apart."""
-
-    a: Tensor
-    b: Tensor
-    stretch: float
-
-
-def stretch(fn: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
-    """‖f(a) − f(b)‖ / ‖a − b‖: a lower bound of every Lipschitz constant of f.
-
-    Each tensor is one point, batch and all: what batch norm does is visible. Random layers draw the same numbers for
-    both points.
-
-    >>> stretch(lambda x: x + x, torch.zeros(1, 3), torch.ones(1, 3))
-    2.0
-    """
-    distance = torch.linalg.vector_norm((a - b).double())
-    if distance == 0:
-        raise ValueError("the two points are the same: give it two that differ")
-    with torch.no_grad():
-        apart = _same_draws(fn, a).double() - _same_draws(fn, b).double()
-    return float(torch.linalg.vector_norm(apart) / distance)
-
-
-def most_stretched_pair(
-    fn: Callable[[Tensor], Tensor], start: Tensor, distance: float = 0.1, steps: int = 200, seed: int = 0
-) -> StretchedPair:
-    """Searches two points a given distance apart that f pulls apart as far as it can, by gradient ascent on both.
-
-    A stretch above 1 disproves that f is 1-Lipschitz; one below 1 proves nothing. A module is searched as a copy in its
-    present mode, so that a batch norm in training keeps its statistics.
-
-    Args:
-        fn: the function f, or a module.
-        start: the first point a, one tensor, batch and all.
-        distance: ‖a − b‖ in the L2 norm.
-        steps: of Adam, each at a rate of a tenth of `distance`.
-        seed: of the direction in which b lies at first.
-
-    >>> most_stretched_pair(nn.Linear(4, 4), torch.randn(1, 4)).stretch > 0
-    True
-    """
-    fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
-    generator = torch.Generator().manual_seed(seed)
-    a = start.detach().clone().requires_grad_()
-    direction = torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device).requires_grad_()
-    ascent = torch.optim.Adam([a, direction], lr=distance / 10, maximize=True)
-    best = None
-    for _ in range(steps + 1):
-        b = a + distance * direction / torch.linalg.vector_norm(direction)
-        pair = StretchedPair(a.detach().clone(), b.detach().clone(), stretch(fn, a.detach(), b.detach()))
-        best = pair if best is None or pair.stretch > best.stretch else best
-        apart = torch.linalg.vector_norm(_same_draws(fn, a) - _same_draws(fn, b))
-        a.grad, direction.grad = torch.autograd.grad(apart, (a, direction))
-        ascent.step()
-    return best
-
-
-def _same_draws(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    with torch.random.fork_rng(devices=[x.device.index] if x.is_cuda else []):
-        torch.default_generator.manual_seed(0)
-        if x.is_cuda:
-            torch.cuda.default_generators[x.device.index].manual_seed(0)
-        return fn(x)
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipguide.layers.arguments import pair, whole
+from lipguide.layers.brick import Brick, Through
 
 __all__ = [
     "GlobalAvgPool2d",
@@ -53,7 +54,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class _LocalPool2d(nn.Module):
+class _LocalPool2d(Brick):
     def __init__(self, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] | None = None) -> None:
         super().__init__()
         self.kernel_size = pair("kernel_size", kernel_size, WINDOW)
@@ -94,6 +95,33 @@ class ScaledL2NormPool2d(_LocalPool2d):
         mean_square = F.avg_pool2d(_wide(x).square(), self.kernel_size)
         return _root(mean_square * math.prod(self.kernel_size)).to(x.dtype)
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+    def plain(self) -> nn.Module:
+        return _PlainL2NormPool(self.kernel_size)
+
+
+class _PlainL2NormPool(nn.Module):
+    """Over windows, or over the whole picture."""
+
+    def __init__(self, window: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Half precision cannot hold the squares: like the original, sum them in float32 (and doubles as doubles).
+        wide = x.new_zeros(1) + x.new_zeros(1, dtype=torch.float32)
+        if self.window is None:
+            squares = x.to(wide).square().sum((2, 3), keepdim=True)
+        else:
+            squares = F.avg_pool2d(x.to(wide).square(), self.window) * math.prod(self.window)
+        r = SMOOTHING[torch.float32]
+        return (torch.sqrt(squares + r * r) - r).to(x)
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
 
 class ScaledAvgPool2d(_LocalPool2d):
     """y = (window mean) · √(pixels in a window): 1-Lipschitz, and not more only for windows of one value.
@@ -113,8 +141,26 @@ class ScaledAvgPool2d(_LocalPool2d):
         self._check(x)
         return F.avg_pool2d(x, self.kernel_size) * math.sqrt(math.prod(self.kernel_size))
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
 
-class GlobalL2NormPool2d(nn.Module):
+    def plain(self) -> nn.Module:
+        return _PlainScaledAvgPool2d(self.kernel_size)
+
+
+class _PlainScaledAvgPool2d(nn.Module):
+    def __init__(self, window: tuple[int, int]) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.window) * math.sqrt(math.prod(self.window))
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+
+class GlobalL2NormPool2d(Brick):
     """y = ‖channel‖₂, shape (N, C, 1, 1): keeps the norm of the gradient.
 
     >>> GlobalL2NormPool2d()(torch.ones(1, 1, 3, 3))
@@ -125,8 +171,14 @@ class GlobalL2NormPool2d(nn.Module):
         _check_picture(self, x)
         return _root(_wide(x).square().sum((2, 3), keepdim=True)).to(x.dtype)
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
 
-class GlobalAvgPool2d(nn.Module):
+    def plain(self) -> nn.Module:
+        return _PlainL2NormPool(None)
+
+
+class GlobalAvgPool2d(Brick):
     """y = (channel mean) · √(H W), shape (N, C, 1, 1): 1-Lipschitz, and the signal loses its norm.
 
     >>> GlobalAvgPool2d()(torch.ones(1, 1, 3, 3))
@@ -137,8 +189,22 @@ class GlobalAvgPool2d(nn.Module):
         _check_picture(self, x)
         return x.mean((2, 3), keepdim=True) * math.sqrt(x.shape[2] * x.shape[3])
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
 
-class InvertibleDownSampling(nn.Module):
+    def plain(self) -> nn.Module:
+        return _PlainGlobalAvgPool2d()
+
+
+class _PlainGlobalAvgPool2d(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True) * (x.shape[2] * x.shape[3]) ** 0.5
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+
+class InvertibleDownSampling(Brick):
     """(C, H, W) becomes (C k², H/k, W/k): each k×k window is laid out as k² channels, nothing is lost.
 
     A permutation of the values, hence norm preserving both ways. It does not reduce the number of neurons; a layer
@@ -166,11 +232,17 @@ class InvertibleDownSampling(nn.Module):
             )
         return F.pixel_unshuffle(x, k)
 
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+    def plain(self) -> nn.Module:
+        return nn.PixelUnshuffle(self.kernel_size)
+
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"
 
 
-class InvertibleUpSampling(nn.Module):
+class InvertibleUpSampling(Brick):
     """(C k², H, W) becomes (C, H k, W k): the inverse of `InvertibleDownSampling(k)`.
 
     Args:
@@ -194,6 +266,12 @@ class InvertibleUpSampling(nn.Module):
                 f"{k**2 * math.ceil(channels / k**2)} would do"
             )
         return F.pixel_shuffle(x, k)
+
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+    def plain(self) -> nn.Module:
+        return nn.PixelShuffle(self.kernel_size)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"

@@ -12,19 +12,11 @@ from orthogonium.layers.conv.SLL.sll_layer import SDPBasedLipschitzDense
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lipguide.bounds.below import most_stretched_pair, stretch
 from lipguide.layers.activations import Householder
-from lipguide.layers.blocks import (
-    SLL,
-    BatchCentering,
-    Concat,
-    PadChannels,
-    Patches,
-    Residual,
-    SLLLinear,
-    most_stretched_pair,
-    stretch,
-)
+from lipguide.layers.blocks import BatchCentering, Concat, PadChannels, Patches, Residual
 from lipguide.layers.pooling import InvertibleDownSampling
+from lipguide.layers.sll import SLL, SLLLinear
 
 few = settings(deadline=None, max_examples=20, derandomize=True)
 seeds = st.integers(0, 10**6)
@@ -432,7 +424,7 @@ def test_sll_says_what_does_not_fit():
     with pytest.raises(ValueError, match="needs an odd one"):
         SLL(3, 3, 2, "circular")
     for size in (0, (3, 5)):
-        with pytest.raises(ValueError, match="give it one number"):
+        with pytest.raises(ValueError, match="are square, so give it a whole number"):
             SLL(3, 3, size)
     with pytest.raises(ValueError, match="keep the bound"):
         SLL(3, 3, 3, "reflect")

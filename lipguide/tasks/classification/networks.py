@@ -19,8 +19,9 @@ from torch import nn
 
 from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import orthogonal, unit_rows
-from lipguide.layers.blocks import SLL, Residual, SLLLinear
+from lipguide.layers.blocks import Residual
 from lipguide.layers.pooling import ScaledL2NormPool2d
+from lipguide.layers.sll import SLL, SLLLinear
 
 __all__ = [
     "NETWORKS",

@@ -21,7 +21,7 @@ from torch import nn
 
 from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import spectral, unit_rows
-from lipguide.layers.blocks import SLL
+from lipguide.layers.sll import SLL
 from lipguide.tasks.detection.tinier_ssd import STAGES, Parts, TinierSSD
 
 __all__ = ["l2_normalised", "naive", "spectral_norm", "standard_conv"]

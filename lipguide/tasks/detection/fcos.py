@@ -17,7 +17,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from lipguide.distributed import mean_over_ranks
 from lipguide.layers.affine import orthogonal, unit_rows
-from lipguide.layers.blocks import SLL
+from lipguide.layers.sll import SLL
 from lipguide.losses.base import check_range
 from lipguide.tasks.detection.boxes import NOTHING, Targets, check_targets
 

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.export import without_parametrizations
-from lipguide.layers.blocks import SLL
+from lipguide.layers.sll import SLL
 from lipguide.tasks import weights as pretrained
 from lipguide.tasks.detection.boxes import unit_range
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
