@@ -55,7 +55,7 @@ class Weighted(Brick):
         return self.weight * y
 
     def lipschitz(self, constant, through):
-        return abs(float(self.weight)) * through(self.part, constant)
+        return self.weight.abs().item() * through(self.part, constant)
 
     def plain(self):
         return PlainWeighted(self.part, self.weight)
@@ -70,7 +70,7 @@ class PlainWeighted(Weighted):
         return self.weight * self.part(x)
 
     def lipschitz(self, constant, through):
-        return abs(float(self.weight)) * through(self.part, constant)
+        return self.weight.abs().item() * through(self.part, constant)
 
 
 def network() -> nn.Sequential:
