@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import NoReturn
 
 from lipguide.data.cli import add_commands
 from lipguide.tasks.detection.cli import add_arguments as _add_study
-from lipguide.tasks.task import add_arguments
 
 __all__ = ["main"]
 
@@ -44,7 +44,13 @@ def _parser() -> Parser:
     build.set_defaults(run=_build)
     data = commands.add_parser("data", help="download SVHN, write the synthetic twin, compare the two")
     add_commands(data.add_subparsers(required=True, metavar="SET", parser_class=Parser))
-    add_arguments(commands.add_parser("train", help="make the weights that ship with the package"))
+    train = commands.add_parser("train", help="make the weights that ship with the package")
+    train.add_argument("names", nargs="+", metavar="NAME", help="the weights to make, such as classification-vgg")
+    train.add_argument("--steps", type=int, help="updates (default: as many as the recipe asks)")
+    train.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--folder", help="where the file goes (default: into the package, or study/full for NAME-full)")
+    train.set_defaults(run=_train)
     _add_study(commands.add_parser("study", help="the whole case study: train and attack four detectors"))
     return parser
 
@@ -58,6 +64,28 @@ def _build(options: argparse.Namespace) -> int:
     except BuildError as error:
         print(f"python -m lipguide build: {error}", file=sys.stderr)
         return 2
+
+
+def _train(options: argparse.Namespace) -> int:
+    from lipguide import distributed, tasks
+
+    logger, progress = logging.getLogger("lipguide"), logging.StreamHandler(sys.stdout)
+    level = logger.level
+    logger.addHandler(progress)
+    logger.setLevel(logging.INFO)
+    try:
+        for name in options.names:
+            path = tasks.train(name, options.steps, options.device, options.seed, options.folder)
+            if distributed.rank_and_ranks()[0] == 0:
+                print(path)
+    except (FloatingPointError, RuntimeError, ValueError, OSError) as error:
+        print(f"python -m lipguide train: {error}", file=sys.stderr)
+        return 1
+    finally:
+        logger.removeHandler(progress)
+        logger.setLevel(level)
+    distributed.finish()
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ Ranks talk about a batch only where a gradient will flow, so that one rank may e
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import distributed as dist
 
 __all__ = [
     "finish",
+    "first_rank_first",
     "gathered",
     "mean_over_ranks",
     "number_of_ranks",
@@ -81,6 +84,22 @@ def gathered(own: Any) -> list[Any]:
     if ranks > 1:
         dist.all_gather_object(shares, own)
     return shares
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The first process runs the block alone, then all others: they find what it has put into a cache.
+
+    >>> with first_rank_first():
+    ...     print("loading")
+    loading
+    """
+    rank, ranks = rank_and_ranks()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and ranks > 1:
+        dist.barrier()
 
 
 def number_of_ranks(logits: Tensor) -> int:

@@ -44,21 +44,49 @@ class Supervised(nn.Module):
         return self.loss(model(images), labels)
 
 
-def shifted(images: Tensor, *masks: Tensor, outside: int = -100) -> tuple[Tensor, ...]:
-    """Pictures (N, C, H, W), and masks (N, H, W) with them, moved by up to two pixels each way, all alike.
+class Shifted(nn.Module):
+    """A training step on pictures moved by up to two pixels each way, all of a batch alike, and masks with them.
 
-    What comes in at the edges repeats the last row or column of the pictures; in the masks it is ``outside``.
+    What comes in at the edges repeats the last row or column of the picture; in a mask it is `outside`.
 
-    >>> images, masks = shifted(torch.rand(2, 3, 6, 8), torch.ones(2, 6, 8, dtype=torch.long))
-    >>> images.shape, masks.shape
-    (torch.Size([2, 3, 6, 8]), torch.Size([2, 6, 8]))
+    Args:
+        step: the training step behind it, such as `Supervised`.
+        mirror: half of the pictures at random, for objects, which may be mirrored, but not for digits.
+        noise: standard deviation of Gaussian noise on each pixel.
+        outside: the label of pixels that are not counted.
+
+    The first column holds the pictures, (N, C, H, W). Every other one of shape (N, H, W) is a mask.
+
+    >>> step = Shifted(Supervised(nn.CrossEntropyLoss()))
+    >>> step(nn.Flatten(), (torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))).shape
+    torch.Size([])
+    >>> step(nn.Identity(), (torch.rand(2, 3, 4, 4), torch.ones(2, 4, 4, dtype=torch.long))).shape
+    torch.Size([])
     """
-    height, width = images.shape[2:]
-    down, right = torch.randint(5, (2,)).tolist()
-    rows, columns = slice(down, down + height), slice(right, right + width)
-    padded = nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
-    wider = [nn.functional.pad(mask, (2, 2, 2, 2), value=outside) for mask in masks]
-    return padded[..., rows, columns], *(mask[..., rows, columns] for mask in wider)
+
+    def __init__(self, step: nn.Module, mirror: bool = False, noise: float = 0.0, outside: int = -100) -> None:
+        super().__init__()
+        self.step, self.mirror, self.noise, self.outside = step, mirror, noise, outside
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        images, *others = batch
+        height, width = images.shape[2:]
+        down, right = torch.randint(5, (2,)).tolist()
+        half = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5 if self.mirror else None
+
+        def moved(pictures: Tensor, **padding: Any) -> Tensor:
+            """(N, C, H, W) to the same shape."""
+            wider = nn.functional.pad(pictures, (2, 2, 2, 2), **padding)
+            window = wider[..., down : down + height, right : right + width]
+            return window if half is None else torch.where(half, window.flip(3), window)
+
+        images = moved(images, mode="replicate")
+        for place, part in enumerate(others):
+            if isinstance(part, Tensor) and part.shape[1:] == (height, width):
+                others[place] = moved(part[:, None], value=self.outside)[:, 0]
+        if self.noise:
+            images = images + self.noise * torch.randn_like(images)
+        return self.step(model, (images, *others))
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int) -> float:

@@ -1,131 +1,110 @@
-"""`python -m lipguide train NAME …`: makes the weights that ship with the package, each by one command.
+"""What a task is to the harness that trains it: recipes, and four functions.
 
-Every task has a dictionary `TRAININGS`: the name of a file of weights, and the function that trains them,
-
-    train(steps: int | None, device: torch.device, seed: int) -> (model, run)
-
-with `steps=None` for as many as the recipe asks. `run` says what was trained on what ("steps", "data", accuracies); the
-commit, the device, the seed and the seconds are added here. Progress goes to the logger "lipguide".
+A recipe says which network is trained, how long and on what. Its fields go into the file of weights, by their names, so
+that a file can be held against the recipe that made it. A task makes of a recipe the network, the data, the training
+step and the scores; `lipguide.tasks.train` does the rest, alike for all tasks.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lipguide import distributed
-from lipguide.data.svhn.download import DownloadError
-from lipguide.provenance import provenance
-from lipguide.tasks.weights import WEIGHTS, run_of, save
+from lipguide.tasks.weights import fingerprint
+from lipguide.training import StepLoss
 
-__all__ = ["FULL", "TASKS", "Training", "add_arguments", "ensure", "train", "trainings"]
-
-Training = Callable[[int | None, torch.device, int], tuple[nn.Module, dict[str, Any]]]
-FULL = Path("study", "full")  # where networks in the size for a GPU go, seen from the checkout
-# The module that holds each task's dictionary.
-TASKS = {
-    "classification": "lipguide.tasks.classification.recipes",
-    "segmentation": "lipguide.tasks.segmentation.recipes",
-    "detection": "lipguide.tasks.detection.recipes",
-}
+__all__ = ["Data", "Recipe", "Task"]
 
 
-def trainings(task: str) -> Mapping[str, Training]:
-    """The recipes of a task, by the name of the weights that they make.
+@dataclass(frozen=True)
+class Recipe:
+    """Which network is trained, and how long; the recipes of the tasks add to it what else they need.
 
-    >>> "classification-vgg" in trainings("classification")
-    True
+    >>> Recipe("ordinary-vgg", steps=100, batch_size=32, rate=1e-3).lipschitz
+    False
     """
-    return import_module(TASKS[task]).TRAININGS
+
+    network: str
+    steps: int
+    batch_size: int
+    rate: float  # the largest of one cycle
+
+    @property
+    def lipschitz(self) -> bool:
+        """Whether the network has a bound by construction."""
+        return not self.network.startswith("ordinary")
 
 
-def train(name: str, steps: int | None, device: str, seed: int, folder: str | Path | None = None) -> Path:
-    """Train `name` by its recipe, write its weights with the run that made them, and return the file's path.
+@dataclass(frozen=True)
+class Data:
+    """What a network learns from or is judged on, with the name and the hash that the run keeps of it.
 
     Args:
-        name: such as "classification-vgg"; what stands before the hyphen is the task.
-        steps: updates, or None for as many as the recipe asks.
-        device: "auto", "cpu" or "cuda".
-        seed: of the weights at first and of the batches.
-        folder: that the file goes into; None for that of the weights that ship, or `FULL` for those that do not.
+        columns: of equal length, as `lipguide.training.fit` takes them; the first one holds the pictures.
+        hash: of the content; see `Data.named`.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps is {steps}: training takes one step or more")
-    task = name.split("-")[0]
-    recipes = trainings(task) if task in TASKS else {}
-    if name not in recipes:
-        known = recipes or {recipe for other in TASKS for recipe in trainings(other)}
-        raise ValueError(f"no training {name!r}; there are: {', '.join(sorted(known))}")
-    if folder is None:
-        folder = FULL if name.endswith("-full") else WEIGHTS
-    where = distributed.start(device)
-    made_by = provenance(where.type, seed, ignoring=["book/results", "lipguide/weights"])
-    began = time.perf_counter()
-    model, run = recipes[name](steps, where, seed)
-    return save(name, model, run | made_by | {"seconds": round(time.perf_counter() - began, 1)}, folder)
+
+    name: str
+    columns: Sequence[Any]
+    hash: str
+
+    @classmethod
+    def named(cls, name: str, *columns: Tensor) -> Data:
+        """Columns that are tensors, with the hash of them all.
+
+        >>> Data.named("two points", torch.zeros(2, 3), torch.tensor([0, 1])).facts["pictures"]
+        2
+        """
+        return cls(name, columns, fingerprint(*columns))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the run says about the data."""
+        return {"name": self.name, "pictures": len(self.columns[0]), "hash": self.hash}
 
 
-def ensure(name: str, device: str, seed: int, folder: str | Path) -> Path:
-    """The file of weights `name` in a folder: what an earlier run of this recipe left there, or else trained now.
+R = TypeVar("R", bound=Recipe)
 
-    This is how the profile "full" trains: interrupted, it goes on with the first network that is missing.
+
+@dataclass(frozen=True)
+class Task(Generic[R]):
+    """Recipes, and what they mean.
 
     Args:
-        name, device, seed, folder: as `train` takes them.
+        recipes: by the names of the files of weights, those that ship with the package.
+        more: recipes whose weights do not ship, such as those for a GPU.
+        network: the untrained network of a recipe, on the CPU.
+        data: `data(recipe, split, seed)`, the split "train" or "test"; the seed is that of data made on the spot.
+        step: `step(model, recipe, data)`, the training step that `lipguide.training.fit` takes; an error here if the
+            data do not suit the network.
+        measure: `measure(model, recipe, data)`, scores of the trained network on the test data, as JSON has them. The
+            network is in eval mode, on its device, and has plain weights.
+        begin: `begin(model, recipe)`, gives a network the weights that it starts from, if not random ones.
+        precision: that the networks are trained in.
     """
-    path = Path(folder) / f"{name}.safetensors"
-    if not path.exists():
-        return train(name, None, device, seed, folder)
-    recipe = import_module(TASKS[name.split("-")[0]]).RECIPES[name]
-    if (made := run_of(path)["recipe"]) != json.loads(json.dumps(asdict(recipe))):
-        raise ValueError(f"{path} was made by another recipe, {made}: move it away to train by this one, {recipe}")
-    return path
+
+    recipes: Mapping[str, R]
+    network: Callable[[R], nn.Module]
+    data: Callable[[R, str, int], Data]
+    step: Callable[[nn.Module, R, Data], StepLoss]
+    measure: Callable[[nn.Module, R, Data], dict[str, Any]]
+    more: Mapping[str, R] = field(default_factory=dict)
+    begin: Callable[[nn.Module, R], None] | None = None
+    precision: torch.dtype = torch.float32
+
+    def recipe(self, name: str) -> R | None:
+        """The recipe that makes the weights `name`, or None."""
+        return self.recipes.get(name, self.more.get(name))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Register what `python -m lipguide train` takes; sets `run`, a function that returns the exit status.
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as a file of weights holds it: lists for tuples.
 
-    >>> parser = argparse.ArgumentParser()
-    >>> add_arguments(parser)
-    >>> parser.parse_args(["classification-vgg", "classification-sll", "--steps", "3"]).names
-    ['classification-vgg', 'classification-sll']
+    >>> as_json(Recipe("vgg", 2, 3, 0.5))
+    {'network': 'vgg', 'steps': 2, 'batch_size': 3, 'rate': 0.5}
     """
-    parser.add_argument("names", nargs="+", metavar="NAME", help="the weights to make, such as classification-vgg")
-    parser.add_argument("--steps", type=int, help="updates (default: as many as the recipe asks)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", help=f"where the file goes (default: into the package, or {FULL} for NAME-full)")
-    parser.set_defaults(run=_run)
-
-
-def _run(options: argparse.Namespace) -> int:
-    progress = logging.StreamHandler(sys.stdout)
-    logger = logging.getLogger("lipguide")
-    logger.addHandler(progress)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    try:
-        for name in options.names:
-            path = train(name, options.steps, options.device, options.seed, options.folder)
-            sys.stdout.write(f"{path}\n")
-    except KeyboardInterrupt:
-        sys.stderr.write("python -m lipguide train: interrupted; unfinished weights were not written\n")
-        return 130
-    except (DownloadError, FloatingPointError, RuntimeError, ValueError, OSError) as error:
-        sys.stderr.write(f"python -m lipguide train: {error}\n")
-        return 1
-    finally:
-        logger.removeHandler(progress)
-        logger.setLevel(level)
-    return 0
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}

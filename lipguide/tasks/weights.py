@@ -8,85 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lipguide.export import without_parametrizations
 from lipguide.files import replacing
-from lipguide.training import StepLoss, fit
 
-__all__ = ["TEST_SEED", "WEIGHTS", "Schedule", "fingerprint", "load", "run_of", "save", "train", "trained"]
+__all__ = ["TEST_SEED", "TRAIN_SEED", "WEIGHTS", "fingerprint", "load", "run_of", "save"]
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
-TEST_SEED = 1  # of the synthetic pictures that judge the weights; layers, losses and rates were chosen on seed 0
-Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which network is trained, and how long; the recipes of the tasks add to it what else they need."""
-
-    network: str
-    steps: int
-    batch_size: int
-    rate: float
-
-    @property
-    def lipschitz(self) -> bool:
-        return not self.network.startswith("ordinary")
-
-
-def train(
-    recipe: Schedule,
-    model: nn.Module,
-    data: Sequence[Tensor],
-    step: StepLoss,
-    steps: int | None,
-    seed: int,
-    precision: torch.dtype = torch.float32,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Train by a recipe, with Adam and one cycle of the rate; return a plain copy in eval mode and the run so far.
-
-    Every constrained weight of the copy is replaced by its value: what is certified is the very tensor that runs.
-
-    Args:
-        data, step, precision: the columns of the data, the training step and its precision, as `lipguide.training.fit`
-            takes them.
-        steps: updates, or None for as many as the recipe asks.
-
-    >>> from lipguide.training import Supervised
-    >>> data = torch.rand(8, 2), torch.randint(3, (8,))
-    >>> recipe, step = Schedule("one layer", steps=5, batch_size=4, rate=1e-3), Supervised(nn.CrossEntropyLoss())
-    >>> _, run = train(recipe, nn.Linear(2, 3), data, step, None, seed=0)
-    >>> run["steps"], run["recipe"]["rate"], run["loss"][0][0]
-    (5, 0.001, 5)
-    """
-    steps = steps or recipe.steps
-    adam = torch.optim.Adam(model.parameters(), recipe.rate)
-    history = fit(model, data, step, adam, steps, recipe.batch_size, "one-cycle", precision, seed=seed)
-    loss = [[record["step"], round(record["loss"], 5)] for record in history]
-    return without_parametrizations(model), {"steps": steps, "recipe": asdict(recipe), "loss": loss}
-
-
-def trained(
-    name: str, model: Model, device: str | torch.device = "cpu", folder: str | Path = WEIGHTS
-) -> tuple[Model, dict[str, Any]]:
-    """``model`` with the weights ``name``, fixed and on a device, and the run that made them; see ``load``."""
-    run = load(name, model, folder)
-    return model.requires_grad_(False).to(device), run
+TRAIN_SEED = 0  # of the synthetic pictures that networks learn from; on it layers, losses and rates were chosen
+TEST_SEED = 1  # of those that judge the weights
 
 
 def fingerprint(*tensors: Tensor) -> str:
     """Twelve digits that tell data apart: of the SHA-256 over the bytes of the tensors, one after the other.
 
+    >>> import torch
     >>> fingerprint(torch.tensor([1, 2]), torch.tensor([3])) == fingerprint(torch.tensor([1, 2, 3]))
     True
     """
@@ -119,9 +62,9 @@ def save(name: str, model: nn.Module, run: dict[str, Any], folder: str | Path = 
 
 
 def load(name: str, model: nn.Module, folder: str | Path = WEIGHTS) -> dict[str, Any]:
-    """Load the weights ``name`` into ``model``, which must have the same layers, and return the run that made them.
+    """Load the weights `name` into `model`, which must have the same layers, and return the run that made them.
 
-    The model keeps its device and its training mode. See ``save`` for an example.
+    The model keeps its device and its training mode. See `save` for an example.
     """
     path = Path(folder) / f"{name}.safetensors"
     if not path.exists():
@@ -137,7 +80,7 @@ def load(name: str, model: nn.Module, folder: str | Path = WEIGHTS) -> dict[str,
 
 
 def run_of(path: str | Path) -> dict[str, Any]:
-    """The run that made a file of weights. See ``save`` for an example.
+    """The run that made a file of weights. See `save` for an example.
 
     >>> run_of(WEIGHTS / "segmentation-unet.safetensors")["recipe"]["network"]
     'unet'

@@ -10,8 +10,6 @@ network learns from scratch, so those at other temperatures do not depend on the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,21 +17,21 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lipguide.bounds.network import lipschitz_bound
-from lipguide.export import without_parametrizations
 from lipguide.layers.sll import SLL
-from lipguide.tasks import weights as pretrained
-from lipguide.tasks.detection.boxes import unit_range
+from lipguide.tasks import task
+from lipguide.tasks.detection.boxes import Targets, unit_range
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.study import load_split
 from lipguide.tasks.detection.tinier_ssd import PICTURE
+from lipguide.tasks.harness import trained
 
-__all__ = ["RECIPES", "TRAININGS", "Recipe", "build", "measured", "network_of", "train", "trained"]
+__all__ = ["LARGE", "RECIPES", "TASK", "Recipe", "build", "load", "measure"]
 
 
 @dataclass(frozen=True)
-class Recipe(pretrained.Schedule):
+class Recipe(task.Recipe):
     """What is trained on what, and for how long."""
 
     batch_size: int = 32
@@ -58,23 +56,23 @@ def build(recipe: Recipe) -> FCOS:
     raise ValueError(f"no network {recipe.network!r}; there are fcos and ordinary-fcos")
 
 
-def train(recipe: Recipe, steps: int | None, device: torch.device, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Train by a recipe and return the network, in eval mode with plain weights, and the facts of the run.
+def load(recipe: Recipe, split: str, seed: int) -> task.Data:
+    """The scenes that a recipe trains or tests on."""
+    items = recipe.items if split == "train" else recipe.test_items
+    scenes = load_split(split, items, seed, torch.device("cpu"))
+    return task.Data(scenes.name, (scenes.images, *scenes.targets), scenes.hash)
 
-    >>> short = Recipe("fcos", steps=2, batch_size=4, width=4, items=12, test_items=4)
-    >>> model, run = train(short, None, torch.device("cpu"), seed=0)
-    >>> run["steps"], run["recipe"]["network"]
-    (2, 'fcos')
-    """
-    split = load_split("train", recipe.items, 0, device)
-    torch.manual_seed(seed)
-    model = build(recipe).to(device, memory_format=torch.channels_last)
+
+def step(model: FCOS, recipe: Recipe, data: task.Data) -> DetectionStep:
+    """The training step of a recipe."""
+    return DetectionStep(model.training_loss())
+
+
+def begin(model: FCOS, recipe: Recipe) -> None:
+    """Give a network the weights that its recipe goes on from, and the memory format that trains fastest."""
+    model.to(memory_format=torch.channels_last)
     if recipe.start is not None:
-        _take_over(model, trained(recipe.start, device)[0])
-    step, columns = DetectionStep(model.training_loss()), (split.images, *split.targets)
-    model, run = pretrained.train(recipe, model, columns, step, steps, seed, torch.bfloat16)
-    run["data"] = {"name": split.name, "hash": split.hash}
-    return model, run | measured(model, recipe)
+        _take_over(model, trained(recipe.start, next(model.parameters()).device)[0])
 
 
 @torch.no_grad()
@@ -92,33 +90,16 @@ def _take_over(model: nn.Module, plain: nn.Module) -> None:
 
 
 @torch.no_grad()
-def measured(model: FCOS, recipe: Recipe) -> dict[str, Any]:
-    """The score on the test scenes and, for a 1-Lipschitz network, the bound of its trunk."""
-    split = load_split("test", recipe.test_items, 0, next(model.parameters()).device)
-    facts: dict[str, Any] = {"test": {"name": split.name, "hash": split.hash}}
-    found = detections(model, unit_range(split.images))
-    facts["score"] = {name: round(value, 3) for name, value in score(found, split.targets)._asdict().items()}
+def measure(model: FCOS, recipe: Recipe, data: task.Data) -> dict[str, Any]:
+    """The score on scenes and, for a 1-Lipschitz network, the bound of its trunk."""
+    device = next(model.parameters()).device
+    images, boxes, labels = (column.to(device) for column in data.columns)
+    found = detections(model, unit_range(images))
+    scores = score(found, Targets(boxes, labels))
+    facts: dict[str, Any] = {"score": {name: round(value, 3) for name, value in scores._asdict().items()}}
     if recipe.lipschitz:
-        facts["trunk"] = lipschitz_bound(model.trunk.eval(), (3, PICTURE, PICTURE)).value
+        facts["trunk"] = lipschitz_bound(model.trunk, (3, PICTURE, PICTURE)).value
     return facts
-
-
-def network_of(name: str) -> FCOS:
-    """The untrained network, with plain weights, that the weights `name` belong to.
-
-    >>> network_of("detection-fcos").tau
-    20.0
-    """
-    if name not in RECIPES:
-        raise ValueError(f"no weights {name!r}; there are: {', '.join(RECIPES)}")
-    return without_parametrizations(build(RECIPES[name]))
-
-
-def trained(
-    name: str, device: str | torch.device = "cpu", folder: str | Path = pretrained.WEIGHTS
-) -> tuple[FCOS, dict[str, Any]]:
-    """A network with the weights that ship, in eval mode, and the run that made them; see `lipguide.tasks.weights`."""
-    return pretrained.trained(name, network_of(name), device, folder)
 
 
 RECIPES = {
@@ -130,10 +111,10 @@ RECIPES = {
     "detection-ordinary-fcos": Recipe("ordinary-fcos", steps=800, rate=1e-2),
 }
 # About 50 epochs. Not run for this book, for want of a GPU: the rates are those of the runs above, nothing is tuned.
-FULL = Recipe("fcos", steps=12_000, batch_size=128, width=96, items=None, test_items=None)
-RECIPES |= {
-    "detection-fcos-full": FULL,
-    **{f"detection-fcos-tau-{tau}-full": replace(FULL, tau=float(tau)) for tau in (5, 80)},  # the first one has 20
-    "detection-ordinary-fcos-full": replace(FULL, network="ordinary-fcos", steps=6000, rate=1e-2),
+_FULL = Recipe("fcos", steps=12_000, batch_size=128, width=96, items=None, test_items=None)
+LARGE = {
+    "detection-fcos-full": _FULL,
+    **{f"detection-fcos-tau-{tau}-full": replace(_FULL, tau=float(tau)) for tau in (5, 80)},  # the first one has 20
+    "detection-ordinary-fcos-full": replace(_FULL, network="ordinary-fcos", steps=6000, rate=1e-2),
 }
-TRAININGS = {name: partial(train, recipe) for name, recipe in RECIPES.items()}
+TASK = task.Task(RECIPES, build, load, step, measure, LARGE, begin, torch.bfloat16)
