@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lipguide.export import without_parametrizations
+from lipguide.layers.export import without_parametrizations
 
 __all__ = ["StretchedPair", "lipschitz_lower_bound", "most_stretched_pair", "stretch"]
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lipguide.bounds.below import lipschitz_lower_bound
 from lipguide.bounds.forwards import only_shrinks, travel, versions
 from lipguide.bounds.torch_layers import LAYERS, Call, NoBound
-from lipguide.export import equation_of
+from lipguide.layers.export import equation_of
 from lipguide.layers.brick import own_rule, voucher
 
 __all__ = ["Bound", "LayerBound", "Unbounded", "lipschitz_bound", "lipschitz_lower_bound"]

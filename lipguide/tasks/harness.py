@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lipguide import distributed
-from lipguide.export import without_parametrizations
+from lipguide.layers.export import without_parametrizations
 from lipguide.files import write_json
 from lipguide.provenance import provenance
 from lipguide.tasks.task import Recipe, Task, as_json

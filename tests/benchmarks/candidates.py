@@ -8,9 +8,9 @@ from deel.torchlip import SpectralConv2d
 from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
 from torch import nn
 
-from lipguide.export import export, without_parametrizations
 from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import aol, clip, frobenius, l2_normalized, orthogonal, spectral, unit_rows
+from lipguide.layers.export import export, without_parametrizations
 from lipguide.layers.pooling import ScaledL2NormPool2d
 
 OURS = {

@@ -14,8 +14,8 @@ from torch import nn
 
 from lipguide.book.cost import compare
 from lipguide.bounds.network import lipschitz_bound, lipschitz_lower_bound
-from lipguide.export import export
 from lipguide.layers.affine import orthogonal, spectral
+from lipguide.layers.export import export
 from tests.benchmarks.candidates import inference_step, vgg
 from tests.benchmarks.test_bench_layers import rows
 

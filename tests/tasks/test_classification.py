@@ -13,7 +13,7 @@ from torch import nn
 from lipguide import lipschitz_bound
 from lipguide.__main__ import main
 from lipguide.data import Digits, SyntheticHouseNumbers
-from lipguide.export import without_parametrizations
+from lipguide.layers.export import without_parametrizations
 from lipguide.losses import OffsetCrossEntropy
 from lipguide.robustness import attacks, certificates
 from lipguide.tasks import TEST_SEED, WEIGHTS, ensure, network_of, train, train_by, trained, weights

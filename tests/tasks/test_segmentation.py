@@ -12,7 +12,7 @@ from torch import nn
 from lipguide import lipschitz_bound, losses
 from lipguide.__main__ import main
 from lipguide.checks import IGNORE
-from lipguide.export import without_parametrizations
+from lipguide.layers.export import without_parametrizations
 from lipguide.robustness.attacks import pgd_l2
 from lipguide.robustness.certificates import certified_miou, certified_pixel_accuracy, checked_logits, radius
 from lipguide.robustness.scores import miou, pixel_accuracy, pooled_miou

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lipguide import lipschitz_bound
-from lipguide.export import without_parametrizations
+from lipguide.layers.export import without_parametrizations
 from lipguide.tasks import TASKS, WEIGHTS, ensure, network_of, train_by, trained
 from lipguide.tasks.detection import recipes as training
 from lipguide.tasks.detection.attacks import attack_l2
