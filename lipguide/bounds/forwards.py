@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from lipguide.bounds.torch_layers import LAYERS, NoBound
-from lipguide.layers.export import EveryPartALeaf
 from lipguide.layers.brick import voucher
+from lipguide.layers.export import EveryPartALeaf
 
 __all__ = ["only_shrinks", "travel", "versions"]
 

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from lipguide.bounds.below import lipschitz_lower_bound
 from lipguide.bounds.forwards import only_shrinks, travel, versions
 from lipguide.bounds.torch_layers import LAYERS, Call, NoBound
-from lipguide.layers.export import equation_of
 from lipguide.layers.brick import own_rule, voucher
+from lipguide.layers.export import equation_of
 
 __all__ = ["Bound", "LayerBound", "Unbounded", "lipschitz_bound", "lipschitz_lower_bound"]
 

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from lipguide import distributed
-from lipguide.layers.export import without_parametrizations
 from lipguide.files import write_json
+from lipguide.layers.export import without_parametrizations
 from lipguide.provenance import provenance
 from lipguide.tasks.task import Recipe, Task, as_json
 from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, load, run_of, save

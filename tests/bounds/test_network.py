@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from torch import nn
 
 from lipguide.bounds.network import Bound, Unbounded, lipschitz_bound, lipschitz_lower_bound
-from lipguide.layers.export import export, without_parametrizations
 from lipguide.layers.activations import GroupSort2, MaxMin
 from lipguide.layers.affine import orthogonal, spectral
 from lipguide.layers.blocks import Concat, Patches, Residual
+from lipguide.layers.export import export, without_parametrizations
 from lipguide.layers.pooling import ScaledL2NormPool2d
 from lipguide.layers.sll import SLL
 from tests.networks import networks

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lipguide.bounds.network import lipschitz_bound
-from lipguide.layers.export import equation_of, export, without_parametrizations
 from lipguide.layers.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
 from lipguide.layers.affine import orthogonal, spectral
 from lipguide.layers.blocks import BatchCentering, Concat, PadChannels, Patches, Residual
+from lipguide.layers.export import equation_of, export, without_parametrizations
 from lipguide.layers.pooling import (
     GlobalAvgPool2d,
     GlobalL2NormPool2d,
