@@ -7,16 +7,20 @@ that matching and suppression run over the whole batch at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert, box_iou
 
+from lipguide.layers.arguments import whole
+
 __all__ = [
     "Matches",
     "Targets",
+    "check_finite",
+    "check_number",
     "check_targets",
     "decode",
     "detect",
@@ -30,7 +34,9 @@ __all__ = [
 CENTRE, SIZE = 10.0, 5.0  # how finely offsets of centres and of logarithms of sizes are told apart
 NOTHING = -1  # the label of padding
 MIN_SCORE = 0.2  # above which a box counts as a detection
-AT_ONCE = (32, 512)  # scenes, CPU and GPU, that one suppression takes: of many boxes torchvision loops over the classes
+# Boxes that one suppression takes, on a CPU and elsewhere: of more, torchvision loops over the classes, and takes four
+# times as long.
+AT_ONCE_CPU, AT_ONCE_GPU = 1000, 25_000
 
 
 class Targets(NamedTuple):
@@ -55,11 +61,48 @@ def unit_range(images: Tensor) -> Tensor:
     >>> unit_range(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
     """
-    return images if images.is_floating_point() else images.float() / 255
+    if images.is_floating_point():
+        return images
+    if images.dtype != torch.uint8:
+        raise ValueError(f"pictures are bytes (torch.uint8) or numbers in [0, 1], not {images.dtype}")
+    return images.float() / 255
+
+
+def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise ValueError unless a value is a finite number from `low` to `high`: with NaN every comparison is false.
+
+    >>> check_number("overlap", float("nan"), 0, 1)
+    Traceback (most recent call last):
+    ...
+    ValueError: overlap is nan: give a finite number from 0 to 1
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        limits = "" if low == -math.inf else f" from {low:g} to {high:g}"
+        raise ValueError(f"{name} is {value!r}: give a finite number{limits}")
+
+
+def check_finite(scores: Tensor, boxes: Tensor, first: int = 0) -> None:
+    """Raise ValueError, and name the scene, if a detector's scores (N, P, C) or boxes (N, P, 4) are not finite.
+
+    Nothing found is an honest answer; NaN, which exceeds no threshold, would pass for it.
+
+    Args:
+        first: the number of the first scene, for the message.
+
+    >>> check_finite(torch.rand(2, 5, 3), torch.rand(2, 5, 4))
+    """
+    good = scores.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1)
+    if not good.all():
+        bad = ~good
+        raise ValueError(
+            f"scene {first + int(bad.nonzero()[0])}: the detector's scores or boxes are not finite, in "
+            f"{int(bad.sum())} of {len(bad)} scenes: its weights have diverged, or the pictures are not"
+        )
 
 
 def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], classes: int = 10) -> Targets:
-    """Lists of boxes and labels, one a scene, as padded tensors. A scene may be empty.
+    """Lists of boxes and labels, one a scene, as padded tensors. A scene may be empty, labels of any type.
 
     Raises ValueError, and names the scene, for a box without area or outside [0, 1], and for a label that is out of
     range or no whole number.
@@ -69,6 +112,7 @@ def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], classes: int 
     tensor([[ 7],
             [-1]])
     """
+    _check_classes(classes)
     if len(boxes) != len(labels):
         raise ValueError(f"boxes of {len(boxes)} scenes, but labels of {len(labels)}")
     for index, (b, c) in enumerate(zip(boxes, labels, strict=True)):
@@ -78,11 +122,16 @@ def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], classes: int 
     padded = torch.zeros(len(boxes), most, 4, device=device)
     names = torch.full((len(boxes), most), NOTHING, device=device)
     for index, (b, c) in enumerate(zip(boxes, labels, strict=True)):
-        padded[index, : len(c)], names[index, : len(c)] = b, c.long()
+        padded[index, : len(c)] = b
+        names[index, : len(c)] = c.long()
     return Targets(padded, names)
 
 
-def _check_scene(index: int, boxes: Tensor, labels: Tensor, classes: int) -> None:
+def _check_classes(classes: int) -> None:
+    whole("classes", classes, "labels count from 0 to classes - 1")
+
+
+def _check_scene(index: int, boxes: Tensor, labels: Tensor, classes: int | None) -> None:
     if boxes.shape != (len(labels), 4):
         raise ValueError(f"scene {index}: boxes {tuple(boxes.shape)} for {len(labels)} labels; (n, 4) is expected")
     if not ((boxes >= 0) & (boxes <= 1)).all():
@@ -91,29 +140,45 @@ def _check_scene(index: int, boxes: Tensor, labels: Tensor, classes: int) -> Non
         raise ValueError(f"scene {index}: a box has no area: {boxes.tolist()}")
     if labels.is_floating_point() and not (labels == labels.round()).all():
         raise ValueError(f"scene {index}: labels must be whole numbers, not {labels.tolist()}")
-    if len(labels) and not (labels.min() >= 0 and labels.max() < classes):
-        raise ValueError(f"scene {index}: labels must be 0 to {classes - 1}, not {labels.tolist()}")
+    limit = math.inf if classes is None else classes
+    if len(labels) and not (labels.min() >= 0 and labels.max() < limit):
+        raise ValueError(f"scene {index}: labels must be 0 to {limit - 1}, not {labels.tolist()}")
 
 
-def check_targets(targets: Targets, classes: int = 10) -> None:
-    """Raise ValueError, and name the scene, for targets that ``pad_targets`` would not have made.
+def check_targets(targets: Targets, classes: int | None = 10) -> Targets:
+    """The targets, with labels in int64; ValueError, which names the scene, for what `pad_targets` would not have made.
 
-    A label out of range would pass for background, and a box without area makes the loss infinite.
+    A label out of range would pass for background, and a box without area makes the loss infinite. In a type without
+    sign no label is padding: 255 would be -1 there.
 
-    >>> check_targets(Targets(torch.tensor([[[0.1, 0.2, 0.5, 0.6]]]), torch.tensor([[7]])))
+    Args:
+        classes: how many there are; None for any number.
+
+    >>> check_targets(Targets(torch.tensor([[[0.1, 0.2, 0.5, 0.6]]]), torch.tensor([[7]], dtype=torch.uint8))).labels
+    tensor([[7]])
     """
+    if classes is not None:
+        _check_classes(classes)
     boxes, labels = targets
-    if labels.ndim != 2 or labels.is_floating_point() or boxes.shape != (*labels.shape, 4):
+    whole_numbers = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
+    if labels.ndim != 2 or not whole_numbers or boxes.shape != (*labels.shape, 4):
         raise ValueError(
             f"targets must be boxes (N, M, 4) and labels (N, M) of whole numbers, not {tuple(boxes.shape)} and "
             f"{tuple(labels.shape)} of {labels.dtype}: pad_targets makes them of lists"
         )
+    labels = labels.long()
     there = labels != NOTHING
-    right = ((boxes >= 0) & (boxes <= 1)).all(2) & (boxes[..., 2:] > boxes[..., :2]).all(2)
-    wrong = (there & ~(right & (labels >= 0) & (labels < classes))).any(1)
+    inside = ((boxes >= 0) & (boxes <= 1)).all(2)
+    area = (boxes[..., 2:] > boxes[..., :2]).all(2)
+    known = labels >= 0
+    if classes is not None:
+        known &= labels < classes
+    wrong = (there & ~(inside & area & known)).any(1)
     if wrong.any():
         index = int(wrong.nonzero()[0])
-        _check_scene(index, boxes[index, there[index]], labels[index, there[index]], classes)
+        real = there[index]
+        _check_scene(index, boxes[index, real], labels[index, real], classes)
+    return Targets(boxes, labels)
 
 
 def prior_boxes(sides: Sequence[int], scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
@@ -124,8 +189,12 @@ def prior_boxes(sides: Sequence[int], scales: Sequence[float], ratios: Sequence[
     tensor([[0.2500, 0.2500, 0.2000, 0.8000],
             [0.7500, 0.2500, 0.2000, 0.8000]])
     """
+    for size in (*scales, *ratios):
+        if not 0 < size < math.inf:
+            raise ValueError(f"a prior's scale and ratio are finite and above 0, not {size}")
     maps = []
     for side, scale in zip(sides, scales, strict=True):
+        whole("side", side, "a map has one cell or more")
         centres = (torch.arange(side) + 0.5) / side
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         shapes = torch.tensor([[scale * math.sqrt(r), scale / math.sqrt(r)] for r in ratios])
@@ -137,40 +206,49 @@ def prior_boxes(sides: Sequence[int], scales: Sequence[float], ratios: Sequence[
 def encode(boxes: Tensor, priors: Tensor) -> Tensor:
     """The offsets (…, 4) that lead from priors to boxes: 10 (c − c₀) / s₀ for centres, 5 log(s / s₀) for sizes.
 
+    Raises ValueError for a box or a prior without area: no finite offset leads to it.
+
     >>> encode(torch.tensor([[0.1, 0.1, 0.5, 0.5]]), torch.tensor([[0.3, 0.3, 0.4, 0.4]])).abs().max() < 1e-5
     tensor(True)
     """
     centre, size = box_convert(boxes, "xyxy", "cxcywh").split(2, -1)
     centre0, size0 = priors.split(2, -1)
+    if not ((size > 0).all() and (size0 > 0).all()):
+        raise ValueError("a box or a prior has no area, or is NaN: no finite offset leads to it")
     return torch.cat([CENTRE * (centre - centre0) / size0, SIZE * (size / size0).log()], -1)
 
 
 def decode(offsets: Tensor, priors: Tensor) -> Tensor:
-    """The boxes (…, 4) that offsets make of priors: the inverse of ``encode``.
+    """The boxes (…, 4) that offsets make of priors: the inverse of `encode`.
 
     >>> priors, boxes = torch.tensor([[0.3, 0.3, 0.4, 0.4]]), torch.tensor([[0.1, 0.2, 0.4, 0.9]])
     >>> torch.allclose(decode(encode(boxes, priors), priors), boxes)
     True
     """
+    if offsets.shape[-2] != priors.shape[-2]:
+        raise ValueError(
+            f"{offsets.shape[-2]} offsets for {priors.shape[-2]} priors: a detector takes pictures of one size"
+        )
     centre0, size0 = priors.split(2, -1)
-    centre, size = offsets.split(2, -1)
-    return box_convert(
-        torch.cat([centre0 + size0 * centre / CENTRE, size0 * (size / SIZE).exp()], -1), "cxcywh", "xyxy"
-    )
+    to_centre, to_size = offsets.split(2, -1)
+    centre = centre0 + size0 * to_centre / CENTRE
+    size = size0 * (to_size / SIZE).exp()
+    return box_convert(torch.cat([centre, size], -1), "cxcywh", "xyxy")
 
 
 def match(targets: Targets, priors: Tensor, classes: int = 10, threshold: float = 0.5) -> Matches:
-    """Give each prior the object that it overlaps most, if their overlap is ``threshold`` or more, else background.
+    """Give each prior the object that it overlaps most, if their overlap is `threshold` or more, else background.
 
     Before that, each object gets a prior of its own: of all pairs the one with the largest overlap first, then of
-    those that remain. So no object is left without a prior. Bad targets are refused as by ``check_targets``.
+    those that remain. So no object is left without a prior. Bad targets are refused as by `check_targets`.
 
     >>> targets = pad_targets([torch.tensor([[0.0, 0.0, 0.4, 0.4]])], [torch.tensor([3])])
     >>> match(targets, torch.tensor([[0.2, 0.2, 0.5, 0.5], [0.8, 0.8, 0.3, 0.3]])).classes
     tensor([[ 3, 10]])
     """
-    check_targets(targets, classes)
-    (boxes, labels), (scenes, objects) = targets, targets.labels.shape
+    check_number("threshold", threshold, 0, 1)
+    boxes, labels = check_targets(targets, classes)
+    scenes, objects = labels.shape
     nothing = torch.full((scenes, len(priors)), classes, device=labels.device)
     if objects == 0:
         return Matches(nothing, boxes.new_zeros(scenes, len(priors), 4))
@@ -178,7 +256,8 @@ def match(targets: Targets, priors: Tensor, classes: int = 10, threshold: float 
     overlaps = overlaps.masked_fill((labels == NOTHING)[..., None], -1.0)
     best, owner = overlaps.max(1)
     own = _one_prior_each(overlaps)
-    best, owner = torch.where(own >= 0, 1.0, best), torch.where(own >= 0, own, owner)
+    best = torch.where(own >= 0, 1.0, best)
+    owner = torch.where(own >= 0, own, owner)
     found = torch.where(best >= threshold, labels.gather(1, owner), nothing)
     return Matches(found, boxes.gather(1, owner[..., None].expand(-1, -1, 4)))
 
@@ -186,11 +265,13 @@ def match(targets: Targets, priors: Tensor, classes: int = 10, threshold: float 
 def _one_prior_each(overlaps: Tensor) -> Tensor:
     """(N, P): the object that a prior belongs to by the pairing of objects and priors, or -1."""
     scenes, objects, priors = overlaps.shape
-    rest, rows = overlaps.clone(), torch.arange(scenes, device=overlaps.device)
+    rest = overlaps.clone()
+    rows = torch.arange(scenes, device=overlaps.device)
     owner = torch.full((scenes, priors), NOTHING, device=overlaps.device)
     for _ in range(objects):
         value, pair = rest.flatten(1).max(1)
-        thing, prior = pair // priors, pair % priors
+        thing = pair // priors
+        prior = pair % priors
         owner[rows, prior] = torch.where(value >= 0, thing, owner[rows, prior])
         rest[rows, thing] = -1.0
         rest[rows, :, prior] = torch.where(value[:, None] >= 0, -1.0, rest[rows, :, prior])
@@ -201,10 +282,11 @@ def _one_prior_each(overlaps: Tensor) -> Tensor:
 def detect(
     scores: Tensor, boxes: Tensor, min_score: float = MIN_SCORE, overlap: float = 0.3, most: int = 20, first: int = 0
 ) -> list[dict[str, Tensor]]:
-    """Detections of every scene, as torchmetrics takes them: the boxes of each class that score above ``min_score``,
-    less those that overlap a better one of their class by more than ``overlap``, the ``most`` best of a scene.
+    """Detections of every scene, as torchmetrics takes them: the boxes of each class that score above `min_score`,
+    less those that overlap a better one of their class by more than `overlap`, the `most` best of a scene.
 
     Raises ValueError, and names the scene, for scores or boxes that are not finite: nothing found is another answer.
+    What comes in half precision goes out in single precision.
 
     Args:
         scores: (N, P, C), of the classes alone, without background.
@@ -216,29 +298,57 @@ def detect(
     >>> found[0]["labels"].tolist(), found[0]["boxes"][1].tolist()
     ([0, 1], [0.5, 0.5, 1.0, 1.0])
     """
-    _check_finite(scores, boxes, first)
-    at_once = AT_ONCE[scores.device.type != "cpu"]
-    parts = zip(scores.split(at_once), boxes.split(at_once), strict=True)
-    return [scene for part in parts for scene in _detect(*part, min_score, overlap, most)]
-
-
-def _check_finite(scores: Tensor, boxes: Tensor, first: int) -> None:
-    whole = scores.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1)
-    if not whole.all():
+    check_number("min_score", min_score)
+    check_number("overlap", overlap, 0, 1)
+    whole("most", most, "that many boxes of a scene are kept")
+    whole("first", first, "it is the number of a scene", least=0)
+    if scores.ndim != 3 or boxes.shape != (*scores.shape[:2], 4):
         raise ValueError(
-            f"scene {first + int((~whole).nonzero()[0])}: the detector's scores or boxes are not finite, in "
-            f"{int((~whole).sum())} of {len(whole)} scenes: its weights have diverged, or the pictures are not"
+            f"scores must be (N, P, C) and boxes (N, P, 4), not {tuple(scores.shape)} and {tuple(boxes.shape)}"
         )
-
-
-def _detect(scores: Tensor, boxes: Tensor, min_score: float, overlap: float, most: int) -> list[dict[str, Tensor]]:
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    check_finite(scores, boxes, first)
     scenes, _, classes = scores.shape
     scene, prior, label = (scores > min_score).nonzero(as_tuple=True)
-    values, found = scores[scene, prior, label], boxes[scene, prior]
-    # In double precision: torchvision tells classes apart by moving their boxes, and far from 0 floats are sparse.
-    kept = batched_nms(found.double(), values.double(), scene * classes + label, overlap)
+    values = scores[scene, prior, label]
+    found = boxes[scene, prior]
+    counts = torch.bincount(scene, minlength=scenes).tolist()
+    kept = _suppressed(found, values, scene * classes + label, counts, overlap)
     kept = kept[scene[kept].argsort(stable=True)]  # by scene, and within one by falling score
-    parts = torch.bincount(scene[kept], minlength=scenes).tolist()
+    left = torch.bincount(scene[kept], minlength=scenes).tolist()
     columns = {"boxes": found[kept], "scores": values[kept], "labels": label[kept]}
-    split = {name: column.split(parts) for name, column in columns.items()}
-    return [{name: column[index][:most] for name, column in split.items()} for index in range(scenes)]
+    by_scene = {name: column.split(left) for name, column in columns.items()}
+    return [{name: parts[index][:most] for name, parts in by_scene.items()} for index in range(scenes)]
+
+
+def _suppressed(boxes: Tensor, scores: Tensor, groups: Tensor, counts: list[int], overlap: float) -> Tensor:
+    """Which of K boxes no better one of their group overlaps, within each part of the scenes by falling score.
+
+    Args:
+        boxes, scores, groups: (K, 4), (K,) and (K,), scene after scene.
+        counts: how many of the K are of each scene.
+    """
+    at_once = AT_ONCE_CPU if boxes.device.type == "cpu" else AT_ONCE_GPU
+    kept = [groups[:0]]
+    for start, stop in _parts(counts, at_once):
+        part = slice(start, stop)
+        # In double precision: torchvision tells groups apart by moving their boxes, and far from 0 floats are sparse.
+        kept.append(start + batched_nms(boxes[part].double(), scores[part].double(), groups[part], overlap))
+    return torch.cat(kept)
+
+
+def _parts(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of runs of whole scenes that hold at most `most` boxes, or one scene.
+
+    >>> list(_parts([2, 1, 5, 0, 1], 3))
+    [(0, 3), (3, 8), (8, 9)]
+    """
+    start = stop = 0
+    for count in counts:
+        if stop > start and stop + count - start > most:
+            yield start, stop
+            start = stop
+        stop += count
+    if stop > start:
+        yield start, stop
