@@ -7,22 +7,27 @@ no detection. The three attacks of the guide aim at what a detector says:
 * *fabricate*: raise the score of any class where no object is;
 * *mislabel*: at the priors that find an object, raise a wrong class over the right one.
 
-``strongest`` keeps, for each picture, the attack that does most harm.
+`strongest` keeps, for each picture, the attack that does most harm.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from lipguide.robustness.attacks import pgd_l2
-from lipguide.tasks.detection.boxes import MIN_SCORE, NOTHING, Targets, check_targets
+from lipguide.layers.arguments import whole
+from lipguide.robustness.attacks import BlindAttack, pgd_l2
+from lipguide.tasks.detection.boxes import MIN_SCORE, NOTHING, Targets, check_number, check_targets
 from lipguide.tasks.detection.scores import check_call, detections, hits
 
-__all__ = ["ATTACKS", "attack_l2", "strongest"]
+__all__ = ["ATTACKS", "TRAINING_LOSS", "attack_l2", "attacked", "objective", "strongest"]
+
+TRAINING_LOSS = "training loss"  # the attack that the case study knows, beside those of `ATTACKS`
 
 FAR = -1e4  # stands in for a logarithm of 0: it must not win a maximum, nor turn a sum into NaN
 MATCHES, REACHES = 0.5, 0.4  # overlap at which a box matches an object, and from which a little push may make it
@@ -35,12 +40,12 @@ class _Margins:
     """What all objectives need: log-probabilities, and which prior's box lies on which object."""
 
     def __init__(self, output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> None:
-        self.log_p = model.log_scores(output)
-        check_targets(targets, classes=self.log_p.shape[2])
-        there = targets.labels != NOTHING
-        overlaps = box_iou(model.boxes(output).detach(), targets.boxes)
-        self.overlaps = overlaps.masked_fill(~there[:, None], 0.0)  # (N, P, M)
-        self.there, self.labels = there, targets.labels.clamp(min=0)
+        self.log_p = model.log_scores(output)  # (N, P, C)
+        boxes, labels = check_targets(targets, classes=self.log_p.shape[2])
+        self.there = labels != NOTHING  # (N, M)
+        self.labels = labels.clamp(min=0)
+        overlaps = box_iou(model.boxes(output).detach(), boxes)
+        self.overlaps = overlaps.masked_fill(~self.there[:, None], 0.0)  # (N, P, M)
 
     def of_class(self) -> Tensor:
         """(N, P, M): log-probability of each object's class at each prior."""
@@ -80,12 +85,16 @@ OF_OBJECTS = ("vanish", "mislabel")  # which ask nothing of a scene without obje
 def objective(name: str, model: nn.Module) -> Objective:
     """What attack ``name`` on ``model`` ascends: one number a scene from the detector's output and the targets.
 
-    "training loss" is the case study's, as the model's method ``training_loss(reduction)`` gives it.
+    "training loss" is the case study's, as the model's method `training_loss(reduction)` gives it.
+
+    >>> from lipguide.tasks.detection.fcos import fcos
+    >>> objective("training loss", fcos(width=4))
+    FCOSLoss()
     """
-    if name == "training loss":
+    if name == TRAINING_LOSS:
         return model.training_loss("none")
     if name not in ATTACKS:
-        raise ValueError(f"attack must be one of training loss, {', '.join(ATTACKS)}, not {name!r}")
+        raise ValueError(f"attack must be one of {TRAINING_LOSS}, {', '.join(ATTACKS)}, not {name!r}")
     function = ATTACKS[name]
     return lambda output, targets: function(output, targets, model)
 
@@ -95,14 +104,14 @@ def attack_l2(
     images: Tensor,
     targets: Targets,
     eps: float,
-    name: str = "training loss",
+    name: str = TRAINING_LOSS,
     steps: int = 20,
     restarts: int = 1,
     batch_size: int = 128,
 ) -> Tensor:
-    """Pictures within ``eps`` of ``images`` that one attack finds, batch by batch.
+    """Pictures within `eps` of `images` that one attack finds, batch by batch.
 
-    A scene without objects stays as it is under "vanish" and "mislabel": there is nothing to vanish. More ``restarts``
+    A scene without objects stays as it is under "vanish" and "mislabel": there is nothing to vanish. More `restarts`
     never find a weaker attack: each picture keeps the best of all.
 
     >>> from lipguide.tasks.detection.boxes import pad_targets
@@ -113,18 +122,50 @@ def attack_l2(
     >>> bool(((moved - x).flatten(1).norm(dim=1) <= 0.5 + 1e-4).all())
     True
     """
-    aim, (boxes, labels) = objective(name, model), targets
-    check_call(model, batch_size)
+    aim = objective(name, model)
+    # Here, not only in the search, which a scene without objects never comes to.
+    check_call(model, images, batch_size)
+    check_number("eps", eps, 0, math.inf)
+    whole("steps", steps, "an attack takes one step or more")
+    whole("restarts", restarts, "an attack starts once or more")
+    boxes, labels = check_targets(targets, classes=None)
     if len(labels) != len(images):
         raise ValueError(f"pictures of {len(images)} scenes, but targets of {len(labels)}")
-    moved, chosen = images.detach().clone(), torch.ones(len(images), dtype=torch.bool, device=images.device)
+    moved = images.detach().clone()
+    chosen = torch.ones(len(images), dtype=torch.bool, device=images.device)
     if name in OF_OBJECTS:
         chosen = (labels != NOTHING).any(1)
     for part in chosen.nonzero().squeeze(1).split(batch_size):
         if len(part):  # many a model refuses an empty batch
-            x, y = images[part], Targets(boxes[part], labels[part])
-            moved[part] = pgd_l2(model, x, y, eps, steps, restarts, loss=aim)
+            some = Targets(boxes[part], labels[part])
+            moved[part] = pgd_l2(model, images[part], some, eps, steps, restarts, loss=aim)
     return moved
+
+
+def attacked(
+    model: nn.Module, images: Tensor, targets: Targets, eps: float, name: str, steps: int
+) -> tuple[Tensor, int]:
+    """What `attack_l2` finds, and for how many scenes it was blind: never met a gradient that was not zero.
+
+    That such scenes stand says nothing about the detector. A run of hours puts their number on record; elsewhere a
+    warning says it.
+
+    >>> from lipguide.tasks.detection.boxes import pad_targets
+    >>> from lipguide.tasks.detection.configurations import naive
+    >>> targets = pad_targets([torch.tensor([[0.1, 0.1, 0.5, 0.9]])], [torch.tensor([1])])
+    >>> attacked(naive().eval(), torch.rand(1, 3, 74, 74), targets, 0.5, "vanish", 2)[1]
+    0
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        moved = attack_l2(model, images, targets, eps, name, steps)
+    blind = 0
+    for warning in caught:
+        if isinstance(warning.message, BlindAttack):
+            blind += warning.message.blind
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return moved, blind
 
 
 def strongest(
@@ -133,10 +174,11 @@ def strongest(
     """For each picture the candidate with the fewest objects found, and of those the one with the most false alarms.
 
     Args:
-        candidates: attacked pictures by the name of the attack, such as ``attack_l2`` gives.
+        candidates: attacked pictures by the name of the attack, such as `attack_l2` gives.
         min_score: above which a box counts, as for the recall and the false alarms that are reported. At another one
             the choice is another, and may be the weaker attack.
     """
+    check_number("min_score", min_score)
     if not candidates:
         raise ValueError("the strongest of no attack is undefined: give one candidate or more")
     harm = []

@@ -28,6 +28,7 @@ __all__ = [
     "match",
     "pad_targets",
     "prior_boxes",
+    "single",
     "unit_range",
 ]
 
@@ -68,6 +69,15 @@ def unit_range(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
+def single(values: Tensor) -> Tensor:
+    """Numbers in single precision, or better where they are.
+
+    >>> single(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
     """Raise ValueError unless a value is a finite number from `low` to `high`: with NaN every comparison is false.
 
@@ -78,7 +88,9 @@ def check_number(name: str, value: float, low: float = -math.inf, high: float = 
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
-        limits = "" if low == -math.inf else f" from {low:g} to {high:g}"
+        limits = "" if low == -math.inf else f", {low:g} or more"
+        if high < math.inf:
+            limits = f" from {low:g} to {high:g}"
         raise ValueError(f"{name} is {value!r}: give a finite number{limits}")
 
 
@@ -306,8 +318,7 @@ def detect(
         raise ValueError(
             f"scores must be (N, P, C) and boxes (N, P, 4), not {tuple(scores.shape)} and {tuple(boxes.shape)}"
         )
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    scores, boxes = single(scores), single(boxes)
     check_finite(scores, boxes, first)
     scenes, _, classes = scores.shape
     scene, prior, label = (scores > min_score).nonzero(as_tuple=True)

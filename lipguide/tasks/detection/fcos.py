@@ -19,7 +19,8 @@ from lipguide.distributed import mean_over_ranks
 from lipguide.layers.affine import orthogonal, unit_rows
 from lipguide.layers.sll import SLL
 from lipguide.losses.base import check_range
-from lipguide.tasks.detection.boxes import NOTHING, Targets, check_targets
+from lipguide.tasks.detection.boxes import NOTHING, Targets, check_number, check_targets, single
+from lipguide.tasks.detection.losses import check_output
 
 __all__ = ["FCOS", "Brightless", "FCOSLoss", "FCOSOutput", "assign", "fcos", "ordinary_fcos"]
 
@@ -41,7 +42,7 @@ class FCOS(nn.Module):
 
     Args:
         trunk: pictures to (N, channels, 18, 18).
-        class_head, box_head: of ``channels`` to classes, and to four sides and the centerness.
+        class_head, box_head: of `channels` to classes, and to four sides and the centerness.
         tau: temperature of the class logits, in the loss and in the scores. The larger, the more accurate; the
             smaller, the more robust.
 
@@ -55,7 +56,8 @@ class FCOS(nn.Module):
     def __init__(self, trunk: nn.Module, class_head: nn.Module, box_head: nn.Module, tau: float = 1.0) -> None:
         super().__init__()
         check_range(tau=tau)
-        self.trunk, self.class_head, self.box_head, self.tau = trunk, class_head, box_head, tau
+        self.trunk, self.class_head, self.box_head = trunk, class_head, box_head
+        self.tau = tau
         middles = (torch.arange(SIDE) + 0.5) / SIDE
         y, x = torch.meshgrid(middles, middles, indexing="ij")
         self.register_buffer("centres", torch.stack([x, y], -1).flatten(0, 1), persistent=False)
@@ -63,8 +65,8 @@ class FCOS(nn.Module):
     def forward(self, x: Tensor) -> FCOSOutput:
         x = self.trunk(x)
         logits = self.class_head(x).flatten(2).mT
-        *_, centerness = rest = self.box_head(x).flatten(2).unbind(1)
-        sides = torch.stack(rest[:4], -1).clamp(-8, 1).exp()
+        left, top, right, bottom, centerness = self.box_head(x).flatten(2).unbind(1)
+        sides = torch.stack([left, top, right, bottom], -1).clamp(-8, 1).exp()
         return FCOSOutput(logits, sides, centerness)
 
     def log_scores(self, output: FCOSOutput) -> Tensor:
@@ -73,27 +75,34 @@ class FCOS(nn.Module):
 
     def boxes(self, output: FCOSOutput) -> Tensor:
         """(N, 324, 4) xyxy, which may stick out of the picture."""
-        return torch.cat([self.centres - output.sides[..., :2], self.centres + output.sides[..., 2:]], -1)
+        return _boxes(self.centres, output.sides)
 
     def training_loss(self, reduction: str = "mean") -> FCOSLoss:
         """Tempered focal loss, GIoU and centerness, with this model's temperature."""
         return FCOSLoss(self.centres, self.tau, reduction=reduction)
 
 
-def assign(targets: Targets, centres: Tensor, classes: int = 10, radius: float = 1.5) -> tuple[Tensor, Tensor]:
-    """The class of each centre (N, P), ``classes`` for background, and the box that it lies in (N, P, 4).
+def _boxes(centres: Tensor, sides: Tensor) -> Tensor:
+    """The boxes (N, P, 4), xyxy, whose sides are so far from the centres (P, 2)."""
+    if sides.shape[1] != len(centres):
+        raise ValueError(f"the sides of {sides.shape[1]} cells, but there are {len(centres)}: pictures have 74×74 pixels")
+    return torch.cat([centres - sides[..., :2], centres + sides[..., 2:]], -1)
 
-    A centre belongs to a box if it lies in it and within ``radius`` cells of its middle along both axes; of several
+
+def assign(targets: Targets, centres: Tensor, classes: int = 10, radius: float = 1.5) -> tuple[Tensor, Tensor]:
+    """The class of each centre (N, P), `classes` for background, and the box that it lies in (N, P, 4).
+
+    A centre belongs to a box if it lies in it and within `radius` cells of its middle along both axes; of several
     boxes it takes the smallest. The centre nearest to the middle of a box always belongs to it, unless a smaller box
-    claims it. Bad targets are refused as by ``check_targets``.
+    claims it. Bad targets are refused as by `check_targets`.
 
     >>> from lipguide.tasks.detection.boxes import pad_targets
     >>> targets = pad_targets([torch.tensor([[0.0, 0.0, 0.5, 1.0]])], [torch.tensor([3])])
     >>> assign(targets, torch.tensor([[0.25, 0.5], [0.75, 0.5]]))[0]
     tensor([[ 3, 10]])
     """
-    check_targets(targets, classes)
-    boxes, labels = targets
+    check_number("radius", radius, 0, SIDE)
+    boxes, labels = check_targets(targets, classes)
     if labels.shape[1] == 0:
         return labels.new_full((len(labels), len(centres)), classes), boxes.new_zeros(len(labels), len(centres), 4)
     low, high = boxes[:, None].split(2, -1)  # (N, 1, M, 2) against (P, 1, 2)
@@ -131,23 +140,26 @@ class FCOSLoss(nn.Module):
         self.tau, self.reduction = tau, reduction
 
     def forward(self, output: FCOSOutput, targets: Targets) -> Tensor:
-        logits, sides, centerness = (part.float() for part in output)
+        logits, sides, centerness = (single(part) for part in output)
+        check_output(logits, len(self.centres), targets)
         classes, boxes = assign(targets, self.centres, logits.shape[2])
         positive = classes != logits.shape[2]
         one_hot = F.one_hot(classes, logits.shape[2] + 1)[..., :-1].to(logits.dtype)
         focal = sigmoid_focal_loss(self.tau * logits, one_hot, reduction="none").sum((1, 2)) / self.tau
-        found = torch.cat([self.centres - sides[..., :2], self.centres + sides[..., 2:]], -1)
+        found = _boxes(self.centres, sides)
         # Where there is no object, a box stands in that is right: it adds nothing and its gradient is finite.
         wanted = torch.where(positive[..., None], boxes, found.detach())
         giou = generalized_box_iou_loss(found, wanted) * positive
         middle = F.binary_cross_entropy_with_logits(centerness, self._centerness(wanted), reduction="none") * positive
-        scene, count = focal + (giou + middle).sum(1), positive.sum(1)
+        scene = focal + (giou + middle).sum(1)
+        count = positive.sum(1)
         if self.reduction == "none":
             return scene / count.clamp(min=1)
         return mean_over_ranks(scene.sum(), count.sum(), logits)
 
     def _centerness(self, boxes: Tensor) -> Tensor:
-        before, after = self.centres - boxes[..., :2], boxes[..., 2:] - self.centres
+        before = self.centres - boxes[..., :2]
+        after = boxes[..., 2:] - self.centres
         ratio = torch.minimum(before, after) / torch.maximum(before, after)
         return ratio.clamp(0, 1).prod(-1).sqrt()
 

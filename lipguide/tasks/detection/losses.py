@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipguide.distributed import mean_over_ranks
-from lipguide.tasks.detection.boxes import Targets, encode, match, unit_range
+from lipguide.layers.arguments import whole
+from lipguide.tasks.detection.boxes import Targets, encode, match, single, unit_range
 
-__all__ = ["DetectionStep", "Multibox"]
+__all__ = ["DetectionStep", "Multibox", "check_output"]
 
 
 class Multibox(nn.Module):
@@ -43,19 +44,21 @@ class Multibox(nn.Module):
         if reduction not in ("mean", "none"):
             raise ValueError(f'reduction must be "mean" or "none", not {reduction!r}')
         self.register_buffer("priors", priors.clone(), persistent=False)
-        self.negatives, self.reduction = negatives, reduction
+        self.negatives = whole("negatives", negatives, "that many stand beside each positive", least=0)
+        self.reduction = reduction
         self.per_prior = per_prior or nn.CrossEntropyLoss(reduction="none")
 
     def forward(self, output: tuple[Tensor, Tensor], targets: Targets) -> Tensor:
-        logits, offsets = output
+        logits, offsets = output  # (N, P, C + 1) and (N, P, 4)
+        check_output(logits, len(self.priors), targets)
         background = logits.shape[2] - 1
         classes, boxes = match(targets, self.priors, background)
         positive = classes != background
-        values = self.per_prior(logits.float().mT, classes)
+        values = self.per_prior(single(logits).mT, classes)
         kept = positive | self._hard(values.detach(), positive)
         wanted = encode(torch.where(positive[..., None], boxes, self._anything), self.priors)
-        distance = F.l1_loss(offsets.float(), wanted, reduction="none").mean(2)
-        scene = ((values * kept) + distance * positive).sum(1)
+        distance = F.l1_loss(single(offsets), wanted, reduction="none").mean(2)
+        scene = (values * kept + distance * positive).sum(1)
         if self.reduction == "none":
             return scene / positive.sum(1).clamp(min=1)
         return mean_over_ranks(scene.sum(), positive.sum(), logits)
@@ -71,6 +74,20 @@ class Multibox(nn.Module):
         chosen = torch.zeros_like(positive)
         ranks = torch.arange(values.shape[1], device=values.device).expand_as(values)
         return chosen.scatter(1, ranked, ranks < count) & ~positive
+
+
+def check_output(logits: Tensor, places: int, targets: Targets) -> None:
+    """Raise ValueError unless logits (N, P, C) are those of a detector with so many places, and of as many scenes as
+    the targets.
+
+    >>> check_output(torch.zeros(2, 5, 3), 5, Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long)))
+    """
+    if logits.shape[1] != places:
+        raise ValueError(
+            f"the output has {logits.shape[1]} places where the detector has {places}: it takes pictures of one size"
+        )
+    if len(logits) != len(targets.labels):
+        raise ValueError(f"the output is of {len(logits)} scenes, but there are targets of {len(targets.labels)}")
 
 
 class DetectionStep(nn.Module):

@@ -11,7 +11,17 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
 from lipguide.checks import check_eval
-from lipguide.tasks.detection.boxes import MIN_SCORE, NOTHING, Targets, detect
+from lipguide.layers.arguments import whole
+from lipguide.tasks.detection.boxes import (
+    MIN_SCORE,
+    NOTHING,
+    Targets,
+    check_finite,
+    check_number,
+    check_targets,
+    detect,
+    single,
+)
 
 __all__ = ["Score", "detections", "hits", "score"]
 
@@ -27,18 +37,23 @@ class Score(NamedTuple):
     detections: float
 
 
-def check_call(model: nn.Module, batch_size: int) -> None:
-    """Raise ValueError for a model in training mode, whose statistics a mere look would move, and for empty batches."""
+def check_call(model: nn.Module, images: Tensor, batch_size: int) -> None:
+    """Raise ValueError for a model in training mode, whose statistics a mere look would move, for pictures that are
+    still bytes, and for empty batches."""
     check_eval(model, "it detects or is attacked")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"pictures must be (N, C, H, W) in [0, 1], not {tuple(images.shape)} of {images.dtype}: unit_range divides "
+            "bytes by 255"
+        )
+    whole("batch_size", batch_size, "a batch has one picture or more")
 
 
 @torch.no_grad()
 def detections(
     model: nn.Module, images: Tensor, batch_size: int = 256, min_score: float = MIN_SCORE
 ) -> list[dict[str, Tensor]]:
-    """What ``model``, which has methods ``log_scores`` and ``boxes`` of its output, detects in each picture.
+    """What `model`, which has methods `log_scores` and `boxes` of its output, detects in each picture.
 
     Raises ValueError for a model in training mode, and, naming the scene, for scores or boxes that are not finite.
 
@@ -47,31 +62,39 @@ def detections(
     >>> len(found), sorted(found[0])
     (2, ['boxes', 'labels', 'scores'])
     """
-    check_call(model, batch_size)
+    check_call(model, images, batch_size)
+    check_number("min_score", min_score)
     found: list[dict[str, Tensor]] = []
+    if not len(images):  # many a model refuses an empty batch
+        return found
     with parametrize.cached():
         for part in images.split(batch_size):
             output = model(part)
-            scores, boxes = model.log_scores(output).exp(), model.boxes(output).clamp(0, 1)
-            found += detect(scores, boxes, min_score, first=len(found))
+            scores = model.log_scores(output).exp()
+            boxes = model.boxes(output)
+            check_finite(scores, boxes, len(found))  # before the cut at the picture's edge, which would hide infinity
+            found += detect(scores, boxes.clamp(0, 1), min_score, first=len(found))
     return found
 
 
 def score(found: list[dict[str, Tensor]], targets: Targets) -> Score:
     """Rate detections. mAP averages over the classes that occur; a scene without detections counts like any other.
 
-    Raises ValueError, and names the scene, for detections whose boxes or scores are not finite.
+    Raises ValueError, and names the scene, for detections whose boxes or scores are not finite, and for targets that
+    `pad_targets` would not have made.
 
     >>> from lipguide.tasks.detection.boxes import pad_targets
     >>> boxes, labels = torch.tensor([[0.0, 0.0, 0.5, 0.5]]), torch.tensor([3])
     >>> score([{"boxes": boxes, "scores": torch.tensor([0.9]), "labels": labels}], pad_targets([boxes], [labels]))
     Score(map50=100.0, recall=100.0, false_positives=0.0, detections=1.0)
     """
-    metric = MeanAveragePrecision(iou_thresholds=[OVERLAP])
     found, truth = _compared(found, targets)
+    metric = MeanAveragePrecision(iou_thresholds=[OVERLAP])
     metric.update(found, truth)
-    scenes, objects = max(len(truth), 1), sum(len(true["labels"]) for true in truth)
-    made, right = sum(len(scene["labels"]) for scene in found), sum(map(_hits, found, truth))
+    scenes = max(len(truth), 1)
+    objects = sum(len(true["labels"]) for true in truth)
+    made = sum(len(scene["labels"]) for scene in found)
+    right = sum(map(_hits, found, truth))
     return Score(
         map50=100 * max(float(metric.compute()["map_50"]), 0.0),  # torchmetrics says -1 where there is no object
         recall=100 * right / max(objects, 1),
@@ -89,27 +112,39 @@ def hits(found: list[dict[str, Tensor]], targets: Targets) -> list[int]:
 def _compared(
     found: list[dict[str, Tensor]], targets: Targets
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Detections and targets on the CPU, one a scene each, the former finite and the latter without padding."""
-    there = targets.labels.cpu() != NOTHING
-    scenes = zip(targets.boxes.cpu(), targets.labels.cpu(), there, strict=True)
-    truth = [{"boxes": boxes[real], "labels": labels[real]} for boxes, labels, real in scenes]
+    """Detections and targets on the CPU, one a scene each, the former checked and the latter without padding."""
+    boxes, labels = (part.cpu() for part in check_targets(targets, classes=None))
+    there = labels != NOTHING
+    truth = [{"boxes": b[real], "labels": c[real]} for b, c, real in zip(boxes, labels, there, strict=True)]
     if len(found) != len(truth):
         raise ValueError(f"detections of {len(found)} scenes, but targets of {len(truth)}")
-    found = [{name: column.cpu() for name, column in scene.items()} for scene in found]
-    for index, scene in enumerate(found):
-        if not (scene["boxes"].isfinite().all() and scene["scores"].isfinite().all()):
-            raise ValueError(f"scene {index}: a detection has a box or a score that is not finite")
-    return found, truth
+    return [_checked(index, scene) for index, scene in enumerate(found)], truth
+
+
+def _checked(index: int, scene: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The detections of one scene on the CPU, boxes and scores in single precision or better, labels in int64."""
+    boxes, scores, labels = scene["boxes"].cpu(), scene["scores"].cpu(), scene["labels"].cpu()
+    if boxes.shape != (len(labels), 4) or scores.shape != labels.shape:
+        raise ValueError(
+            f"scene {index}: boxes {tuple(boxes.shape)}, scores {tuple(scores.shape)} and labels {tuple(labels.shape)} "
+            "of detections; (n, 4), (n,) and (n,) are expected"
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool or (labels.long() < 0).any():
+        raise ValueError(f"scene {index}: labels of detections are whole numbers from 0, not {labels.tolist()}")
+    if not (boxes.isfinite().all() and scores.isfinite().all()):
+        raise ValueError(f"scene {index}: a detection has a box or a score that is not finite")
+    return {"boxes": single(boxes), "scores": single(scores), "labels": labels.long()}
 
 
 def _hits(found: dict[str, Tensor], true: dict[str, Tensor]) -> int:
     if not len(found["labels"]) or not len(true["labels"]):
         return 0
-    overlaps = box_iou(found["boxes"], true["boxes"])
+    overlaps = box_iou(found["boxes"], true["boxes"])  # (detections, objects)
     overlaps = overlaps.masked_fill(found["labels"][:, None] != true["labels"], 0.0).tolist()
-    free, count = set(range(len(true["labels"]))), 0
-    for row in found["scores"].argsort(descending=True).tolist():
-        best = max(free, key=lambda thing: overlaps[row][thing], default=None)
+    free = set(range(len(true["labels"])))
+    count = 0
+    for row in found["scores"].argsort(descending=True, stable=True).tolist():
+        best = max(free, key=overlaps[row].__getitem__, default=None)
         if best is not None and overlaps[row][best] >= OVERLAP:
             free.remove(best)
             count += 1
