@@ -10,7 +10,8 @@ import torch
 
 from lipguide import distributed
 from lipguide.book.ledger import Ledger
-from lipguide.tasks.detection.study import CONFIGURATIONS, EPSILON, PLANS, load_split, study
+from lipguide.tasks.detection.data import load_split
+from lipguide.tasks.detection.study import CONFIGURATIONS, EPSILON, PLANS, study
 
 __all__ = ["add_arguments"]
 

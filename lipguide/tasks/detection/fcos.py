@@ -85,7 +85,9 @@ class FCOS(nn.Module):
 def _boxes(centres: Tensor, sides: Tensor) -> Tensor:
     """The boxes (N, P, 4), xyxy, whose sides are so far from the centres (P, 2)."""
     if sides.shape[1] != len(centres):
-        raise ValueError(f"the sides of {sides.shape[1]} cells, but there are {len(centres)}: pictures have 74×74 pixels")
+        raise ValueError(
+            f"the sides of {sides.shape[1]} cells, but there are {len(centres)}: pictures have 74×74 pixels"
+        )
     return torch.cat([centres - sides[..., :2], centres + sides[..., 2:]], -1)
 
 

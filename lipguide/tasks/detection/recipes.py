@@ -20,10 +20,10 @@ from lipguide.bounds.network import lipschitz_bound
 from lipguide.layers.sll import SLL
 from lipguide.tasks import task
 from lipguide.tasks.detection.boxes import Targets, unit_range
+from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
 from lipguide.tasks.detection.scores import detections, score
-from lipguide.tasks.detection.study import load_split
 from lipguide.tasks.detection.tinier_ssd import PICTURE
 from lipguide.tasks.harness import trained
 

@@ -9,27 +9,25 @@ from __future__ import annotations
 import json
 import logging
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lipguide.bounds.network import lipschitz_bound
-from lipguide.data import SVHN, SyntheticHouseNumbers, scenes
 from lipguide.distributed import gathered, rank_and_ranks
 from lipguide.files import write_json
 from lipguide.provenance import provenance
-from lipguide.robustness.attacks import BlindAttack
 from lipguide.tasks import weights as pretrained
-from lipguide.tasks.detection.attacks import ATTACKS, attack_l2, strongest
-from lipguide.tasks.detection.boxes import Targets, pad_targets, unit_range
+from lipguide.tasks.detection.attacks import ATTACKS, attacked, strongest
+from lipguide.tasks.detection.boxes import Targets, unit_range
 from lipguide.tasks.detection.configurations import l2_normalised, naive, spectral_norm, standard_conv
+from lipguide.tasks.detection.data import Split
 from lipguide.tasks.detection.losses import DetectionStep
 from lipguide.tasks.detection.scores import Score, detections, score
 from lipguide.tasks.detection.tinier_ssd import PICTURE, TinierSSD
@@ -39,10 +37,7 @@ __all__ = [
     "CONFIGURATIONS",
     "PLANS",
     "Plan",
-    "Split",
-    "attacked",
     "configurations",
-    "load_split",
     "study",
     "weights_of",
 ]
@@ -100,34 +95,6 @@ def weights_of(name: str) -> str:
 
 
 CONFIGURATIONS = tuple(configurations(8))
-
-
-class Split(NamedTuple):
-    """Scenes on one device: images (N, 3, 74, 74) of bytes, their targets, and a name and a hash of their content."""
-
-    images: Tensor
-    targets: Targets
-    name: str
-    hash: str
-
-    def part(self, where: slice) -> Split:
-        targets = Targets(self.targets.boxes[where], self.targets.labels[where])
-        return Split(self.images[where], targets, self.name, self.hash)
-
-
-def load_split(split: str, count: int | None, seed: int, device: torch.device, svhn: str | Path | None = None) -> Split:
-    """The first ``count`` scenes of a split, cut around the number: of SVHN under ``svhn``, or of its synthetic twin.
-
-    >>> load_split("test", 4, 0, torch.device("cpu")).images.shape[1:]
-    torch.Size([3, 74, 74])
-    """
-    whole = SyntheticHouseNumbers(split, count, seed) if svhn is None else SVHN(svhn, split)
-    cut = scenes(whole, PICTURE, seed=seed)
-    images = (255 * cut.images[:count]).round().byte()
-    digest = pretrained.fingerprint(images)
-    targets = pad_targets(cut.boxes[:count], cut.labels[:count])
-    name = f"{'Synthetic House Numbers' if svhn is None else 'SVHN'}, {split}, {len(images)} scenes"
-    return Split(images.to(device), Targets(*(part.to(device) for part in targets)), name, digest)
 
 
 def study(
@@ -254,31 +221,6 @@ def evaluate(model: TinierSSD, plan: Plan, test: Split) -> dict[str, Any]:
     # The picture on which fewest objects are found need not be the one that costs most precision.
     worst = min(_scored(model, few, hardest)[0], *(one for one, _ in scored.values()), key=lambda one: one.map50)
     return entry | {"strongest_map50": worst.map50, "strongest": worst._asdict(), "attacked_scenes": len(few.images)}
-
-
-def attacked(
-    model: nn.Module, images: Tensor, targets: Targets, eps: float, name: str, steps: int
-) -> tuple[Tensor, int]:
-    """What ``attack_l2`` finds, and for how many scenes it was blind: never met a gradient that was not zero.
-
-    That such scenes stand says nothing about the detector. A run of hours puts their number on record; elsewhere a
-    warning says it.
-
-    >>> from lipguide.tasks.detection.boxes import pad_targets
-    >>> targets = pad_targets([torch.tensor([[0.1, 0.1, 0.5, 0.9]])], [torch.tensor([1])])
-    >>> attacked(naive().eval(), torch.rand(1, 3, 74, 74), targets, 0.5, "vanish", 2)[1]
-    0
-    """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        moved = attack_l2(model, images, targets, eps, name, steps)
-    blind = 0
-    for warning in caught:
-        if isinstance(warning.message, BlindAttack):
-            blind += warning.message.blind
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return moved, blind
 
 
 def _scored(model: nn.Module, test: Split, change: Callable[[Tensor, Targets], Tensor]) -> tuple[Score, float]:

@@ -13,9 +13,9 @@ from lipguide.tasks import TASKS, WEIGHTS, ensure, network_of, train_by, trained
 from lipguide.tasks.detection import recipes as training
 from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
+from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.fcos import FCOS, Brightless, fcos
 from lipguide.tasks.detection.recipes import LARGE, RECIPES, TASK, Recipe, _take_over, build, load, measure
-from lipguide.tasks.detection.study import load_split
 
 CHAPTER = Path(__file__).resolve().parents[3] / "book" / "detection.md"
 SHORT = Recipe("fcos", steps=3, batch_size=4, width=4, items=12, test_items=6)

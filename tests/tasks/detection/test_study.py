@@ -16,21 +16,13 @@ import torch
 from lipguide.__main__ import main
 from lipguide.book.ledger import Ledger, lookup, read
 from lipguide.bounds.network import lipschitz_bound
-from lipguide.tasks.detection import cli
+from lipguide.tasks.detection import attacks, cli, data
 from lipguide.tasks.detection import study as module
+from lipguide.tasks.detection.attacks import attacked
 from lipguide.tasks.detection.boxes import Targets, unit_range
+from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.scores import detections, score
-from lipguide.tasks.detection.study import (
-    CONFIGURATIONS,
-    PLANS,
-    Plan,
-    Split,
-    attacked,
-    configurations,
-    load_split,
-    study,
-    weights_of,
-)
+from lipguide.tasks.detection.study import CONFIGURATIONS, PLANS, Plan, configurations, study, weights_of
 from lipguide.tasks.weights import WEIGHTS, load, run_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -155,19 +147,19 @@ def test_scenes_reach_the_score_in_their_order(splits, monkeypatch):
 
 def test_each_attack_is_made_once_and_the_strongest_is_picked_from_those_very_pictures(splits, monkeypatch):
     """300 scenes in three parts: the four attacks of a part meet again, beside that part's own targets."""
-    attacks = ("training loss", "vanish", "fabricate", "mislabel")
+    names = ("training loss", "vanish", "fabricate", "mislabel")
     images = (torch.arange(300) // 128).to(torch.uint8)[:, None, None, None].expand(-1, 3, 74, 74)
     split = Split(images, Targets(torch.zeros(300, 1, 4), (torch.arange(300) // 128)[:, None]), "", "")
     calls, picked, looked = [], [], []
 
     def attack(model, pictures, targets, eps, name, steps):
         calls.append(name)
-        return pictures + attacks.index(name)
+        return pictures + names.index(name)
 
     def strongest(model, pictures, targets, candidates):
-        assert tuple(candidates) == attacks
+        assert tuple(candidates) == names
         for name, moved in candidates.items():
-            torch.testing.assert_close(moved, pictures + attacks.index(name))
+            torch.testing.assert_close(moved, pictures + names.index(name))
         assert (targets.labels[:, 0] == (255 * pictures[:, 0, 0, 0]).round().long()).all()
         picked.append(len(pictures))
         return pictures
@@ -179,11 +171,11 @@ def test_each_attack_is_made_once_and_the_strongest_is_picked_from_those_very_pi
         return [dict(nothing) for _ in pictures]
 
     monkeypatch.setattr(module, "detections", detections)
-    monkeypatch.setattr(module, "attack_l2", attack)
+    monkeypatch.setattr(attacks, "attack_l2", attack)
     monkeypatch.setattr(module, "strongest", strongest)
     plan = dataclasses.replace(TINY, attacked_scenes=None)
     module.evaluate(configurations(4)["standard conv"]().eval(), plan, split)
-    assert sorted(calls) == sorted(3 * attacks) and picked == [128, 128, 44]
+    assert sorted(calls) == sorted(3 * names) and picked == [128, 128, 44]
     assert looked == 6 * [128, 128, 44]  # clean scenes once, though they are all attacked; four attacks; the strongest
 
 
@@ -291,7 +283,7 @@ def test_other_warnings_of_an_attack_are_still_heard(splits, monkeypatch):
         warnings.warn("something else", RuntimeWarning, stacklevel=1)
         return images
 
-    monkeypatch.setattr(module, "attack_l2", attack)
+    monkeypatch.setattr(attacks, "attack_l2", attack)
     with pytest.warns(RuntimeWarning, match="something else"):
         attacked(None, torch.zeros(1), None, 0.5, "vanish", 1)
 
@@ -340,7 +332,7 @@ def test_the_chapter_shows_the_scenes_of_its_record(profile, real, splits, tmp_p
         used.append(svhn)
         return splits[split]._replace(name=f"{svhn or 'SHN'}, {split}")
 
-    monkeypatch.setattr(module, "load_split", load)
+    monkeypatch.setattr(data, "load_split", load)
     monkeypatch.setattr(module, "study", lambda plan, train, test, folder, seed: [{"name": 0, "attacked_scenes": 4}])
     (tmp_path / "data" / "svhn").mkdir(parents=True)
     if not real:
