@@ -7,8 +7,7 @@ the middle of the box it is. There are no priors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from lipguide.distributed import mean_over_ranks
 from lipguide.layers.affine import orthogonal, unit_rows
+from lipguide.layers.brick import Brick, Through
 from lipguide.layers.sll import SLL
 from lipguide.losses.base import check_range
 from lipguide.tasks.detection.boxes import NOTHING, Targets, check_number, check_targets, single
@@ -173,7 +173,7 @@ def _free_box_head(width: int) -> nn.Sequential:
     return head
 
 
-class Brightless(nn.Module):
+class Brightless(Brick):
     """y = x − the mean of each channel over the picture: a projection, so 1-Lipschitz.
 
     How bright a wall is says nothing about the number on it, and zeros, as padding brings them, become the mean colour.
@@ -185,7 +185,18 @@ class Brightless(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean((2, 3), keepdim=True)
 
-    def lipschitz(self, constant: float, through: Callable[[nn.Module, float], Any]) -> float:
+    def lipschitz(self, constant: float, through: Through) -> float:
+        return constant
+
+    def plain(self) -> nn.Module:
+        return _PlainBrightless()
+
+
+class _PlainBrightless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean((2, 3), keepdim=True)
+
+    def lipschitz(self, constant: float, through: Through) -> float:
         return constant
 
 

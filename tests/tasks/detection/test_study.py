@@ -149,7 +149,12 @@ def test_each_attack_is_made_once_and_the_strongest_is_picked_from_those_very_pi
     """300 scenes in three parts: the four attacks of a part meet again, beside that part's own targets."""
     names = ("training loss", "vanish", "fabricate", "mislabel")
     images = (torch.arange(300) // 128).to(torch.uint8)[:, None, None, None].expand(-1, 3, 74, 74)
-    split = Split(images, Targets(torch.zeros(300, 1, 4), (torch.arange(300) // 128)[:, None]), "", "")
+    split = Split(
+        images,
+        Targets(torch.tensor([0.0, 0.0, 0.5, 0.5]).expand(300, 1, 4), (torch.arange(300) // 128)[:, None]),
+        "",
+        "",
+    )
     calls, picked, looked = [], [], []
 
     def attack(model, pictures, targets, eps, name, steps):
