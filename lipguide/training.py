@@ -4,13 +4,15 @@ The data stay on the device; a step takes a batch by index, asks the task for it
 in a step follows from (seed, step), so a run that was interrupted goes on to the very weights of one that was not.
 """
 
+from __future__ import annotations
+
 import logging
 import math
-import pickle
+import operator
 import time
-import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipguide.checkpoint import Checkpoint, Progress, content_of, kind_of
 from lipguide.distributed import gathered, rank_and_ranks, share_buffers
-from lipguide.files import replacing
+
+__all__ = ["SCHEDULES", "Shifted", "StepLoss", "Supervised", "fit", "learning_rate_factor", "supervised"]
 
 logger = logging.getLogger(__name__)
 StepLoss = Callable[[nn.Module, tuple[Any, ...]], Tensor]
-UNREADABLE = (EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
 SCHEDULES = ("constant", "cosine", "one-cycle")
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Supervised(nn.Module):
-    """The step of a task with pictures and labels: ``loss(model(images), labels)``.
+    """The step of a task with pictures and labels: `loss(model(images), labels)`.
 
     >>> step = Supervised(nn.CrossEntropyLoss())
     >>> round(step(nn.Identity(), (torch.zeros(3, 2), torch.tensor([0, 1, 1]))).item(), 4)
@@ -103,6 +107,34 @@ def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
 
 
+def supervised(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    loss: nn.Module,
+    rate: float,
+    steps: int,
+    batch_size: int = 256,
+    **options: Any,
+) -> list[dict[str, float]]:
+    """The short way for pictures and labels: `fit` with Adam and one cycle of the rate; the model ends in eval mode.
+
+    Args:
+        data: (images, labels).
+        loss: of `model(images)` and labels, such as those of `lipguide.losses`.
+        rate: the largest learning rate.
+        options: as `fit` takes them, such as seed, checkpoint, report.
+
+    >>> x, model = torch.linspace(-1, 1, 64)[:, None], nn.Linear(1, 1)
+    >>> history = supervised(model, (x, 3 * x), nn.MSELoss(), rate=0.3, steps=200)
+    >>> round(model.weight.item(), 1)
+    3.0
+    """
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    history = fit(model, data, Supervised(loss), optimizer, steps, batch_size, "one-cycle", **options)
+    model.eval()
+    return history
+
+
 def fit(
     model: nn.Module,
     data: Sequence[Tensor | Sequence[Any]],
@@ -119,22 +151,23 @@ def fit(
     log_every: int = 100,
     report: Callable[[str], None] = logger.info,
 ) -> list[dict[str, float]]:
-    """Train ``model`` where its parameters are, and return one record for each line reported.
+    """Train `model` where its parameters are, and return one record for each line reported.
 
     Args:
-        model: any module. Under ``torchrun`` (see ``lipguide.distributed.start``) it is trained data-parallel.
-        data: columns of equal length, such as ``(images, labels)`` or ``(images, boxes, labels)``; a column is a
-            tensor, moved to the device whole, or a list with one item a sample.
-        step_loss: ``step_loss(model, batch)``, the mean loss of a batch (a tuple with a part of each column); under
-            several processes the mean over all their parts, as ``lipguide.losses`` gives it. If it is a module, such
-            as ``Supervised``, its state is a part of the checkpoint.
-        optimizer: over the parameters of ``model``; ``schedule`` ("constant", "cosine", "one-cycle") scales its rate.
+        model: any module. Under `torchrun` (see `lipguide.distributed.start`) it is trained data-parallel.
+        data: columns of equal length, such as `(images, labels)` or `(images, boxes, labels)`; a column is a tensor,
+            moved to the device whole, or a list with one item a sample.
+        step_loss: `step_loss(model, batch)`, the mean loss of a batch (a tuple with a part of each column); under
+            several processes the mean over all their parts, as `lipguide.losses` gives it. If it is a module, such as
+            `Supervised`, its state is a part of the checkpoint.
+        optimizer: over parameters of `model`; `schedule` ("constant", "cosine", "one-cycle") scales its rate.
         steps: updates in all. Batches are always full: they run on from one shuffled epoch into the next.
-        precision: ``torch.bfloat16`` or ``torch.float16`` trains in mixed precision.
+        precision: `torch.bfloat16` or `torch.float16` trains in mixed precision.
         clip: largest norm of the gradient, off by default: a 1-Lipschitz network's gradients do not explode.
-        after_step: called with ``model`` after every update, for instance to project weights onto a constraint.
-        checkpoint: a file, written with each report; if it exists, the run goes on from there.
-        report: receives a line every ``log_every`` steps; ``print`` in a notebook.
+        after_step: called with `model` after every update, for instance to project weights onto a constraint.
+        checkpoint: a file, written with each report; if it exists, the run goes on from there. A file of a run with
+            other settings, data, model, loss or optimizer is an error.
+        report: receives a line every `log_every` steps; `print` in a notebook.
 
     Raises FloatingPointError, with the step and the layer, as soon as a loss or a gradient is not finite; the weights
     are then still those before the step.
@@ -146,34 +179,36 @@ def fit(
     >>> round(model.weight.item(), 2)
     3.0
     """
-    samples = _check(data, steps, batch_size, schedule, precision)
-    device = next(model.parameters()).device
-    data = [_to(column, device) for column in data]
+    samples = _samples(data)
+    _check_numbers(clip=clip, seed=seed, steps=steps, batch_size=batch_size, log_every=log_every)
+    _check_names(schedule, precision)
+    _check_optimizer(optimizer, model, step_loss)
     rank, ranks = rank_and_ranks()
     if batch_size < ranks:
         raise ValueError(f"batch_size = {batch_size} leaves some of the {ranks} processes without a sample")
-    net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    if isinstance(step_loss, nn.Module):
-        stateful["step_loss"] = step_loss.to(device)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    run = {"steps": steps, "batch_size": batch_size, "schedule": schedule, "seed": seed, "samples": samples}
-    run |= {"precision": str(precision), "clip": clip, "optimizer": _describe(optimizer)}
-    first, history = _resume(checkpoint, stateful, run)
+    settings = {"steps": steps, "batch_size": batch_size, "schedule": schedule, "seed": seed, "samples": samples}
+    settings |= {"precision": str(precision), "clip": clip, "optimizer": _describe(optimizer)}
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    file = _checkpoint(checkpoint, parts, settings, data, step_loss, after_step)
+    if isinstance(step_loss, nn.Module):
+        step_loss.to(device)
+    first, history = file.resume()
+    data = [_to(column, device) for column in data]
+    net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
 
     def loss_of(network: nn.Module, step: int) -> Tensor:
         share = _batch_indices(step, batch_size, samples, seed).tensor_split(ranks)[rank]
         torch.manual_seed(_mix(seed, step, rank))
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            return step_loss(network, tuple(_take(column, share) for column in data))
+            return _one_number(step_loss(network, tuple(_take(column, share) for column in data)))
 
-    was_training = model.training
-    model.train()
     total = torch.zeros((), device=device, dtype=torch.float64)
     since, started = first, time.perf_counter()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _training(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for step in range(first, steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * learning_rate_factor(schedule, step, steps)
@@ -193,37 +228,125 @@ def fit(
                 after_step(model)
             total += loss.detach()
             if (step + 1) % log_every == 0 or step + 1 == steps:
+                _check_weights(model, f"after the update of step {step}")
                 count, seconds = step + 1 - since, time.perf_counter() - started
                 record = {
                     "step": step + 1,
                     "loss": sum(gathered(total.item())) / (count * ranks),
                     "gradient_norm": norm.item(),
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "samples_per_second": count * batch_size / seconds,
                 }
-                record |= {"learning_rate": optimizer.param_groups[0]["lr"]}
-                record |= {"samples_per_second": count * batch_size / seconds}
                 history.append(record)
                 if rank == 0:
                     report(_line(record, steps))
-                    _save(checkpoint, stateful, run, step + 1, history)
+                    file.save(Progress(step + 1, history))
                 total, since, started = torch.zeros_like(total), step + 1, time.perf_counter()
     share_buffers(model)  # DistributedDataParallel keeps them in step only while it trains
-    model.train(was_training)
     return history
 
 
-def _check(data: Sequence[Any], steps: int, batch_size: int, schedule: str, precision: torch.dtype) -> int:
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """The model in training mode; afterwards each part is in the mode that it was in."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _samples(data: Sequence[Any]) -> int:
+    """How many samples the columns hold."""
+    if isinstance(data, Tensor) or not isinstance(data, Sequence):
+        raise ValueError(
+            f"data must be a tuple of columns, such as (images, labels), not {type(data).__name__}: write (images,) "
+            "for a single one"
+        )
+    for column in data:
+        if not hasattr(column, "__len__") or (isinstance(column, Tensor) and column.ndim == 0):
+            raise ValueError(f"a column of data must be a tensor or a list with one item a sample, not {column!r}")
     lengths = {len(column) for column in data}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
             f"the columns of data must be of one length, and not empty; they have {sorted(lengths)} samples"
         )
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"steps and batch_size must be at least 1, not {steps} and {batch_size}")
+    return lengths.pop()
+
+
+def _check_numbers(clip: float | None, seed: int, **counts: int) -> None:
+    for name, value in {"seed": seed, **counts}.items():
+        try:
+            operator.index(value)
+        except TypeError:
+            raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, the largest norm of the gradient, or None, not {clip}")
+
+
+def _check_names(schedule: str, precision: torch.dtype) -> None:
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
-    if precision not in (torch.float32, torch.bfloat16, torch.float16):
+    if precision not in PRECISIONS:
         raise ValueError(f"precision must be torch.float32, torch.bfloat16 or torch.float16, not {precision}")
-    return lengths.pop()
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, step_loss: StepLoss) -> None:
+    """Raise unless the optimizer trains parameters of the model (or of the loss) and nothing else."""
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"the model, a {type(model).__name__}, has no parameters: there is nothing to train")
+    own = list(model.parameters())
+    if isinstance(step_loss, nn.Module):
+        own += step_loss.parameters()
+    known = {id(parameter) for parameter in own}
+    theirs = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = [parameter for parameter in theirs if id(parameter) not in known]
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} of the {len(theirs)} parameters of the optimizer, such as one of shape "
+            f"{tuple(foreign[0].shape)}, belong neither to the model nor to the loss: make the optimizer from "
+            "model.parameters() when the model is complete, constraints included"
+        )
+    if not any(parameter.requires_grad for parameter in theirs):
+        raise ValueError("none of the parameters of the optimizer requires a gradient: there is nothing to train")
+    for group in optimizer.param_groups:
+        rate = float(group.get("initial_lr", group["lr"]))
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"the learning rate must be finite and not negative, not {rate}")
+
+
+def _one_number(loss: Any) -> Tensor:
+    if isinstance(loss, Tensor) and loss.numel() == 1 and (loss.requires_grad or not torch.is_grad_enabled()):
+        return loss.reshape(())
+    what = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        what = "one that none of them has a part in"
+    raise ValueError(f"step_loss must return one number that the parameters have a part in, not {what}")
+
+
+def _checkpoint(
+    path: str | Path | None,
+    parts: dict[str, Any],
+    settings: dict[str, Any],
+    data: Sequence[Any],
+    step_loss: StepLoss,
+    after_step: Callable[[nn.Module], None] | None,
+) -> Checkpoint:
+    """The checkpoint of a run, with all that must be the same to go on from it."""
+    if path is None:
+        return Checkpoint(None, parts, settings)
+    settings |= {"data": content_of(*data), "model": kind_of(parts["model"]), "step_loss": kind_of(step_loss)}
+    settings |= {"after_step": getattr(after_step, "__qualname__", type(after_step).__qualname__)}
+    constants = {}
+    if isinstance(step_loss, nn.Module):
+        parts |= {"step_loss": step_loss}
+        constants = dict(step_loss.named_buffers())
+    return Checkpoint(path, parts, settings, constants)
 
 
 def _to(item: Any, device: torch.device) -> Any:
@@ -258,39 +381,8 @@ def _batch_indices(step: int, batch_size: int, samples: int, seed: int) -> Tenso
 
 def _describe(optimizer: torch.optim.Optimizer) -> str:
     groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
-    return f"{type(optimizer).__name__} {groups}"
-
-
-def _resume(
-    path: str | Path | None, stateful: dict[str, Any], run: dict[str, Any]
-) -> tuple[int, list[dict[str, float]]]:
-    if path is None or not Path(path).exists():
-        return 0, []
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"{damaged} is damaged")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        step, history, found = saved["step"], saved["history"], saved["run"]
-    except (RuntimeError, OSError, KeyError, TypeError, ValueError, *UNREADABLE) as error:
-        raise ValueError(f"{path} is no readable checkpoint ({error}): delete it to start over") from error
-    differences = [f"{k} = {found.get(k)!r} there, {v!r} here" for k, v in run.items() if found.get(k) != v]
-    if differences:
-        raise ValueError(f"{path} belongs to another run ({'; '.join(differences)}): delete it or name another file")
-    for name, part in stateful.items():
-        part.load_state_dict(saved[name])
-    return step, history
-
-
-def _save(
-    path: str | Path | None, stateful: dict[str, Any], run: dict[str, Any], step: int, history: list[dict[str, float]]
-) -> None:
-    """Written beside the old checkpoint and then put in its place: whatever happens, one of the two is whole."""
-    if path is None:
-        return
-    states = {name: part.state_dict() for name, part in stateful.items()}
-    with replacing(path) as temporary:
-        torch.save({**states, "run": run, "step": step, "history": history}, temporary)
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return f"{type(optimizer).__name__} of {sizes} parameters, {groups}"
 
 
 def _line(record: dict[str, float], steps: int) -> str:
@@ -301,11 +393,15 @@ def _line(record: dict[str, float], steps: int) -> str:
     )
 
 
+def _check_weights(model: nn.Module, when: str) -> None:
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if broken:
+        raise FloatingPointError(f"parameter {broken[0]!r} is not finite {when}")
+
+
 def _stop(model: nn.Module, loss: Tensor, step: int, loss_of: Callable[[nn.Module, int], Tensor]) -> None:
     """Find the first layer that went wrong by running the step again, and raise."""
-    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if broken:
-        raise FloatingPointError(f"step {step}: parameter {broken[0]!r} is not finite before the update")
+    _check_weights(model, f"before the update of step {step}")
     if torch.isfinite(loss):
         names = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         where = f"the gradient of {', '.join(map(repr, names))}" if names else "the norm of the gradient"

@@ -409,7 +409,7 @@ def test_gradient_that_is_not_finite_is_caught_before_it_reaches_the_weights():
 def test_weights_that_were_never_finite_are_named():
     model = toy_model()
     model[3].bias.data[1] = math.inf
-    with pytest.raises(FloatingPointError, match="step 0: parameter '3.bias' is not finite"):
+    with pytest.raises(FloatingPointError, match="parameter '3.bias' is not finite before the update of step 0"):
         fit(model, toy_data(), Supervised(nn.CrossEntropyLoss()), torch.optim.SGD(model.parameters(), 0.1), 5)
 
 
