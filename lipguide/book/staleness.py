@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,8 +18,10 @@ __all__ = ["chapter_key", "modules_behind", "records_read"]
 PACKAGE = Path(__file__).resolve().parents[1]
 NAME = PACKAGE.name
 LEDGER = f"{NAME}.book.ledger"
-# What runs code or imports modules by a name that is known only when it runs.
-DYNAMIC = {"__import__", "eval", "exec", "import_module", "reload", "run_module", "run_path"}
+IMPORTERS = {"__import__", "import_module"}
+RUNNERS = {"eval", "exec", "reload", "run_module", "run_path"}
+# A line of the package with this comment loads nothing but modules that count already.
+PROMISE = "# loads what its caller has named"
 
 
 def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str, records: Iterable[Path] = ()) -> str:
@@ -166,7 +168,9 @@ def _behind(path: Path, changed: int) -> frozenset[Path]:
     home = dotted.removesuffix(".__init__") if path.name == "__init__.py" else dotted.rpartition(".")[0]
     around = {folder / "__init__.py" for folder in path.parents if PACKAGE in folder.parents}
     working = {init for init in around if init.exists() and not _only_hands_on(init)}
-    return frozenset(_used(_tree(path), home) | working)
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    promised = {number for number, line in lines if PROMISE in line}
+    return frozenset(_used(_tree(path), home, promised) | working)
 
 
 def _only_hands_on(init: Path) -> bool:
@@ -179,12 +183,13 @@ def _only_hands_on(init: Path) -> bool:
     return True
 
 
-def _used(tree: ast.AST, home: str) -> set[Path]:
+def _used(tree: ast.AST, home: str, promised: Container[int] = ()) -> set[Path]:
     """The modules that a piece of code names itself.
 
     Args:
         tree: the code.
         home: the package that the code belongs to, which its relative imports start from.
+        promised: lines that load nothing more.
     """
     found: set[Path] = set()
     packages: dict[str, str] = {}  # what a package is called in this code
@@ -198,8 +203,8 @@ def _used(tree: ast.AST, home: str) -> set[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in packages:
             found |= _files_of_chain(packages[node.id], _attributes(node, parents))
-        elif isinstance(node, ast.Call) and _runs_what_is_named_elsewhere(node):
-            found |= _named_in(node, tree)
+        elif isinstance(node, ast.Call) and node.lineno not in promised:
+            found |= _loaded_by(node, tree)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= set() if isinstance(parents[node], ast.Expr) else _imported_in_text(node.value)
     return found
@@ -280,26 +285,23 @@ def _attributes(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> list[str]:
     return names
 
 
-def _runs_what_is_named_elsewhere(call: ast.Call) -> bool:
+def _loaded_by(call: ast.Call, tree: ast.AST) -> set[Path]:
+    """The modules that a call loads, if it is one that runs code or imports modules by their names."""
     name = _called(call)
-    if name in ("eval", "exec"):  # `model.eval()` is something else
-        return isinstance(call.func, ast.Name)
-    return name in DYNAMIC
-
-
-def _named_in(call: ast.Call, tree: ast.AST) -> set[Path]:
-    """The modules that `import_module` may be asked for: one that stands there, or any of a table of the code."""
-    argument = call.args[0] if call.args and _called(call) == "import_module" else None
-    texts: list[ast.expr | None] = [argument]
-    if isinstance(argument, ast.Subscript):
-        tables = [
-            n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and _is_name(n.targets[0], argument.value)
-        ]
-        texts = [text for table in tables if isinstance(table, ast.Dict) for text in table.values] or [None]
-    names = [text.value if isinstance(text, ast.Constant) else "" for text in texts]
-    if not all(isinstance(name, str) and name for name in names):
+    if name in ("eval", "exec") and isinstance(call.func, ast.Attribute):  # `model.eval()` is something else
+        return set()
+    if name in RUNNERS:
         return _everything()
-    return set().union(*(_files(name) for name in names if _is_ours(name)))
+    return _named_in(tree) if name in IMPORTERS else set()
+
+
+def _named_in(tree: ast.AST) -> set[Path]:
+    """The modules that code may import by name: those that it names in strings, if all such strings are modules."""
+    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    modules = {text for text in texts if text.startswith(f"{NAME}.") and "\n" not in text}
+    if not modules or not all(map(_exists, modules)):
+        return _everything()
+    return set().union(*map(_whole, modules))
 
 
 def _imported_in_text(text: str) -> set[Path]:

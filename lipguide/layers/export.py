@@ -95,7 +95,7 @@ def equation_of(module: nn.Module) -> type | None:
 def _class_at(address: str) -> type | None:
     home, path = address.split(":")
     try:
-        found: Any = importlib.import_module(home)
+        found: Any = importlib.import_module(home)  # loads what its caller has named
         for name in path.split("."):
             found = getattr(found, name)
     except (ImportError, AttributeError):  # of a project that is not installed here

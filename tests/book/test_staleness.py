@@ -53,6 +53,7 @@ def test_only_the_modules_behind_the_code_count(code, inside, outside):
         "from lipguide import *",
         "import lipguide.layers\nf(lipguide)",
         "import importlib\nimportlib.import_module(f'lipguide.{name}')",
+        "import importlib\nimportlib.import_module(name)  # loads what its caller has named",
         "from importlib import import_module\nimport_module(name)",
         "__import__('lipguide').spectral",
         "exec(program)",
@@ -88,6 +89,7 @@ def package(tmp_path, monkeypatch):
         "b.py": "from lipguide.hands_on import VALUE",
         "c.py": "from .hands_on import b",
         "table.py": "from importlib import import_module\nT = {'x': 'lipguide.a'}\ndef f(x): return import_module(T[x])",
+        "promise.py": "from importlib import import_module\nimport_module(x)  # loads what its caller has named",
         "loader.py": "from importlib import import_module\ndef f(x): return import_module(x)",
         "hands_on/__init__.py": "'''Words.'''\nfrom lipguide import b\nfrom lipguide.a import VALUE\n__all__ = ['VALUE']",
         "hands_on/own.py": "",
@@ -109,6 +111,7 @@ def package(tmp_path, monkeypatch):
         ("from lipguide.works import own", {"works/own.py", "works/__init__.py", "a.py"}),  # importing it runs a.py
         ("from lipguide import hands_on\nhands_on.VALUE", {"a.py"}),
         ("from lipguide.table import f", {"a.py", "table.py"}),
+        ("from lipguide.promise import f", {"promise.py"}),
     ],
 )
 def test_packages_are_seen_through(package, code, behind):
