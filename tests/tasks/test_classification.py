@@ -39,7 +39,7 @@ SHIPPED = [name for name in RECIPES if (WEIGHTS / f"{name}.safetensors").exists(
 
 
 def bound(model):
-    return lipschitz_bound(model[:-1].eval(), model[0].shape).value
+    return lipschitz_bound(model[:-1].eval(), (3, model[0].pixels, model[0].pixels)).value
 
 
 @pytest.mark.parametrize("name", LIPSCHITZ)
@@ -90,16 +90,16 @@ def test_gpu_size_is_larger_and_of_the_same_kind(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("pixels, advice", [(30, "28 or 32"), (3, "4"), (0, "4"), (33, "32 or 36")])
+@pytest.mark.parametrize("pixels, advice", [(30, "28×28 or 32×32"), (3, "4×4"), (0, "4×4"), (33, "32×32 or 36×36")])
 def test_sides_that_cannot_be_halved_are_named_with_those_that_can(name, pixels, advice):
-    with pytest.raises(ValueError, match=f"{pixels} pixels cannot be halved 2 times: {advice} would do"):
+    with pytest.raises(ValueError, match=f"{pixels}×{pixels} cannot be halved 2 times: {advice} would do"):
         NETWORKS[name](**{**SMALL, "pixels": pixels})
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 8, 12), (1, 1, 8, 8), (2, 3, 9, 9), (3, 8, 8)])
+@pytest.mark.parametrize("shape", [(1, 3, 8, 12), (2, 3, 9, 9)])
 def test_pictures_of_another_size_are_refused_with_the_size_that_would_do(shape):
     model = NETWORKS["vgg"](**SMALL).eval()
-    with pytest.raises(ValueError, match=r"built for pictures of 3×8×8, not of .*multiple of 4"):
+    with pytest.raises(ValueError, match=r"built for pictures of 8×8, not of .*multiple of 4"):
         model(torch.rand(shape))
 
 

@@ -17,8 +17,9 @@ from lipguide.robustness.attacks import pgd_l2
 from lipguide.robustness.certificates import certified_miou, certified_pixel_accuracy, checked_logits, radius
 from lipguide.robustness.scores import miou, pixel_accuracy, pooled_miou
 from lipguide.tasks import TEST_SEED, WEIGHTS, network_of, train_by, trained
+from lipguide.tasks.segmentation.attacks import flipped, soft_flips
 from lipguide.tasks.segmentation.data import pictures
-from lipguide.tasks.segmentation.networks import NETWORKS, build, flipped, soft_flips
+from lipguide.tasks.segmentation.networks import NETWORKS, build
 from lipguide.tasks.segmentation.recipes import LOSSES, RECIPES, TASK, Recipe
 from lipguide.training import Shifted, Supervised, fit
 

@@ -1,11 +1,7 @@
-"""Classifiers of pictures: a VGG, a ResNet and an SLL network, 1-Lipschitz, each beside its ordinary twin.
+"""Classifiers of pictures: a VGG, a ResNet and an SLL network, 1-Lipschitz or as their ordinary twins.
 
-A 1-Lipschitz network is an `nn.Sequential` whose last layer is the head: `model[:-1]` is the 1-Lipschitz trunk, and the
-head's rows have norm 1, so that the radius of a picture is margin / ‖w_k − w_j‖. The ordinary twin has layers of the
-same shape, free, with batch norm and ReLU.
-
-Both halve the picture by 2×2 convolutions of stride 2. A VGG that pools by the L2 norm, the guide's first choice, is
-there to compare.
+`lipguide.tasks.twins` has the layers of both. All halve the picture by 2×2 convolutions of stride 2. A VGG that pools
+by the L2 norm, the guide's first choice, is there to compare.
 """
 
 from __future__ import annotations
@@ -17,139 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lipguide.layers.activations import GroupSort2
-from lipguide.layers.affine import orthogonal, unit_rows
-from lipguide.layers.blocks import Residual
 from lipguide.layers.pooling import ScaledL2NormPool2d
-from lipguide.layers.sll import SLL, SLLLinear
+from lipguide.tasks.twins import Centred, layers_of
 
-__all__ = [
-    "NETWORKS",
-    "Centred",
-    "build",
-    "check_labels",
-    "ordinary_resnet",
-    "ordinary_sll",
-    "ordinary_vgg",
-    "resnet",
-    "sll",
-    "vgg",
-]
-
-
-class Centred(nn.Module):
-    """y = x − 1/2, an isometry that makes the zeros of padding medium grey; refuses pictures of another size.
-
-    Args:
-        channels, pixels: of the pictures, (N, channels, pixels, pixels).
-        halvings: how often the network halves a side: `pixels` must be a multiple of 2^halvings.
-
-    >>> Centred(3, 74, halvings=3)
-    Traceback (most recent call last):
-    ...
-    ValueError: a side of 74 pixels cannot be halved 3 times: 72 or 80 would do (crop or pad the pictures)
-    """
-
-    def __init__(self, channels: int, pixels: int, halvings: int) -> None:
-        super().__init__()
-        self.shape = (channels, pixels, pixels)
-        self.multiple = 2**halvings
-        below = pixels - pixels % self.multiple
-        if pixels != below or pixels < 1:
-            sizes = f"{below} or {below + self.multiple}" if below > 0 else f"{self.multiple}"
-            raise ValueError(
-                f"a side of {pixels} pixels cannot be halved {halvings} times: {sizes} would do (crop or pad the "
-                "pictures)"
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if tuple(x.shape[1:]) != self.shape:
-            need, got = "×".join(map(str, self.shape)), "×".join(map(str, x.shape[1:]))
-            raise ValueError(
-                f"this network was built for pictures of {need}, not of {got}: scale or crop them to {need}, or build "
-                f"it with other `channels` and `pixels` (a multiple of {self.multiple})"
-            )
-        return x - 0.5
-
-    def lipschitz(self, constant: float, through: Callable[[nn.Module, float], Any]) -> float:
-        return constant
-
-    def extra_repr(self) -> str:
-        return "×".join(map(str, self.shape))
-
-
-class OrdinaryBlock(nn.Module):
-    """y = x + f(x): the residual block without a bound.
-
-    >>> OrdinaryBlock(nn.Identity())(torch.ones(1, 2))
-    tensor([[2., 2.]])
-    """
-
-    def __init__(self, branch: nn.Module) -> None:
-        super().__init__()
-        self.branch = branch
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.branch(x)
-
-
-Affine = nn.Conv2d | nn.Linear
-
-
-class _Lipschitz:
-    """The layers of a 1-Lipschitz network: orthogonal, with MaxMin, and blocks that stretch nothing."""
-
-    bias = True
-    activation, residual = GroupSort2, Residual
-    bare, head = staticmethod(orthogonal), staticmethod(unit_rows)
-
-    @staticmethod
-    def normed(affine: Affine) -> list[nn.Module]:
-        return [orthogonal(affine)]
-
-    @staticmethod
-    def sll(width: int) -> nn.Module:
-        return SLL(width, width, 3, iterations=2)
-
-    @staticmethod
-    def sll_dense(affine: nn.Linear) -> list[nn.Module]:
-        return [orthogonal(affine), SLLLinear(affine.out_features, affine.out_features)]
-
-
-class _Ordinary:
-    """The same layers, free, with batch norm and ReLU."""
-
-    bias = False  # batch norm has one
-    activation, residual = nn.ReLU, OrdinaryBlock
-
-    @staticmethod
-    def bare(affine: Affine) -> nn.Module:
-        return affine
-
-    head = bare
-
-    @staticmethod
-    def normed(affine: Affine) -> list[nn.Module]:
-        if isinstance(affine, nn.Linear):
-            return [affine, nn.BatchNorm1d(affine.out_features)]
-        return [affine, nn.BatchNorm2d(affine.out_channels)]
-
-    @staticmethod
-    def sll(width: int) -> nn.Module:
-        """x + g(relu(batch norm(f(x)))), with the free convolutions f and g for Vᵀ and V."""
-        inward = _layer(_Ordinary, nn.Conv2d(width, width, 3, padding=1, bias=False))
-        return OrdinaryBlock(nn.Sequential(*inward, nn.Conv2d(width, width, 3, padding=1)))
-
-    @staticmethod
-    def sll_dense(affine: nn.Linear) -> list[nn.Module]:
-        return _layer(_Ordinary, affine)
-
-
-Bricks = type[_Lipschitz] | type[_Ordinary]
-
-
-def _layer(bricks: Bricks, affine: Affine) -> list[nn.Module]:
-    return [*bricks.normed(affine), bricks.activation()]
+__all__ = ["NETWORKS", "SIZES", "build", "check_labels", "resnet", "sll", "vgg"]
 
 
 def vgg(
@@ -160,7 +27,7 @@ def vgg(
     pixels: int = 32,
     channels: int = 3,
     pooling: bool = False,
-    bricks: Bricks = _Lipschitz,
+    lipschitz: bool = True,
 ) -> nn.Sequential:
     """1-Lipschitz VGG: at each size `depth` convolutions of 3×3, then one of 2×2 that halves the side.
 
@@ -168,33 +35,24 @@ def vgg(
         widths: channels at each size; the halving doubles them.
         features: of the dense layer below the head.
         pooling: halve the side by `ScaledL2NormPool2d` instead, followed by a convolution of 1×1.
-        bricks: what the layers are made of; `ordinary_vgg` has others.
+        lipschitz: False for the twin, which has free layers of the same shapes, batch norm and ReLU.
 
     >>> vgg()(torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    layer, bias = partial(_layer, bricks), bricks.bias
-    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    make = layers_of(lipschitz)
+    layers: list[nn.Module] = [Centred(channels, len(widths), pixels)]
     for width in widths:
-        for _ in range(depth):
-            layers += layer(nn.Conv2d(channels, width, 3, padding=1, bias=bias))
+        for _ in range(depth):  # the twin's convolutions have no bias: batch norm has one
+            layers += make.layer(nn.Conv2d(channels, width, 3, padding=1, bias=lipschitz))
             channels = width
         if pooling:
-            layers += [ScaledL2NormPool2d(2), *layer(nn.Conv2d(channels, 2 * width, 1, bias=bias))]
+            layers += [ScaledL2NormPool2d(2), *make.layer(nn.Conv2d(channels, 2 * width, 1, bias=lipschitz))]
         else:
-            layers += layer(nn.Conv2d(channels, 2 * width, 2, stride=2, bias=bias))
+            layers += make.layer(nn.Conv2d(channels, 2 * width, 2, stride=2, bias=lipschitz))
         channels, pixels = 2 * width, pixels // 2
-    layers += [nn.Flatten(), *layer(nn.Linear(channels * pixels**2, features, bias=bias))]
-    return nn.Sequential(*layers, bricks.head(nn.Linear(features, classes)))
-
-
-def ordinary_vgg(widths: Sequence[int] = (16, 32, 64), **options: int) -> nn.Sequential:
-    """The twin of `vgg`, which takes the same arguments: the same shapes, batch norm and ReLU.
-
-    >>> ordinary_vgg()(torch.rand(2, 3, 32, 32)).shape
-    torch.Size([2, 10])
-    """
-    return vgg(widths, **options, bricks=_Ordinary)
+    layers += [nn.Flatten(), *make.layer(nn.Linear(channels * pixels**2, features, bias=lipschitz))]
+    return nn.Sequential(*layers, make.head(nn.Linear(features, classes)))
 
 
 def resnet(
@@ -204,7 +62,7 @@ def resnet(
     classes: int = 10,
     pixels: int = 32,
     channels: int = 3,
-    bricks: Bricks = _Lipschitz,
+    lipschitz: bool = True,
 ) -> nn.Sequential:
     """1-Lipschitz ResNet: each size begins with a 2×2 convolution that halves the side, then `depth` residual blocks.
 
@@ -213,30 +71,21 @@ def resnet(
     >>> resnet()(torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    layer, bias = partial(_layer, bricks), bricks.bias
+    make = layers_of(lipschitz)
 
     def block(width: int) -> list[nn.Module]:
-        first = layer(nn.Conv2d(width, width, 3, padding=1, bias=bias))
-        second = bricks.normed(nn.Conv2d(width, width, 3, padding=1, bias=bias))
-        return [bricks.residual(nn.Sequential(*first, *second)), bricks.activation()]
+        first = make.layer(nn.Conv2d(width, width, 3, padding=1, bias=lipschitz))
+        second = make.normed(nn.Conv2d(width, width, 3, padding=1, bias=lipschitz))
+        return [make.residual(nn.Sequential(*first, *second)), make.activation()]
 
-    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    layers: list[nn.Module] = [Centred(channels, len(widths), pixels)]
     for width in widths:
-        layers += layer(nn.Conv2d(channels, width, 2, stride=2, bias=bias))
+        layers += make.layer(nn.Conv2d(channels, width, 2, stride=2, bias=lipschitz))
         for _ in range(depth):
             layers += block(width)
         channels, pixels = width, pixels // 2
-    layers += [nn.Flatten(), *layer(nn.Linear(channels * pixels**2, features, bias=bias))]
-    return nn.Sequential(*layers, bricks.head(nn.Linear(features, classes)))
-
-
-def ordinary_resnet(widths: Sequence[int] = (24, 48, 96), **options: int) -> nn.Sequential:
-    """The twin of `resnet`, which takes the same arguments: batch norm and ReLU, x + f(x) without a half.
-
-    >>> ordinary_resnet()(torch.rand(2, 3, 32, 32)).shape
-    torch.Size([2, 10])
-    """
-    return resnet(widths, **options, bricks=_Ordinary)
+    layers += [nn.Flatten(), *make.layer(nn.Linear(channels * pixels**2, features, bias=lipschitz))]
+    return nn.Sequential(*layers, make.head(nn.Linear(features, classes)))
 
 
 def sll(
@@ -246,40 +95,33 @@ def sll(
     classes: int = 10,
     pixels: int = 32,
     channels: int = 3,
-    bricks: Bricks = _Lipschitz,
+    lipschitz: bool = True,
 ) -> nn.Sequential:
-    """SLL network: as `resnet`, with blocks that are residual without a half and need no activation between them.
+    """1-Lipschitz SLL network: as `resnet`, with blocks that are residual without a half and end in no activation.
 
     Args as for `vgg`.
 
     >>> sll()(torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    layers: list[nn.Module] = [Centred(channels, pixels, len(widths))]
+    make = layers_of(lipschitz)
+    layers: list[nn.Module] = [Centred(channels, len(widths), pixels)]
     for width in widths:
-        layers += [bricks.bare(nn.Conv2d(channels, width, 2, stride=2)), *(bricks.sll(width) for _ in range(depth))]
+        layers.append(make.bare(nn.Conv2d(channels, width, 2, stride=2)))
+        layers += [make.sll(width) for _ in range(depth)]
         channels, pixels = width, pixels // 2
-    layers += [nn.Flatten(), *bricks.sll_dense(nn.Linear(channels * pixels**2, features, bias=bricks.bias))]
-    return nn.Sequential(*layers, bricks.head(nn.Linear(features, classes)))
-
-
-def ordinary_sll(widths: Sequence[int] = (24, 48, 96), **options: int) -> nn.Sequential:
-    """The twin of `sll`, which takes the same arguments: x + g(relu(batch norm(f(x)))) with free f and g for Vᵀ and V.
-
-    >>> ordinary_sll()(torch.rand(2, 3, 32, 32)).shape
-    torch.Size([2, 10])
-    """
-    return sll(widths, **options, bricks=_Ordinary)
+    layers += [nn.Flatten(), *make.sll_dense(nn.Linear(channels * pixels**2, features, bias=lipschitz))]
+    return nn.Sequential(*layers, make.head(nn.Linear(features, classes)))
 
 
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
     "vgg": vgg,
     "pooled-vgg": partial(vgg, pooling=True),
-    "ordinary-vgg": ordinary_vgg,
+    "ordinary-vgg": partial(vgg, lipschitz=False),
     "resnet": resnet,
-    "ordinary-resnet": ordinary_resnet,
+    "ordinary-resnet": partial(resnet, lipschitz=False),
     "sll": sll,
-    "ordinary-sll": ordinary_sll,
+    "ordinary-sll": partial(sll, lipschitz=False),
 }
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {"vgg": {}, "resnet": {}, "sll": {}},  # the functions' own
