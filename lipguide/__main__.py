@@ -1,4 +1,9 @@
-"""The command line: `python -m lipguide` with `build`, `data`, `train` or `study`."""
+"""The command line: `python -m lipguide` with `build`, `data`, `train` or `study`.
+
+A command is a function of its options that does its work or raises; here, and nowhere else, an error becomes one line
+and an exit status: 0 well, 1 something failed, 2 wrongly called, 130 interrupted. Each command imports what it needs
+when it runs, so that none waits for the tools of another, nor needs them installed.
+"""
 
 from __future__ import annotations
 
@@ -6,86 +11,256 @@ import argparse
 import logging
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
-
-from lipguide.data.cli import add_commands
-from lipguide.tasks.detection.cli import add_arguments as _add_study
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
+PROGRAM = "python -m lipguide"
+Command = Callable[[argparse.Namespace], int]  # returns 0, or 1 where it has said itself what failed
+
+
+class WrongCall(Exception):
+    """The command line asks for something that there is not."""
+
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser that takes no abbreviations, and whose errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, _line(self.prog, message))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 well, 1 something failed, 2 wrongly called, 130 interrupted."""
+    """Run one command and return its exit status.
+
+    Args:
+        arguments: those of the command line if None.
+    """
     options = _parser().parse_args(arguments)
-    # A stop asked for by the system ends like Ctrl-C: kernels are shut down, temporary files go.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return options.run(options)
+        with _stopped_like_ctrl_c():
+            return options.run(options)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return _failed(options, 130, "interrupted; what is whole is kept, and the same command goes on from there")
+    except WrongCall as error:
+        return _failed(options, 2, error)
+    except ModuleNotFoundError as error:
+        return _failed(options, 1, f"{error}; the README says which parts of lipguide need what")
+    except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
+        return _failed(options, 1, error)
+
+
+def _failed(options: argparse.Namespace, status: int, error: object) -> int:
+    sys.stderr.write(_line(options.program, str(error) or type(error).__name__))
+    return status
+
+
+def _line(program: str, message: str) -> str:
+    """One line for the terminal, however many the message has."""
+    return f"{program}: {' '.join(message.split())}\n"
+
+
+@contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """A stop asked for by the system ends like Ctrl-C: kernels are shut down, temporary files go."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m lipguide", description=__doc__)
+    parser = Parser(prog=PROGRAM, description="1-Lipschitz neural networks: build the book, train, get the data.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    build = commands.add_parser("build", help="execute the chapters and render the book")
-    build.add_argument("--profile", default="quick", help="quick (two CPU cores, minutes) or full (the real training)")
-    build.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    build.add_argument("--only", nargs="+", metavar="CHAPTER", help="execute these chapters alone")
-    build.set_defaults(run=_build)
-    data = commands.add_parser("data", help="download SVHN, write the synthetic twin, compare the two")
-    add_commands(data.add_subparsers(required=True, metavar="SET", parser_class=Parser))
-    train = commands.add_parser("train", help="make the weights that ship with the package")
-    train.add_argument("names", nargs="+", metavar="NAME", help="the weights to make, such as classification-vgg")
-    train.add_argument("--steps", type=int, help="updates (default: as many as the recipe asks)")
-    train.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--folder", help="where the file goes (default: into the package, or study/full for NAME-full)")
-    train.set_defaults(run=_train)
-    _add_study(commands.add_parser("study", help="the whole case study: train and attack four detectors"))
+    _add_build(commands)
+    _add_data(commands)
+    _add_train(commands)
+    _add_study(commands)
     return parser
 
 
+def _add(commands: Any, name: str, run: Command, says: str) -> Parser:
+    parser = commands.add_parser(name, help=says, description=f"{says[0].upper()}{says[1:]}.")
+    parser.set_defaults(run=run, program=parser.prog)
+    return parser
+
+
+def _add_build(commands: Any) -> None:
+    parser = _add(commands, "build", _build, "execute the chapters and render the book")
+    parser.add_argument("--profile", default="quick", help="quick (two CPU cores, minutes) or full (the real training)")
+    _add_device(parser)
+    parser.add_argument("--only", nargs="+", metavar="CHAPTER", help="execute these chapters alone")
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="download SVHN, write the synthetic twin, compare the two")
+    sets = data.add_subparsers(required=True, metavar="SET", parser_class=Parser)
+    svhn = _add(sets, "svhn", _svhn, "download SVHN (non-commercial use only)")
+    svhn.add_argument("--root", required=True, help="folder that train/ and test/ go into")
+    svhn.add_argument("--extra", action="store_true", help="also the 531,131 digits of extra/ (2 GB)")
+    synthetic = _add(sets, "synthetic", _synthetic, "make synthetic house numbers, in the cache or in a folder")
+    synthetic.add_argument("--root", help="write pictures, masks and digitStruct.mat there, as SVHN has them")
+    synthetic.add_argument("--split", nargs="+", choices=("train", "test"), default=["train", "test"])
+    synthetic.add_argument("--size", type=int, help="scenes a split (default: as many as SVHN has)")
+    _add_seed(synthetic)
+    compare = _add(sets, "compare", _compare, "train on synthetic digits, read real ones")
+    compare.add_argument("--svhn", required=True, help="folder that holds SVHN's test/")
+    compare.add_argument("--size", type=int, help="synthetic scenes a split (default: as many as SVHN has)")
+    compare.add_argument("--epochs", type=int, default=12)
+    _add_device(compare)
+    _add_seed(compare)
+
+
+def _add_train(commands: Any) -> None:
+    parser = _add(commands, "train", _train, "make the weights that ship with the package, alone or under torchrun")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="the weights to make, such as classification-vgg")
+    parser.add_argument("--steps", type=int, help="updates (default: as many as the recipe asks)")
+    parser.add_argument("--folder", help="where the file goes (default: into the package, or study/full for NAME-full)")
+    _add_device(parser)
+    _add_seed(parser)
+
+
+def _add_study(commands: Any) -> None:
+    parser = _add(commands, "study", _study, "the whole case study: train and attack four detectors")
+    parser.add_argument("--plan", default="full", help="full (a GPU; the default), cpu (hours), quick (a minute)")
+    parser.add_argument("--only", nargs="+", metavar="CONFIGURATION", help="these configurations alone")
+    parser.add_argument("--svhn", type=Path, metavar="DIR", help="real SVHN instead of its synthetic twin")
+    parser.add_argument("--folder", type=Path, help="checkpoints, weights and results (default: study/PLAN)")
+    _add_device(parser)
+    _add_seed(parser)
+
+
+def _add_device(parser: Parser) -> None:
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there is one")
+
+
+def _add_seed(parser: Parser) -> None:
+    parser.add_argument("--seed", type=int, default=0)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
 def _build(options: argparse.Namespace) -> int:
-    # Imported here: the other commands should not wait for papermill, nor need it installed.
     from lipguide.book.build import Book, BuildError, build
 
     try:
         return build(Book(Path.cwd()), options.profile, options.device, options.only)
     except BuildError as error:
-        print(f"python -m lipguide build: {error}", file=sys.stderr)
-        return 2
+        raise WrongCall(error) from error
+
+
+def _svhn(options: argparse.Namespace) -> int:
+    from lipguide import data
+
+    print(data.SVHN_TERMS.rstrip("\n"))
+    for folder in data.download_svhn(options.root, extra=options.extra):
+        print(f"{folder} is complete")
+    return 0
+
+
+def _synthetic(options: argparse.Namespace) -> int:
+    from lipguide.data import SyntheticHouseNumbers
+
+    for split in options.split:
+        scenes = SyntheticHouseNumbers(split, options.size, options.seed)
+        where = scenes.save(options.root) if options.root else "the cache"
+        print(f"{split}: {len(scenes)} scenes in {where}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from lipguide.book.transfer import compare
+    from lipguide.distributed import choose_device
+
+    device = choose_device(options.device)
+    found = compare(options.svhn, options.size, options.epochs, device, options.seed)
+    print(f"a small network trained on synthetic house numbers alone reads, on {device}:")
+    print(f"  synthetic test digits  {100 * found.synthetic:.2f} %  of {found.digits[0]}")
+    print(f"  SVHN test digits       {100 * found.real:.2f} %  of {found.digits[1]}")
+    print(f"trained on SYN DIGITS    {100 * found.syn_digits:.1f} %  (published, DIRT-T table 1)")
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
     from lipguide import distributed, tasks
 
+    with _progress_on_stdout():
+        for name in options.names:
+            path = tasks.train(name, options.steps, options.device, options.seed, options.folder)
+            if distributed.rank_and_ranks()[0] == 0:
+                print(path)
+    distributed.finish()
+    return 0
+
+
+@contextmanager
+def _progress_on_stdout() -> Iterator[None]:
+    """What the package logs goes to the terminal."""
     logger, progress = logging.getLogger("lipguide"), logging.StreamHandler(sys.stdout)
     level = logger.level
     logger.addHandler(progress)
     logger.setLevel(logging.INFO)
     try:
-        for name in options.names:
-            path = tasks.train(name, options.steps, options.device, options.seed, options.folder)
-            if distributed.rank_and_ranks()[0] == 0:
-                print(path)
-    except (FloatingPointError, RuntimeError, ValueError, OSError) as error:
-        print(f"python -m lipguide train: {error}", file=sys.stderr)
-        return 1
+        yield
     finally:
         logger.removeHandler(progress)
         logger.setLevel(level)
+
+
+def _study(options: argparse.Namespace) -> int:
+    import torch
+
+    from lipguide import distributed
+    from lipguide.book.ledger import Ledger
+    from lipguide.tasks.detection import data
+    from lipguide.tasks.detection.study import CONFIGURATIONS, EPSILON, PLANS, study
+
+    _check_study(options, list(PLANS), list(CONFIGURATIONS), torch.cuda.is_available())
+    device = distributed.start(options.device)
+    first = distributed.rank_and_ranks()[0] == 0
+    folder, plan = options.folder or Path("study") / options.plan, PLANS[options.plan]
+    ledger = Ledger("study", options.plan, device.type, options.seed, folder=folder)
+    counts = {"train": plan.train_scenes, "test": plan.test_scenes}
+    splits = {name: data.load_split(name, n, options.seed, device, options.svhn) for name, n in counts.items()}
+    report = (lambda line: print(line, flush=True)) if first else (lambda line: None)
+    only = options.only or CONFIGURATIONS
+    entries = study(plan, **splits, folder=folder, seed=options.seed, only=only, report=report)
+    if first:
+        ledger.used(splits["train"].name, splits["train"].hash)
+        ledger["configurations"] = entries
+        ledger["epsilon"] = EPSILON
+        # What all configurations took, also those that an earlier call trained.
+        seconds = sum(entry["train_seconds"] + entry["evaluate_seconds"] for entry in entries)
+        print(f"on record: {ledger.save(seconds)}")
     distributed.finish()
     return 0
+
+
+def _check_study(options: argparse.Namespace, plans: list[str], configurations: list[str], gpu: bool) -> None:
+    """What keeps the study from starting as asked, and what would do, before hours are spent."""
+    for what, given, valid in (("plan", [options.plan], plans), ("configuration", options.only or [], configurations)):
+        for name in given:
+            if name not in valid:
+                raise WrongCall(f"unknown {what} {name!r}; valid: {', '.join(valid)}")
+    if gpu:
+        return
+    if options.device == "cuda":
+        raise WrongCall("torch sees no CUDA device; --plan cpu --device cpu runs the study without one, in hours")
+    if options.plan == "full" and options.device == "auto":
+        raise WrongCall(
+            "torch sees no CUDA device, and plan full takes days without: take --plan cpu, or insist by --device cpu"
+        )
 
 
 if __name__ == "__main__":

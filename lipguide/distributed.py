@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 __all__ = [
+    "DEVICES",
+    "choose_device",
     "finish",
     "first_rank_first",
     "gathered",
@@ -30,6 +32,23 @@ __all__ = [
     "sum_over_ranks",
 ]
 
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """The device of a name: "cpu", "cuda", or "auto" for CUDA where torch sees it.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    if device not in DEVICES:
+        raise ValueError(f"unknown device {device!r}; valid: {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' is not available: torch sees no CUDA device; valid here: auto, cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
 
 def start(device: str = "auto") -> torch.device:
     """The device of this process; under `torchrun`, joins the other processes first.
@@ -40,14 +59,11 @@ def start(device: str = "auto") -> torch.device:
     >>> start("cpu")
     device(type='cpu')
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "auto", "cpu" or "cuda", not {device!r}')
+    chosen = choose_device(device)
     if "LOCAL_RANK" not in os.environ:
-        return torch.device(device)
-    chosen = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device("cpu")
+        return chosen
     if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")

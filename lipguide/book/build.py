@@ -25,19 +25,18 @@ from pathlib import Path
 import jupytext
 import nbformat
 import papermill
-import torch
 import yaml
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from lipguide.book.staleness import chapter_key, records_read
+from lipguide.distributed import choose_device
 from lipguide.files import replacing
 from lipguide.provenance import lock_hash
 
-__all__ = ["DEVICES", "PROFILES", "Book", "BuildError", "build"]
+__all__ = ["PROFILES", "Book", "BuildError", "build"]
 
 PROFILES = ("quick", "full")
-DEVICES = ("auto", "cpu", "cuda")
 SEED = 0
 
 
@@ -96,13 +95,12 @@ def build(book: Book, profile: str = "quick", device: str = "auto", only: list[s
         only: the chapters to execute; all if None.
     """
     _check(profile, PROFILES, "profile")
-    _check(device, DEVICES, "device")
     for name in only or []:
         _check(name, tuple(book.chapters), "chapter")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BuildError("device 'cuda' is not available: torch sees no CUDA device; valid here: auto, cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = choose_device(device).type
+    except ValueError as error:
+        raise BuildError(error) from error
     with _alone(book):
         outcomes = _execute_all(book, profile, device, only or list(book.chapters))
         problems = [o for o in outcomes if o.problem]

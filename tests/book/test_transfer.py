@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 
+from lipguide.__main__ import main
 from lipguide.book.transfer import SYN_DIGITS, accuracy, compare, train_reader
-from lipguide.data import SyntheticHouseNumbers, cli
+from lipguide.data import DownloadError, SyntheticHouseNumbers
 from lipguide.data.digits import Digits
 
 
@@ -18,10 +17,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    cli.add_commands(parser.add_subparsers(required=True))
-    options = parser.parse_args(arguments)
-    return options.run(options)
+    return main(["data", *arguments])
 
 
 def bars(count: int, seed: int) -> Digits:
@@ -68,16 +64,16 @@ def test_commands_fail_with_a_message(tmp_path, capsys, monkeypatch):
     assert "is missing" in capsys.readouterr().err
 
     def unreachable(root, extra):
-        raise cli.DownloadError("no network")
+        raise DownloadError("no network")
 
-    monkeypatch.setattr(cli, "download_svhn", unreachable)
+    monkeypatch.setattr("lipguide.data.download_svhn", unreachable)
     assert run("svhn", "--root", str(tmp_path)) == 1
     captured = capsys.readouterr()
-    assert "non-commercial use only" in captured.out and "error: no network" in captured.err
+    assert "non-commercial use only" in captured.out and captured.err == "python -m lipguide data svhn: no network\n"
 
 
 def test_svhn_passes_on_what_it_was_told(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "download_svhn", lambda root, extra: [f"{root}/extra={extra}"])
+    monkeypatch.setattr("lipguide.data.download_svhn", lambda root, extra: [f"{root}/extra={extra}"])
     assert run("svhn", "--root", "there", "--extra") == 0
     assert "there/extra=True is complete" in capsys.readouterr().out
 

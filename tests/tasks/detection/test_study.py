@@ -16,7 +16,7 @@ import torch
 from lipguide.__main__ import main
 from lipguide.book.ledger import Ledger, lookup, read
 from lipguide.bounds.network import lipschitz_bound
-from lipguide.tasks.detection import attacks, cli, data
+from lipguide.tasks.detection import attacks, data
 from lipguide.tasks.detection import study as module
 from lipguide.tasks.detection.attacks import attacked
 from lipguide.tasks.detection.boxes import Targets, unit_range
@@ -207,7 +207,7 @@ def test_command_line_reports_what_went_wrong(tmp_path, capsys):
 )
 def test_without_a_gpu_nothing_starts_that_needs_one(arguments, named, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cli, "load_split", lambda *args: pytest.fail("the study began"))
+    monkeypatch.setattr(data, "load_split", lambda *args: pytest.fail("the study began"))
     assert main(["study", *arguments, "--folder", str(tmp_path / "study")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m lipguide study: ") and all(name in line for name in named)
@@ -222,14 +222,14 @@ def test_a_cpu_is_used_where_it_was_asked_for(arguments, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cli, "load_split", begun)
+    monkeypatch.setattr(data, "load_split", begun)
     assert main(["study", *arguments, "--folder", str(tmp_path)]) == 130
 
 
 def test_each_entry_keeps_the_provenance_of_its_own_run(splits, tmp_path, monkeypatch, capsys):
     """Also where a later call, at another commit, trains the next one; the time on record is that of all runs."""
     monkeypatch.setitem(PLANS, "quick", TINY)
-    monkeypatch.setattr(cli, "load_split", lambda split, *rest: splits[split])
+    monkeypatch.setattr(data, "load_split", lambda split, *rest: splits[split])
     for commit, name in (("first", "standard conv"), ("second", "L2-normalised")):
         monkeypatch.setattr("lipguide.provenance.commit", lambda *_, commit=commit: commit)
         only = [name, "standard conv"]
