@@ -71,8 +71,11 @@ class Checkpoint:
             return
         states = {name: part.state_dict() for name, part in self.parts.items()}
         content = {"run": self.run, "begun": self.begun, "states": states} | progress._asdict()
-        with replacing(self.path) as temporary:
-            torch.save(content, temporary)
+        try:
+            with replacing(self.path) as temporary:
+                torch.save(content, temporary)
+        except RuntimeError as error:  # torch's own writer
+            raise OSError(f"{self.path} could not be written, is the disk full? ({error})") from error
 
     def resume(self) -> Progress:
         """Load the states of the parts and say how far the run is: nowhere, if there is no file.

@@ -2,9 +2,13 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import lipguide as lip
 from lipguide import distributed, training
 from lipguide.losses import MulticlassHKR, MulticlassSoftHKR
-from lipguide.training import Supervised, fit, learning_rate_factor
+from lipguide.training import Shifted, Supervised, fit, learning_rate_factor, supervised
 
 ROOT = Path(__file__).parents[1]
 
@@ -445,6 +450,351 @@ def test_unknown_device_is_named(monkeypatch):
     with pytest.raises(ValueError, match='"auto", "cpu" or "cuda"'):
         distributed.start("gpu")
     assert distributed.start("auto").type in ("cpu", "cuda")
+
+
+NUMBERS = {
+    "clip": [-1.0, 0.0, math.nan, -math.inf],
+    "steps": [0, -3, 2.5, None],
+    "batch_size": [0, -1, 2.0, math.nan],
+    "log_every": [0, -1, 0.5],
+    "seed": [0.5, None, "one"],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in NUMBERS.items() for value in values])
+def test_a_senseless_number_is_named_and_nothing_is_trained(name, value):
+    model, twin = toy_model(), toy_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=name):
+        fit(model, toy_data(), Supervised(nn.CrossEntropyLoss()), optimizer, **{"steps": 2, name: value})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rate", [math.inf, math.nan])
+def test_a_learning_rate_that_is_no_number_is_named(rate):
+    model = toy_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.param_groups[0]["lr"] = rate
+    with pytest.raises(ValueError, match="learning rate must be finite"):
+        fit(model, toy_data(), Supervised(nn.CrossEntropyLoss()), optimizer, 1)
+
+
+def test_weights_that_the_last_update_made_infinite_are_not_returned():
+    model = toy_model()
+    optimizer = torch.optim.SGD(model.parameters(), 1e308, momentum=0.9)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        for _ in range(3):
+            fit(model, toy_data(), Supervised(nn.CrossEntropyLoss()), optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (torch.rand(4, 6), "tuple of columns"),
+        (zip([1], [2], strict=True), "tuple of columns"),
+        ((torch.rand(4, 6), torch.tensor(1)), "a tensor or a list"),
+        ((torch.rand(4, 6), 3), "a tensor or a list"),
+    ],
+)
+def test_data_that_are_no_columns_are_named(data, message):
+    model = toy_model()
+    with pytest.raises(ValueError, match=message):
+        fit(model, data, Supervised(nn.CrossEntropyLoss()), torch.optim.SGD(model.parameters(), 0.1), 1)
+
+
+def foreign_parameters() -> list[nn.Parameter]:
+    return list(toy_model().parameters())
+
+
+def parameters_before_the_constraint(model: nn.Module) -> list[nn.Parameter]:
+    before = list(model.parameters())
+    lip.orthogonal(model[0])
+    model[3] = nn.Linear(16, 3).double()
+    return before
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        lambda model: foreign_parameters(),
+        lambda model: [*model.parameters(), *foreign_parameters()],
+        parameters_before_the_constraint,
+    ],
+    ids=["another model", "both", "before the model was complete"],
+)
+def test_an_optimizer_over_other_parameters_is_refused(parameters):
+    model = toy_model()
+    optimizer = torch.optim.SGD(parameters(model), 0.1)
+    with pytest.raises(ValueError, match="belong neither to the model nor to the loss"):
+        fit(model, toy_data(), Supervised(nn.CrossEntropyLoss()), optimizer, 3)
+
+
+def test_a_part_of_the_model_or_a_loss_with_weights_of_its_own_may_be_trained():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return F.cross_entropy(self.scale * model(batch[0]), batch[1])
+
+    model, step_loss = toy_model(), Scaled()
+    first = model[0].weight.clone()
+    optimizer = torch.optim.SGD([*model[3].parameters(), step_loss.scale], 0.1)
+    fit(model, toy_data(), step_loss, optimizer, 3)
+    assert torch.equal(model[0].weight, first) and step_loss.scale != 1
+
+
+def test_models_in_which_nothing_can_be_trained_are_named():
+    empty, frozen = nn.Flatten(), toy_model().requires_grad_(False)
+    optimizer = torch.optim.SGD(toy_model().parameters(), 0.1)
+    with pytest.raises(ValueError, match="Flatten, has no parameters"):
+        fit(empty, toy_data(), Supervised(nn.CrossEntropyLoss()), optimizer, 1)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        fit(frozen, toy_data(), Supervised(nn.CrossEntropyLoss()), torch.optim.SGD(frozen.parameters(), 0.1), 1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [lambda loss: loss.detach(), lambda loss: loss.item(), lambda loss: loss.expand(3), lambda loss: None],
+    ids=["detached", "a float", "three numbers", "nothing"],
+)
+def test_a_loss_that_cannot_be_descended_is_named(value):
+    model = toy_model()
+
+    def step_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
+        return value(F.cross_entropy(model(batch[0]), batch[1]))
+
+    with pytest.raises(ValueError, match="step_loss must return one number that the parameters have a part in"):
+        fit(model, toy_data(), step_loss, torch.optim.SGD(model.parameters(), 0.1), 1)
+
+
+def test_every_part_of_the_model_keeps_its_mode_also_after_an_error():
+    model = toy_model(dropout=0.5)
+    model[2].eval()
+    modes = [part.training for part in model.modules()]
+    fit(model, toy_data(), Supervised(nn.CrossEntropyLoss()), torch.optim.SGD(model.parameters(), 0.1), 1)
+    assert [part.training for part in model.modules()] == modes
+    model.eval()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, toy_data(), interrupted_loss, torch.optim.SGD(model.parameters(), 0.1), 1)
+    assert not any(part.training for part in model.modules())
+
+
+def interrupted_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    raise KeyboardInterrupt
+
+
+# --- checkpoints of another run
+
+TEMPERATURE = 1.0
+
+
+def plain_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def other_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(2 * model(batch[0]), batch[1])
+
+
+def tempered_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(TEMPERATURE * model(batch[0]), batch[1])
+
+
+def weighted(scale: float) -> Callable[..., Tensor]:
+    return lambda model, batch: scale * F.cross_entropy(model(batch[0]), batch[1])
+
+
+def class_weights(*weights: float) -> Supervised:
+    return Supervised(nn.CrossEntropyLoss(weight=torch.tensor(weights, dtype=torch.float64)))
+
+
+def toy_run(path: Path, **changes: Any) -> nn.Module:
+    settings = {"model": toy_model(), "data": toy_data(), "loss": Supervised(nn.CrossEntropyLoss()), "steps": 6}
+    settings |= {"optimizer": lambda model: torch.optim.Adam(model.parameters(), 1e-2)} | changes
+    optimizer = settings["optimizer"](settings["model"])
+    options = {"batch_size": 10, "checkpoint": path, "after_step": settings.get("after_step")}
+    fit(settings["model"], settings["data"], settings["loss"], optimizer, settings["steps"], **options)
+    return settings["model"]
+
+
+def moved_data() -> tuple[Tensor, Tensor]:
+    x, y = toy_data()
+    return x + 1e-9, y
+
+
+def wider() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Dropout(0.0), nn.Linear(17, 3)).double()
+
+
+def with_relu() -> nn.Sequential:
+    model = toy_model()
+    model[1] = nn.ReLU()
+    return model
+
+
+def flattened(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[0].weight.clamp_(-0.1, 0.1)
+
+
+OTHERS = {
+    "data of the same length": ({}, {"data": moved_data()}, "data ="),
+    "labels of the same length": ({}, {"data": (toy_data()[0], toy_data()[1].flip(0))}, "data ="),
+    "a module for a function": ({"loss": plain_loss}, {}, "step_loss ="),
+    "a function for a module": ({}, {"loss": plain_loss}, "step_loss ="),
+    "another function": ({"loss": plain_loss}, {"loss": other_loss}, "step_loss ="),
+    "another number around it": ({"loss": weighted(1.0)}, {"loss": weighted(2.0)}, "step_loss ="),
+    "another partial": (
+        {"loss": partial(lambda scale, model, batch: weighted(scale)(model, batch), 1.0)},
+        {"loss": partial(lambda scale, model, batch: weighted(scale)(model, batch), 2.0)},
+        "step_loss =",
+    ),
+    "another loss": ({}, {"loss": Supervised(nn.MultiMarginLoss())}, "step_loss ="),
+    "another setting of the loss": (
+        {"loss": Supervised(MulticlassHKR(1.0))},
+        {"loss": Supervised(MulticlassHKR(2.0))},
+        "step_loss =",
+    ),
+    "other class weights": ({"loss": class_weights(1, 2, 3)}, {"loss": class_weights(1, 2, 4)}, "'loss.weight'"),
+    "another optimizer": ({}, {"optimizer": lambda model: torch.optim.AdamW(model.parameters(), 1e-2)}, "optimizer ="),
+    "an optimizer of fewer": (
+        {},
+        {"optimizer": lambda model: torch.optim.Adam(model[3].parameters(), 1e-2)},
+        "optimizer",
+    ),
+    "a wider model": ({}, {"model": wider()}, "model ="),
+    "another activation": ({}, {"model": with_relu()}, "model ="),
+    "another dropout": ({}, {"model": toy_model(dropout=0.1)}, "model ="),
+    "a projection after each step": ({}, {"after_step": flattened}, "after_step ="),
+}
+
+
+@pytest.mark.parametrize("first, second, what", OTHERS.values(), ids=OTHERS)
+def test_a_checkpoint_of_another_run_is_refused_by_name_and_changes_nothing(first, second, what, tmp_path):
+    path = tmp_path / "run.pt"
+    toy_run(path, **first)
+    before = path.read_bytes()
+    model = second.get("model", toy_model())
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"run\.pt belongs to another run \(.*{re.escape(what)}"):
+        toy_run(path, **second, **({} if "model" in second else {"model": model}))
+    assert path.read_bytes() == before
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_a_value_of_the_module_that_a_loss_refers_to_is_a_part_of_the_run(tmp_path, monkeypatch):
+    toy_run(tmp_path / "run.pt", loss=tempered_loss)
+    monkeypatch.setattr(sys.modules[__name__], "TEMPERATURE", 2.0)
+    with pytest.raises(ValueError, match="step_loss ="):
+        toy_run(tmp_path / "run.pt", loss=tempered_loss)
+
+
+@pytest.mark.parametrize(
+    "loss", [plain_loss, weighted(2.0), class_weights(1, 2, 3), Supervised(MulticlassSoftHKR(5.0, 0.5))]
+)
+def test_the_same_call_goes_on_also_with_the_objects_that_have_been_trained(loss, tmp_path):
+    model, path = toy_model(), tmp_path / "run.pt"
+    toy_run(path, model=model, loss=loss)
+    weights = [parameter.clone() for parameter in model.parameters()]
+    toy_run(path, model=model, loss=loss)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path):
+    """The limit on the size of files stands for the end of the disk."""
+    script = tmp_path / "run.py"
+    script.write_text(FULL_DISK.format(tests=str(ROOT / "tests"), path=str(tmp_path / "run.pt")))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 2
+    assert {file.name for file in tmp_path.iterdir()} == {"run.py", "run.pt"}
+
+
+FULL_DISK = """
+import resource, signal, sys
+import torch
+from torch import nn
+from lipguide.training import Supervised, fit
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = nn.Linear(200, 100)
+
+def fill(line):
+    if line.startswith("step 4/"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))
+
+try:
+    data, adam = (torch.rand(8, 200), torch.rand(8, 100)), torch.optim.Adam(model.parameters())
+    fit(model, data, Supervised(nn.MSELoss()), adam, 6, 4, log_every=2, checkpoint={path!r}, report=fill)
+except OSError as error:
+    assert "run.pt could not be written" in str(error), error
+else:
+    sys.exit("no error")
+"""
+
+
+# --- pictures that are shifted
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), mirror=st.booleans(), height=st.integers(5, 8), width=st.integers(5, 8))
+def test_shifted_pictures_and_masks_move_alike_and_what_comes_in_repeats_the_edge(seed, mirror, height, width):
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+            seen.extend(batch)
+            return batch[0].sum()
+
+    rows, columns = torch.arange(height)[:, None].expand(height, width), torch.arange(width).expand(height, width)
+    where = torch.stack([rows, columns]).float().expand(5, 2, height, width)  # each pixel says where it came from
+    mask = (rows * width + columns).expand(5, height, width)
+    torch.manual_seed(seed)
+    Shifted(Spy(), mirror=mirror)(None, (where, mask, torch.arange(5)))
+    moved, moved_mask, labels = seen
+    assert labels.tolist() == list(range(5))
+    straight = moved[:, 1, 0, 0] <= moved[:, 1, 0, -1]
+    assert straight.all() or mirror
+    moved = torch.where(straight[:, None, None, None], moved, moved.flip(3))
+    moved_mask = torch.where(straight[:, None, None], moved_mask, moved_mask.flip(2))
+    assert (moved == moved[:1]).all()  # all of a batch alike
+    known = moved_mask != -100
+    assert torch.equal(moved_mask[known], (moved[:, 0] * width + moved[:, 1])[known].long())
+    down, right = [
+        next(d for d in range(-2, 3) if torch.equal((torch.arange(n) + d).clamp(0, n - 1).float(), line))
+        for n, line in ((height, moved[0, 0, :, 0]), (width, moved[0, 1, 0, :]))
+    ]
+    inside = ((rows + down).clamp(0, height - 1) == rows + down) & (
+        (columns + right).clamp(0, width - 1) == columns + right
+    )
+    assert torch.equal(known[0], inside)
+
+
+def test_noise_comes_on_top_of_the_shift():
+    seen = []
+
+    def step(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        seen.append(batch[0])
+        return batch[0].sum()
+
+    for noise in (0.0, 0.2):
+        torch.manual_seed(0)
+        Shifted(step, noise=noise)(None, (torch.full((4, 3, 40, 40), 0.5),))
+    assert torch.equal(seen[0], torch.full_like(seen[0], 0.5))
+    assert (seen[1] - 0.5).std().item() == pytest.approx(0.2, rel=0.05)
+
+
+def test_the_short_door_is_adam_with_one_cycle():
+    ours, theirs = toy_model(), toy_model()
+    loss = nn.CrossEntropyLoss()
+    history = supervised(ours, toy_data(), loss, 1e-2, 12, 10, seed=3)
+    adam = torch.optim.Adam(theirs.parameters(), 1e-2)
+    fit(theirs, toy_data(), Supervised(loss), adam, 12, 10, "one-cycle", seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert history[-1]["step"] == 12 and not ours.training
 
 
 # --- several processes

@@ -56,9 +56,14 @@ def save(name: str, model: nn.Module, run: dict[str, Any], folder: str | Path = 
     broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(f"{broken[0]!r} of {name!r} is not finite: such weights are not worth keeping")
-    with replacing(Path(folder) / f"{name}.safetensors") as temporary:
-        save_file(state, temporary, metadata={"run": json.dumps(run, sort_keys=True)})
-    return Path(folder) / f"{name}.safetensors"
+    path = Path(folder) / f"{name}.safetensors"
+    metadata = {"run": json.dumps(run, sort_keys=True, allow_nan=False)}
+    try:
+        with replacing(path) as temporary:
+            save_file(state, temporary, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written, is the disk full? ({error})") from error
+    return path
 
 
 def load(name: str, model: nn.Module, folder: str | Path = WEIGHTS) -> dict[str, Any]:
