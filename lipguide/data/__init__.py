@@ -3,7 +3,8 @@
 from lipguide.data.cards import SHN_CARD, SVHN_TERMS
 from lipguide.data.contact_sheet import contact_sheet
 from lipguide.data.digits import Digits, digits
-from lipguide.data.facts import geometry, geometry_table, svhn_facts
+from lipguide.data.facts import svhn_facts
+from lipguide.data.geometry import geometry, geometry_table
 from lipguide.data.items import BACKGROUND, Annotation, Scene
 from lipguide.data.real import REAL, first, folder_of, real
 from lipguide.data.scenes import Scenes, scenes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -33,6 +35,11 @@ def note(name: str, boxes: list, labels: list) -> Annotation:
 
 
 PAIR = [note("1.png", [[246, 77, 81, 219], [323, 81, 96, 219]], [1, 9]), note("2.png", [[-1, -5, 40, 60]], [0])]
+
+
+def many(times: int) -> list[Annotation]:
+    """The pair again and again, each time for other pictures."""
+    return [replace(item, name=f"{k + 1}.png") for k, item in enumerate(PAIR * times)]
 
 
 digit = st.tuples(
@@ -80,7 +87,7 @@ def rewrite(path: Path, **options) -> None:
     with h5py.File(path, "w", userblock_size=512, libver=libver) as file:
         pool = file.create_group("#refs#")
         names, boxes = [], []
-        for k, item in enumerate(PAIR * 3):
+        for k, item in enumerate(many(3)):
             names.append(pool.create_dataset(f"n{k}", data=np.array([[ord(c)] for c in item.name], np.uint16)).ref)
             group = pool.create_group(f"b{k}")
             boxes.append(group.ref)
@@ -154,7 +161,7 @@ def test_thirty_seconds_for_the_whole_of_train(tmp_path):
 def test_a_truncated_file_is_never_taken_for_a_whole_one(tmp_path_factory, share):
     folder = tmp_path_factory.mktemp("cut")
     whole, path = folder / "whole.mat", folder / "digitStruct.mat"
-    write_digit_struct(whole, PAIR * 20)
+    write_digit_struct(whole, many(20))
     content = whole.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(DigitStructError, match=r"digitStruct\.mat"):
@@ -165,7 +172,7 @@ def test_a_truncated_file_is_never_taken_for_a_whole_one(tmp_path_factory, share
 @given(st.integers(512, 30_000), st.integers(1, 255))
 def test_a_flipped_byte_gives_an_error_or_numbers_that_are_boxes(tmp_path_factory, position, change):
     path = tmp_path_factory.mktemp("flip") / "digitStruct.mat"
-    write_digit_struct(path, PAIR * 5)
+    write_digit_struct(path, many(5))
     content = bytearray(path.read_bytes())
     content[position % len(content)] ^= change
     path.write_bytes(content)
@@ -232,6 +239,49 @@ def test_a_bad_entry_is_named(tmp_path, fault):
     with pytest.raises(DigitStructError) as error:
         read_digit_struct(path)
     assert "digitStruct.mat" in str(error.value) and "entry 3 of 6" in str(error.value)
+
+
+@pytest.mark.parametrize("far", [1, 3], ids=["neighbours", "far apart"])
+def test_two_entries_of_one_picture_are_refused(tmp_path, far):
+    path = tmp_path / "digitStruct.mat"
+    write_digit_struct(path, [note(f"{k}.png", [[1, 2, 3, 4]], [k]) for k in (1, 2, 3, far)])
+    with pytest.raises(DigitStructError, match=rf"entry 4 of 4: its picture is {far}\.png.* of entry {far} already"):
+        read_digit_struct(path)
+
+
+def test_names_stay_as_they_are_written(tmp_path):
+    """1.png and 01.png are two pictures, the second time too, when the index is read."""
+    path = tmp_path / "digitStruct.mat"
+    names = ["1.png", "01.png", "123456789.png", "000000000.png"]
+    write_digit_struct(path, [note(name, [[1, 2, 3, 4]], [5]) for name in names])
+    assert load_digit_struct(path).names == load_digit_struct(path).names == names
+
+
+@pytest.mark.parametrize("entries", [2000, 10**6, 10**12, 2**59])
+@pytest.mark.parametrize("options", [{}, {"chunks": (1024, 1)}, {"chunks": (1024, 1), "compression": "gzip"}])
+def test_entries_that_the_file_cannot_hold_are_refused(tmp_path, entries, options):
+    path = tmp_path / "digitStruct.mat"
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for field in ("name", "bbox"):
+            file.create_dataset(f"digitStruct/{field}", (entries, 1), dtype=h5py.ref_dtype, **options)
+    with pytest.raises(DigitStructError, match=rf"digitStruct\.mat claims {entries} entries"):
+        read_digit_struct(path)
+
+
+@PROPERTY
+@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(0, 2**64 - 1))
+def test_no_size_in_a_file_is_believed(tmp_path_factory, place, length, value):
+    """Any eight bytes may claim any size: what comes is an error or numbers, never a lack of memory."""
+    path = tmp_path_factory.mktemp("sizes") / "digitStruct.mat"
+    write_digit_struct(path, PAIR)
+    content = bytearray(path.read_bytes())
+    place = 512 + place % (len(content) - 512 - length)
+    content[place : place + length] = value.to_bytes(8, "little")[:length]
+    path.write_bytes(content)
+    try:
+        assert np.isfinite(read_digit_struct(path).boxes).all()
+    except DigitStructError as error:
+        assert "digitStruct.mat" in str(error)
 
 
 def test_foreign_files_are_refused(tmp_path):
@@ -316,6 +366,58 @@ def test_a_truncated_picture_is_named(tmp_path_factory, share):
     assert data[0].image.shape[0] == 3
     with pytest.raises(PictureError, match=r"2\.png \(entry 2\)"):
         data[1]
+
+
+def png(width: int, height: int, data: bytes = zlib.compress(bytes(100))) -> bytes:
+    """A PNG of one-byte grey whose header claims a size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(5000, 5000), (12000, 12000), (2**31 - 1, 2**31 - 1), (10**6, 1), (0, 5)])
+def test_a_picture_of_a_size_that_its_file_cannot_hold_is_refused(root, size):
+    (root / "train" / "2.png").write_bytes(png(*size))
+    data = SVHN(root, "train")
+    for look in (data.__getitem__, data.annotation):
+        with pytest.raises(PictureError, match=r"2\.png \(entry 2\)"):
+            look(1)
+
+
+def test_an_even_picture_is_small_and_read(root):
+    """Nothing packs better than one colour."""
+    Image.new("1", (3000, 3000)).save(root / "train" / "1.png")
+    (root / "train" / "1.mask.png").unlink()
+    assert SVHN(root, "train")[0].pixels.shape == (3, 3000, 3000)
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "EPS", "TIFF"])
+def test_other_formats_are_refused_whatever_their_name(root, kind):
+    path = root / "train" / "1.png"
+    Image.open(path).convert("RGB").save(path, format=kind)
+    with pytest.raises(PictureError, match=r"1\.png \(entry 1\)"):
+        SVHN(root, "train")[0]
+
+
+@PROPERTY
+@given(st.integers(0, 10**6), st.integers(0, 255))
+def test_a_damaged_picture_is_an_error_or_a_picture(tmp_path_factory, place, value):
+    """A byte is changed and its checksum set right, so that what reads the chunks meets it."""
+    root = tmp_path_factory.mktemp("root")
+    SyntheticHouseNumbers("train", 1, seed=6, cache=False).save(root)
+    path = root / "train" / "1.png"
+    content = bytearray(path.read_bytes())
+    place = 8 + place % min(60, len(content) - 8)
+    content[place] = value
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+    try:
+        assert SVHN(root, "train")[0].pixels.dtype == torch.uint8
+    except PictureError as error:
+        assert "entry 1" in str(error)
 
 
 def test_a_foreign_mask_is_named(root):

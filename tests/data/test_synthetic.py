@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lipguide.book.staleness import PACKAGE
 from lipguide.data import SVHN, Difficulty, SyntheticHouseNumbers, contact_sheet, geometry, geometry_table, svhn_facts
-from lipguide.data.shn import cache as blocks_module
-from lipguide.data.shn.cache import SOURCES, Pages, content_hash, load_pages
+from lipguide.data.shn import cache as module
+from lipguide.data.shn.cache import PACKAGE, content_hash, load_pages, sources
 from lipguide.data.shn.layout import sample_layout
+from lipguide.data.shn.pages import Pages
 from lipguide.data.shn.rendering import render
 
 EASY = Difficulty(blur=0.0, contrast=0.0, noise=0.0, occlusion=0.0)
@@ -52,7 +56,7 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(some):
 
 
 def test_the_number_of_processes_does_not_matter():
-    size = blocks_module.BLOCK + 20
+    size = module.BLOCK + 20
     alone = load_pages("test", size, 9, EASY, cache=False, workers=1)
     shared = load_pages("test", size, 9, EASY, cache=False, workers=2)
     assert len(shared) == size
@@ -210,7 +214,7 @@ def test_geometry_of_a_known_scene():
 
 def test_the_second_time_nothing_is_drawn(monkeypatch):
     first = SyntheticHouseNumbers("test", 6, seed=2)
-    monkeypatch.setattr(blocks_module, "render", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(module, "render", lambda *_: pytest.fail("drawn again"))
     again = SyntheticHouseNumbers("test", 6, seed=2)
     assert all(same(first[k], again[k]) for k in range(6))
     assert len(SyntheticHouseNumbers("test", 4, seed=2)) == 4
@@ -239,7 +243,7 @@ def test_a_damaged_block_is_made_again(tmp_path, damage):
 
 
 def test_an_interrupted_run_leaves_whole_blocks_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks_module, "BLOCK", 3)
+    monkeypatch.setattr(module, "BLOCK", 3)
     drawn = []
 
     def stop_at_five(split, seed, index, difficulty):
@@ -249,7 +253,7 @@ def test_an_interrupted_run_leaves_whole_blocks_and_goes_on(tmp_path, monkeypatc
         drawn.append(index)
         return render(split, seed, index, difficulty)
 
-    monkeypatch.setattr(blocks_module, "render", stop_at_five)
+    monkeypatch.setattr(module, "render", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
         load_pages("train", 8, 0, EASY)
     assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()] == ["00000-003.npz"]
@@ -263,23 +267,154 @@ def test_the_key_covers_everything_a_picture_depends_on():
     keys = {content_hash(s, n, d) for s in ("train", "test") for n in (0, 1) for d in (EASY, Difficulty())}
     assert len(keys) == 8
     assert content_hash("train", 0, Difficulty(0.8, 0.4, 2, 3)) == content_hash("train", 0, Difficulty(noise=2.0))
-    todo, found = [Path(blocks_module.__file__)], set()
-    while todo:
-        path = todo.pop()
-        if path in found:
-            continue
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lipguide."):
-                todo.append(PACKAGE.joinpath(*node.module.split(".")[1:]).with_suffix(".py"))
-    assert {path.name for path in found - set(SOURCES)} == {"files.py"}  # where things are stored does not change them
+
+
+def worker(task: dict, *options: str, **how) -> subprocess.CompletedProcess:
+    """A process that makes blocks, as `load_pages` starts it."""
+    python, *rest = module._command(task)
+    return subprocess.run([python, *options, *rest], capture_output=True, text=True, timeout=120, **how)
+
+
+def one_scene(folder: Path) -> dict:
+    return {"folder": str(folder), "split": "train", "seed": 0, "difficulty": {}, "blocks": [[0, 1]]}
+
+
+def test_processes_that_draw_import_nothing_that_only_networks_need(tmp_path):
+    done = worker(one_scene(tmp_path), "-X", "importtime")
+    assert done.returncode == 0 and done.stdout == "1\n"
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert {"numpy", "lipguide.data.shn.rendering"} <= imported
+    assert not imported & {"torch", "torchvision", "torchmetrics", "h5py", "lipguide", "lipguide.data"}
+    assert Pages.load(tmp_path / "00000-001.npz")[0].picture == render("train", 0, 0, Difficulty()).picture
+
+
+DRAWN = """
+import sys
+from types import ModuleType
+for name, folder in (("lipguide", {package!r}), ("lipguide.data", {package!r} + "/data"),
+                     ("lipguide.data.shn", {package!r} + "/data/shn")):
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+import lipguide.data.shn.rendering
+print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("lipguide.") and module.__spec__))
+"""
+
+
+def test_the_key_hashes_every_file_that_draws_and_no_other():
+    """What Python really loads to draw a scene, beside what is found by reading the source."""
+    command = [sys.executable, "-c", DRAWN.format(package=str(PACKAGE))]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert {str(path) for path in sources()} == {*loaded, str(PACKAGE / "data" / "svhn_facts.json")}
+    assert not {"cache.py", "pages.py", "worker.py", "__init__.py"} & {path.name for path in sources()}
+
+
+def test_another_layout_of_the_files_is_another_folder(monkeypatch):
+    key = content_hash("train", 0, EASY)
+    monkeypatch.setattr(module, "BLOCK", 128)
+    assert content_hash("train", 0, EASY) != key
 
 
 def test_a_failing_process_is_reported(monkeypatch):
-    monkeypatch.setattr(blocks_module, "BLOCK", 2)
+    monkeypatch.setattr(module, "BLOCK", 2)
     task = {"folder": "/nonexistent/folder", "split": "sideways", "seed": 0, "difficulty": {}}
-    with blocks_module.tqdm(total=4, disable=True) as bar, pytest.raises(RuntimeError, match="sideways"):
-        blocks_module._make_apart(task, [(0, 2), (1, 2)], 1, bar)
+    with module.tqdm(total=4, disable=True) as bar, pytest.raises(RuntimeError, match="sideways"):
+        module._make_apart(task, [(0, 2), (1, 2)], 1, bar)
+
+
+LOADS = """
+import sys
+from lipguide.data.shn import cache
+from lipguide.data.shn.difficulty import Difficulty
+cache.BLOCK = 4
+print("begins", flush=True)
+pages = cache.load_pages("train", 24, 5, Difficulty())
+import hashlib
+print(hashlib.sha256(pages.arrays["bytes"].tobytes()).hexdigest())
+"""
+
+
+def loading(**how) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", LOADS], stdout=subprocess.PIPE, text=True, **how)
+
+
+def test_two_processes_may_fill_the_same_cache(tmp_path):
+    processes = [loading() for _ in range(2)]
+    hashes = {process.communicate(timeout=120)[0] for process in processes}
+    assert len(hashes) == 1 and all(process.returncode == 0 for process in processes)
+    files = sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert files == [f"{block:05d}-004.npz" for block in range(6)]
+
+
+def test_after_a_process_was_killed_the_next_finds_whole_blocks_only(tmp_path):
+    process = loading()
+    assert process.stdout.readline() == "begins\n"
+    while not list((tmp_path / "cache").rglob("*.npz")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    found = list((tmp_path / "cache").rglob("*.npz"))
+    assert 1 <= len(found) < 6 and all(len(Pages.load(path)) == 4 for path in found)
+    again = loading().communicate(timeout=120)[0]
+    fresh = loading(env={**os.environ, "LIPGUIDE_CACHE": str(tmp_path / "other")}).communicate(timeout=120)[0]
+    assert again == fresh
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["here", "in a process of its own"])
+def test_a_full_disk_is_named_with_what_would_do(tmp_path, apart):
+    """The system itself refuses to write more than so many bytes to a file."""
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    command = module._command(one_scene(tmp_path / "cache"))
+    if not apart:
+        command = [sys.executable, "-c", "from lipguide.data import *; SyntheticHouseNumbers('train', 1)"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and str(tmp_path / "cache") in last and "set LIPGUIDE_CACHE to another" in last
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+READ_ONLY = """
+import os
+from lipguide.data import SyntheticHouseNumbers
+from lipguide.data.shn import cache
+SyntheticHouseNumbers("train", 2, seed=8)  # what is imported on the way
+if os.geteuid() == 0:
+    os.seteuid(65534)  # the administrator may write anywhere
+print(len(SyntheticHouseNumbers("train", 2, seed=8)))
+cache.render = lambda *_: print("drawn")
+SyntheticHouseNumbers("train", 3, seed=8)
+"""
+
+
+def test_a_read_only_cache_is_read_and_its_error_comes_before_the_drawing(monkeypatch):
+    folder = Path(tempfile.mkdtemp())  # not below a folder that pytest keeps to itself
+    monkeypatch.setenv("LIPGUIDE_CACHE", str(folder))
+    try:
+        SyntheticHouseNumbers("train", 2, seed=8)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        done = subprocess.run([sys.executable, "-c", READ_ONLY], capture_output=True, text=True)
+        assert done.stdout == "2\n" and done.returncode == 1, done.stderr
+        assert f"scenes cannot be kept in {folder}" in done.stderr.splitlines()[-1]
+    finally:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o777)
+        shutil.rmtree(folder)
+
+
+def test_names_beyond_ascii_and_beyond_unicode_will_do(tmp_path, monkeypatch):
+    for name in ("Straße Ångström 門牌", os.fsdecode(b"caf\xe9")):
+        monkeypatch.setenv("LIPGUIDE_CACHE", str(tmp_path / name / "cache"))
+        made = SyntheticHouseNumbers("train", 2, seed=1)
+        made.save(tmp_path / name)
+        for _ in range(2):  # the second time from the index
+            read = SVHN(tmp_path / name, "train")
+            assert all(same(made[k], read[k]) for k in range(2))
+        done = worker(one_scene(tmp_path / name))
+        assert done.returncode == 0 and (tmp_path / name / "00000-001.npz").exists()
 
 
 # On disk

@@ -8,13 +8,13 @@ run that was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, astuple
@@ -27,95 +27,54 @@ import PIL
 import scipy
 from tqdm import tqdm
 
+from lipguide.data.npz import DamagedFile
 from lipguide.data.shn.difficulty import Difficulty
+from lipguide.data.shn.pages import FIELDS, Pages
 from lipguide.data.shn.rendering import Encoded, render
-from lipguide.files import cache_folder, replacing
+from lipguide.files import cache_folder
 
-__all__ = ["BLOCK", "Pages", "content_hash", "load_pages"]
+__all__ = ["BLOCK", "block_path", "content_hash", "keep", "load_pages", "make_block", "sources"]
 
 BLOCK = 256
-_HERE = Path(__file__).parent
-# What a picture depends on: everything in this folder, and the geometry that it keeps to.
-SOURCES = (*sorted(_HERE.glob("*.py")), _HERE.parent / "facts.py", _HERE.parent / "svhn_facts.json")
+PACKAGE = Path(__file__).resolve().parents[2]
+FIGURES = PACKAGE / "data" / "svhn_facts.json"
+DRAWING = PACKAGE / "data" / "shn" / "rendering.py"
+WORKER = PACKAGE / "data" / "shn" / "worker.py"
 
 
-class Pages:
-    """Scenes one after the other in a few arrays, as a block file holds them.
+# What pictures depend on
 
-    >>> pages = Pages.of([render("train", 0, k, Difficulty()) for k in range(2)])
-    >>> len(pages), pages[1].picture == render("train", 0, 1, Difficulty()).picture
-    (2, True)
+
+def sources() -> list[Path]:
+    """The files that a picture depends on: what draws it, with all that this imports, and SVHN's figures.
+
+    >>> {"ink.py", "facts.py", "svhn_facts.json"} <= {path.name for path in sources()}
+    True
     """
+    waiting = [DRAWING]
+    found: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += _imports(path)
+    return [*sorted(found), FIGURES]
 
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self.arrays = arrays
 
-    @classmethod
-    def of(cls, scenes: list[Encoded]) -> Pages:
-        """Lay scenes one after the other."""
-        counts = [len(s.labels) for s in scenes]
-        lengths = [len(part) for s in scenes for part in (s.picture, s.mask)]
-        return cls(
-            {
-                "bytes": np.frombuffer(b"".join(part for s in scenes for part in (s.picture, s.mask)), dtype=np.uint8),
-                "ends": np.cumsum([0, *lengths]),
-                "sizes": np.array([(s.width, s.height) for s in scenes], dtype=np.int32).reshape(-1, 2),
-                "digits": np.cumsum([0, *counts]),
-                "boxes": np.concatenate([np.zeros((0, 4)), *(s.boxes for s in scenes)]).astype(np.int32),
-                "labels": np.concatenate([np.zeros(0), *(s.labels for s in scenes)]).astype(np.uint8),
-            }
-        )
-
-    @classmethod
-    def joined(cls, parts: list[Pages]) -> Pages:
-        """The scenes of several pages in order."""
-        if len(parts) == 1:
-            return parts[0]
-        arrays = {}
-        for name in ("bytes", "sizes", "boxes", "labels"):
-            arrays[name] = np.concatenate([part.arrays[name] for part in parts]) if parts else cls.of([]).arrays[name]
-        for name in ("ends", "digits"):
-            steps = [np.diff(part.arrays[name]) for part in parts]
-            arrays[name] = np.cumsum(np.concatenate([[0], *steps])).astype(np.int64)
-        return cls(arrays)
-
-    def __len__(self) -> int:
-        return len(self.arrays["sizes"])
-
-    def __getitem__(self, index: int) -> Encoded:
-        ends, digits = self.arrays["ends"], self.arrays["digits"]
-        start, middle, stop = (int(e) for e in ends[2 * index : 2 * index + 3])
-        own = slice(int(digits[index]), int(digits[index + 1]))
-        width, height = (int(v) for v in self.arrays["sizes"][index])
-        picture, mask = self.arrays["bytes"][start:middle].tobytes(), self.arrays["bytes"][middle:stop].tobytes()
-        return Encoded(picture, mask, width, height, self.arrays["boxes"][own], self.arrays["labels"][own])
-
-    def first(self, count: int) -> Pages:
-        """The first `count` scenes."""
-        if count == len(self):
-            return self
-        end, digits = int(self.arrays["ends"][2 * count]), int(self.arrays["digits"][count])
-        cut = {"bytes": end, "ends": 2 * count + 1, "sizes": count, "digits": count + 1}
-        cut |= {"boxes": digits, "labels": digits}
-        return Pages({name: self.arrays[name][:n] for name, n in cut.items()})
-
-    def save(self, path: Path) -> None:
-        """Write the file at once: whole, or not at all."""
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **self.arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> Pages:
-        """Read a file of `save`; the archive's checksums show whether it is whole."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls({name: file[name] for name in ("bytes", "ends", "sizes", "digits", "boxes", "labels")})
+def _imports(path: Path) -> list[Path]:
+    """The modules of this package from which a module imports names."""
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lipguide."):
+            modules.append(PACKAGE.joinpath(*node.module.split(".")[1:]).with_suffix(".py"))
+    return modules
 
 
 @lru_cache(maxsize=1)
 def _source_hash() -> str:
     digest = hashlib.sha256()
-    for path in SOURCES:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sources():
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     versions = (np.__version__, scipy.__version__, PIL.__version__, matplotlib.__version__)
     digest.update(" ".join(versions).encode())
     return digest.hexdigest()
@@ -127,37 +86,122 @@ def content_hash(split: str, seed: int, difficulty: Difficulty) -> str:
     >>> content_hash("train", 0, Difficulty()) == content_hash("test", 0, Difficulty())
     False
     """
-    parameters = json.dumps([split, seed, *map(float, astuple(difficulty))])
-    return hashlib.sha256((_source_hash() + parameters).encode()).hexdigest()[:24]
+    parameters = [split, seed, *map(float, astuple(difficulty))]
+    layout = [BLOCK, *FIELDS]  # how the files are laid out: others must not be taken for these
+    return hashlib.sha256((_source_hash() + json.dumps([parameters, layout])).encode()).hexdigest()[:24]
 
 
-def _block_path(folder: Path, block: int, count: int) -> Path:
+# The files
+
+
+def block_path(folder: Path, block: int, count: int) -> Path:
+    """The file of a block of `count` scenes."""
     return folder / f"{block:05d}-{count:03d}.npz"
 
 
 def _stored(folder: Path, block: int, count: int) -> Pages | None:
     """A stored block of at least `count` scenes; a damaged file counts as none, and is made again."""
-    for path in sorted(folder.glob(f"{block:05d}-*.npz"), reverse=True):
+    for path in _files(folder, block):
         try:
             pages = Pages.load(path)
-            if len(pages) >= count:
-                return pages.first(count)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, DamagedFile):
             continue
+        if len(pages) >= count:
+            return pages.first(count)
     return None
 
 
-def _make_writable(folder: Path) -> None:
+def _files(folder: Path, block: int) -> list[Path]:
+    """The files of a block, the longest first."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    own = [name for name in names if name.startswith(f"{block:05d}-") and name.endswith(".npz")]
+    return [folder / name for name in sorted(own, reverse=True)]
+
+
+def keep(pages: Pages, path: Path) -> None:
+    """Write a block into its file."""
+    try:
+        pages.save(path)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folder, and see whether it can be written to: better now than after minutes of drawing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        message = f"the cache {folder} cannot be made ({error}): set LIPGUIDE_CACHE to another folder, or cache=False"
-        raise OSError(message) from error
+        raise _unwritable(folder, error) from error
 
 
-def _make_block(split: str, seed: int, difficulty: Difficulty, block: int, count: int) -> Iterator[Encoded]:
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        f"scenes cannot be kept in {folder} ({error}): make room there, or set LIPGUIDE_CACHE to another folder "
+        "(TMPDIR where cache=False)"
+    )
+
+
+# The making
+
+
+def make_block(split: str, seed: int, difficulty: Difficulty, block: int, count: int) -> Iterator[Encoded]:
+    """Draw the first `count` scenes of a block."""
     for index in range(block * BLOCK, block * BLOCK + count):
         yield render(split, seed, index, difficulty)
+
+
+def load_pages(split: str, size: int, seed: int, difficulty: Difficulty, cache: bool = True, workers: int = 1) -> Pages:
+    """The first `size` scenes, from the cache or made now, with a progress bar on a terminal.
+
+    >>> pages = load_pages("test", 3, 0, Difficulty(), cache=False)
+    >>> pages[2].picture == render("test", 0, 2, Difficulty()).picture
+    True
+    """
+    counts = {block: min(BLOCK, size - block * BLOCK) for block in range(-(-size // BLOCK))}
+    workers = min(workers, len(counts))
+    with ExitStack() as stack:
+        folder = None
+        if cache:
+            folder = cache_folder("shn", content_hash(split, seed, difficulty))
+        elif workers > 1:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lipguide-")))
+        parts = {block: _stored(folder, block, count) if folder else None for block, count in counts.items()}
+        todo = [(block, count) for block, count in counts.items() if parts[block] is None]
+        if todo:
+            _make(parts, todo, folder, (split, seed, difficulty), workers)
+        return Pages.joined([parts[block] for block in counts])
+
+
+def _make(
+    parts: dict[int, Pages | None],
+    todo: list[tuple[int, int]],
+    folder: Path | None,
+    which: tuple[str, int, Difficulty],
+    workers: int,
+) -> None:
+    """Fill in the missing parts, here or in processes of their own, and keep them in the folder if there is one."""
+    if folder is not None:
+        _prepare(folder)
+    split, seed, difficulty = which
+    total = sum(count for _, count in todo)
+    with tqdm(total=total, unit="scene", desc=f"house numbers ({split})", disable=None) as bar:
+        if workers > 1 and len(todo) > 1:
+            task = {"folder": str(folder), "split": split, "seed": seed, "difficulty": asdict(difficulty)}
+            _make_apart(task, todo, min(workers, len(todo)), bar)
+            parts |= {block: Pages.load(block_path(folder, block, count)) for block, count in todo}
+            return
+        for block, count in todo:
+            scenes = []
+            for scene in make_block(split, seed, difficulty, block, count):
+                scenes.append(scene)
+                bar.update(1)
+            parts[block] = Pages.of(scenes)
+            if folder is not None:
+                keep(parts[block], block_path(folder, block, count))
 
 
 def _make_apart(task: dict, todo: list[tuple[int, int]], workers: int, bar: tqdm) -> None:
@@ -165,20 +209,17 @@ def _make_apart(task: dict, todo: list[tuple[int, int]], workers: int, bar: tqdm
 
     They are started afresh (no fork), so it does not matter what threads or devices this process holds.
     """
-    package = str(Path(__file__).parents[3])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     processes: list[subprocess.Popen] = []
     receive, send = os.pipe()
-    with open(receive, encoding="ascii") as reports, tempfile.TemporaryFile("w+") as complaints:
+    with open(receive, encoding="ascii") as reports, tempfile.TemporaryFile("w+", errors="replace") as complaints:
         try:
             with open(send, "w", encoding="ascii") as output:
                 for share in (todo[k::workers] for k in range(workers)):
-                    command = [sys.executable, "-m", "lipguide.data.shn.worker", json.dumps({**task, "blocks": share})]
-                    environment = {**os.environ, "PYTHONPATH": path}
-                    processes.append(subprocess.Popen(command, stdout=output, stderr=complaints, env=environment))
+                    command = _command({**task, "blocks": share})
+                    processes.append(subprocess.Popen(command, stdout=output, stderr=complaints))
             for line in reports:
                 bar.update(int(line))
-            failed = [process.args for process in processes if process.wait() != 0]
+            failed = any([process.wait() != 0 for process in processes])
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -190,35 +231,6 @@ def _make_apart(task: dict, todo: list[tuple[int, int]], workers: int, bar: tqdm
             raise RuntimeError(f"a process that makes synthetic house numbers ended early: {last[0]}")
 
 
-def load_pages(split: str, size: int, seed: int, difficulty: Difficulty, cache: bool = True, workers: int = 1) -> Pages:
-    """The first `size` scenes, from the cache or made now, with a progress bar on a terminal.
-
-    >>> pages = load_pages("test", 3, 0, Difficulty(), cache=False)
-    >>> pages[2].picture == render("test", 0, 2, Difficulty()).picture
-    True
-    """
-    sizes = [(b, min(BLOCK, size - b * BLOCK)) for b in range(-(-size // BLOCK))]
-    with ExitStack() as stack:
-        folder = cache_folder("shn", content_hash(split, seed, difficulty)) if cache else None
-        if folder is not None:
-            _make_writable(folder)
-        if folder is None and workers > 1 and len(sizes) > 1:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lipguide-")))
-        parts = {b: _stored(folder, b, n) if folder else None for b, n in sizes}
-        todo = [(b, n) for b, n in sizes if parts[b] is None]
-        total = sum(n for _, n in todo)
-        with tqdm(total=total, unit="scene", desc=f"house numbers ({split})", disable=None if todo else True) as bar:
-            if workers > 1 and len(todo) > 1:
-                task = {"folder": str(folder), "split": split, "seed": seed, "difficulty": asdict(difficulty)}
-                _make_apart(task, todo, min(workers, len(todo)), bar)
-                parts |= {b: Pages.load(_block_path(folder, b, n)) for b, n in todo}
-                todo = []
-            for block, count in todo:
-                made = []
-                for scene in _make_block(split, seed, difficulty, block, count):
-                    made.append(scene)
-                    bar.update(1)
-                parts[block] = Pages.of(made)
-                if folder is not None:
-                    parts[block].save(_block_path(folder, block, count))
-        return Pages.joined([parts[b] for b, _ in sizes])
+def _command(task: dict) -> list[str]:
+    """The command line of a process that does its share of the blocks."""
+    return [sys.executable, str(WORKER), json.dumps(task)]

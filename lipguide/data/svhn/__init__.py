@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -18,19 +20,31 @@ from lipguide.data.svhn.digit_struct import load_digit_struct
 __all__ = ["SVHN", "PictureError"]
 
 SPLITS = ("train", "test", "extra")
+DENSEST = 8 * 1032  # pixels a byte: deflate packs 1032 bytes into one, each of eight pixels of one bit
 
 
 class PictureError(ValueError):
     """A picture or a mask is damaged or foreign; the message names the file and the entry."""
 
 
-def _open(path: Path, mode: str, entry: int) -> np.ndarray:
-    """Pixels of a picture file, read to its end."""
+@contextmanager
+def _opened(path: Path, entry: int) -> Iterator[Image.Image]:
+    """An open picture file of a size that it can hold; whatever goes wrong with it names the file and the entry."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image if image.mode == mode else image.convert(mode))
+        with Image.open(path, formats=["PNG"]) as image:
+            width, height = image.size
+            size = path.stat().st_size
+            if width * height > DENSEST * size:
+                raise ValueError(f"it claims {width} x {height} pixels, more than its {size} bytes can hold")
+            yield image
     except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
         raise PictureError(f"{path} (entry {entry}) cannot be read, it may be truncated: {error}") from error
+
+
+def _pixels(path: Path, mode: str, entry: int) -> np.ndarray:
+    """Pixels of a picture file, read to its end."""
+    with _opened(path, entry) as image:
+        return np.asarray(image if image.mode == mode else image.convert(mode))
 
 
 class SVHN(Dataset[Scene]):
@@ -75,14 +89,14 @@ class SVHN(Dataset[Scene]):
 
     def __getitem__(self, index: int) -> Scene:
         name, boxes, labels = self._own(index)
-        pixels = _open(self.folder / name, "RGB", index + 1)
+        pixels = _pixels(self.folder / name, "RGB", index + 1)
         return make_scene(pixels, boxes, labels, self._mask(name, index, pixels.shape[:2], len(labels)))
 
     def _mask(self, name: str, index: int, shape: tuple[int, int], digits: int) -> np.ndarray | None:
         beside = name.replace(".png", ".mask.png")
         if beside not in self._files:
             return None
-        mask = _open(self.folder / beside, "L", index + 1)
+        mask = _pixels(self.folder / beside, "L", index + 1)
         if mask.shape != shape or mask.max(initial=0) > digits:
             raise PictureError(f"{self.folder / beside} (entry {index + 1}) is not a mask of {name}")
         return mask
@@ -90,11 +104,8 @@ class SVHN(Dataset[Scene]):
     def annotation(self, index: int) -> Annotation:
         """What digitStruct.mat says of a picture, and the picture's size from its header."""
         name, boxes, labels = self._own(index)
-        try:
-            with Image.open(self.folder / name) as image:
-                width, height = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise PictureError(f"{self.folder / name} (entry {index + 1}) is not a picture: {error}") from error
+        with _opened(self.folder / name, index + 1) as image:
+            width, height = image.size
         return Annotation(name, width, height, boxes, labels)
 
     @cached_property

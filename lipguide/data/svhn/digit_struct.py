@@ -8,9 +8,9 @@ column of references to numbers. Label 10 stands for the digit 0.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +21,14 @@ import numpy as np
 from h5py import h5d, h5f, h5g, h5r, h5s, h5t
 
 from lipguide.data.items import Annotation
+from lipguide.data.npz import DamagedFile, load_arrays, save_arrays
 from lipguide.data.svhn.lone_numbers import LoneNumbers
 from lipguide.files import cache_folder, replacing
 
 __all__ = ["DigitStruct", "DigitStructError", "load_digit_struct", "read_digit_struct", "write_digit_struct"]
 
 FIELDS = (b"left", b"top", b"width", b"height", b"label")
+LEAST = 16  # bytes of the smallest object in an HDF5 file, and every entry refers to two of its own
 MOST = 64  # digits in one number: more means a damaged or foreign file
 NAME = re.compile(r"[0-9]{1,9}\.png")
 
@@ -122,6 +124,9 @@ def _references(file: h5py.File, path: str, where: Path) -> np.ndarray:
     data = file.get(path)
     if not isinstance(data, h5py.Dataset) or h5py.check_ref_dtype(data.dtype) is not h5py.Reference:
         raise DigitStructError(f"{where} is HDF5, but not SVHN's digitStruct.mat: it has no references at {path}")
+    size = where.stat().st_size
+    if data.size * LEAST > size:
+        raise DigitStructError(f"{where} claims {data.size} entries at {path}: more than its {size} bytes can hold")
     return data[()].reshape(-1)
 
 
@@ -155,7 +160,8 @@ def _read(file: h5py.File, path: Path) -> DigitStruct:
     boxes = _references(file, "digitStruct/bbox", path)
     if len(names) != len(boxes):
         raise DigitStructError(f"{path} has {len(names)} names but {len(boxes)} boxes")
-    found, tables, pending = [], [], []
+    found: dict[str, int] = {}  # the entry of each name
+    tables, pending = [], []
     for entry, (name, box) in enumerate(zip(names, boxes, strict=True)):
         with _naming(path, entry, len(names)):
             fields, count = _fields(_open(box, file.id, h5g.GroupID))
@@ -164,7 +170,10 @@ def _read(file: h5py.File, path: Path) -> DigitStruct:
                 tables.append(_addresses(fields, count))
             else:
                 tables.append(np.array([[_number(field)] for field in fields]))
-            found.append(_name(_open(name, file.id, h5d.DatasetID)))
+            own = _name(_open(name, file.id, h5d.DatasetID))
+            if own in found:
+                raise ValueError(f"its picture is {own}, which is the picture of entry {found[own] + 1} already")
+            found[own] = entry
     _resolve(file, path, boxes, tables, pending)
     digits = np.cumsum([0, *(table.shape[1] for table in tables)])
     table = np.concatenate([np.zeros((5, 0)), *tables], axis=1).T
@@ -172,7 +181,7 @@ def _read(file: h5py.File, path: Path) -> DigitStruct:
     if fault is not None:
         with _naming(path, int(np.searchsorted(digits, fault[0], side="right")) - 1, len(names)):
             raise ValueError(fault[1])
-    return DigitStruct(found, digits, table[:, :4], (table[:, 4] % 10).astype(np.int64))
+    return DigitStruct(list(found), digits, table[:, :4], (table[:, 4] % 10).astype(np.int64))
 
 
 def _resolve(file: h5py.File, path: Path, boxes: np.ndarray, tables: list[np.ndarray], pending: list[int]) -> None:
@@ -213,21 +222,30 @@ def load_digit_struct(path: str | Path) -> DigitStruct:
     path = Path(path).resolve()
     if not path.is_file():
         return read_digit_struct(path)
-    state = path.stat()
-    key = f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0{Path(__file__).read_text(encoding='utf-8')}"
-    index = cache_folder("svhn") / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    index = _index(path)
     try:
-        with np.load(index, allow_pickle=False) as file:
-            return DigitStruct([f"{n}.png" for n in file["names"]], file["digits"], file["boxes"], file["labels"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        stored = load_arrays(index, INDEX)
+    except (OSError, DamagedFile):
         data = read_digit_struct(path)
-    numbers = np.array([int(name[:-4]) for name in data.names], dtype=np.int64)
+    else:
+        return DigitStruct([name.decode() for name in stored["names"]], *(stored[part] for part in INDEX[1:]))
     try:
-        with replacing(index) as temporary, open(temporary, "wb") as file:
-            np.savez(file, names=numbers, digits=data.digits, boxes=data.boxes, labels=data.labels)
+        save_arrays(index, data._asdict() | {"names": np.array(data.names, dtype="S13")})
     except OSError as error:
         warnings.warn(f"{path} will be read anew each time: its index {index} cannot be kept ({error})", stacklevel=2)
     return data
+
+
+INDEX = DigitStruct._fields
+
+
+def _index(path: Path) -> Path:
+    """The file in the cache that holds what was read from this one in its present state by this reader."""
+    state = path.stat()
+    key = b"\0".join(
+        [os.fsencode(path), str(state.st_size).encode(), str(state.st_mtime_ns).encode(), Path(__file__).read_bytes()]
+    )
+    return cache_folder("svhn") / f"{hashlib.sha256(key).hexdigest()[:24]}.npz"
 
 
 def write_digit_struct(path: str | Path, annotations: list[Annotation]) -> None:
