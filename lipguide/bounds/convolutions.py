@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lipguide.layers.affine import geometry
 from lipguide.layers.constraints import Spectral
+from lipguide.layers.geometry import Geometry
 from lipguide.layers.norms import CUSHION, conv_norm, matrix_norm, picture_norm
 
 __all__ = ["Call", "NoBound", "check_batched", "convolution", "dense", "nonnegative", "transposed_convolution"]
@@ -25,6 +25,16 @@ __all__ = ["Call", "NoBound", "check_batched", "convolution", "dense", "nonnegat
 TOLERANCE = 2e-3  # of the bound for pictures of every size
 LOOSE = 7e-3  # what that bound may lose on pictures of the size at hand before another is tried
 DENSE = 1024  # inputs up to which a layer on a small picture is written out as a matrix
+
+# A bound for the size at hand takes an eigenvalue problem at each frequency of the circle. These numbers of frequencies
+# cost about as much as the bound for every size does.
+FREQUENCIES_MANY_CHANNELS = 64  # of matrices larger than MANY_CHANNELS
+FREQUENCIES_LOOSE = 4096  # where the bound for every size loses more than LOOSE
+FREQUENCIES = 700  # else
+MANY_CHANNELS = 128
+FEW_CHANNELS = 32  # up to which the bound for the size at hand is taken although it gains little
+
+FLOAT32_EXACT = 2**24  # whole numbers up to this one are exact in float32
 
 
 class Call(NamedTuple):
@@ -57,10 +67,13 @@ def check_batched(layer: nn.Module, call: Call) -> None:
 def dense(layer: nn.Linear, call: Call) -> float:
     """σ_max of the weight.
 
-    >>> round(dense(nn.Linear(2, 2), Call((1, 2), (1, 2))), 3) > 0
-    True
+    >>> stretching = nn.Linear(2, 2)
+    >>> stretching.weight.data = torch.tensor([[3.0, 0.0], [4.0, 0.0]])
+    >>> round(dense(stretching, Call((1, 2), (1, 2))), 5)
+    5.0
     """
-    return _proved(layer, call) or matrix_norm(layer.weight)
+    weight = layer.weight
+    return _proved(layer, weight, call) or matrix_norm(weight)
 
 
 def convolution(layer: nn.Conv1d | nn.Conv2d, call: Call) -> float:
@@ -77,20 +90,22 @@ def convolution(layer: nn.Conv1d | nn.Conv2d, call: Call) -> float:
     True
     """
     check_batched(layer, call)
-    if known := _proved(layer, call):
+    weight = layer.weight
+    if known := _proved(layer, weight, call):
         return known
-    weight, stride, dilation, size, pixels = _as_pictures(layer, layer.weight, call.output, call.input)
-    if layer.padding_mode == "zeros":
-        if exact := _written_out(layer, F.conv2d, (weight, stride, dilation, size), call):
-            return exact
-        return _on_pictures(weight, size, stride, dilation, layer.groups)
-    if _on_a_circle(layer, call):
-        circle = tuple(n // s for n, s in zip(pixels, stride, strict=True))
-        return _on_pictures(weight, circle, stride, dilation, layer.groups, circular=True)
+    weight, geometry = _as_picture(weight), Geometry.of(layer, weight)
+    pixels, size = _sides(call.input), _sides(call.output)
+    if geometry.mode == "zeros":
+        if _is_written_out(geometry, size, call):
+            return _written_out(layer, weight, geometry, call)
+        return _on_pictures(weight, geometry, size)
+    if geometry.is_circle(pixels):
+        circle = pixels[0] // geometry.stride[0], pixels[1] // geometry.stride[1]
+        return _on_pictures(weight, geometry, circle, circular=True)
     # The padding copies pixels; the convolution without padding follows.
-    flat = [p for axis in reversed(_pads(layer)) for p in axis]
-    copies = nonnegative(lambda x: F.pad(x, flat, mode=layer.padding_mode), pixels)
-    return copies * _on_pictures(weight, size, stride, dilation, layer.groups)
+    rows, columns = geometry.copied
+    copies = nonnegative(lambda x: F.pad(x, (*columns, *rows), mode=geometry.mode), pixels)
+    return copies * _on_pictures(weight, geometry, size)
 
 
 def transposed_convolution(layer: nn.ConvTranspose1d | nn.ConvTranspose2d, call: Call) -> float:
@@ -102,133 +117,190 @@ def transposed_convolution(layer: nn.ConvTranspose1d | nn.ConvTranspose2d, call:
     2.0
     """
     check_batched(layer, call)
-    if known := _proved(layer, call):
+    weight = layer.weight
+    if known := _proved(layer, weight, call):
         return known
-    weight, stride, dilation, size, _ = _as_pictures(layer, layer.weight, call.input, call.output)
-    if exact := _written_out(layer, F.conv_transpose2d, (weight, stride, dilation, size), call):
-        return exact
-    return _on_pictures(weight, size, stride, dilation, layer.groups)
+    weight, geometry = _as_picture(weight), Geometry.of(layer, weight)
+    size = _sides(call.input)  # of the outputs of the convolution whose adjoint this is
+    if _is_written_out(geometry, size, call):
+        return _written_out(layer, weight, geometry, call)
+    return _on_pictures(weight, geometry, size)
 
 
-def _proved(layer: nn.Module, call: Call) -> float | None:
+def _proved(layer: nn.Module, weight: Tensor, call: Call) -> float | None:
     """The bound that `lip.spectral` has proved for this very weight: 1, and the rounding of its entries."""
     if not parametrize.is_parametrized(layer, "weight") or len(layer.parametrizations.weight) > 1:
         return None
-    weight, constraint = layer.weight, layer.parametrizations.weight[0]
+    constraint = layer.parametrizations.weight[0]
     if type(constraint) is not Spectral or weight.dtype not in (torch.float32, torch.float64):
         return None
-    if not _as_constrained(layer, constraint, call):
+    if not _as_constrained(layer, weight, constraint, call) or not constraint.vouches_for(weight):
         return None
     # Entries off by a relative ε move the norm by at most ε √(taps · channels).
     terms = min(weight.shape[:2]) * math.prod(weight.shape[2:])
     return 1 + 2 * torch.finfo(weight.dtype).eps * math.sqrt(terms)
 
 
-def _as_constrained(layer: nn.Module, constraint: Spectral, call: Call) -> bool:
+def _as_constrained(layer: nn.Module, weight: Tensor, constraint: Spectral, call: Call) -> bool:
     """Does the layer still have the geometry that the proof was made for?"""
-    try:
-        same = geometry(layer) == constraint.shape
-    except (ValueError, TypeError):  # a geometry that could not be constrained at all
+    if constraint.geometry is None:
+        return isinstance(layer, nn.Linear)
+    if isinstance(layer, nn.Linear):
         return False
-    return same and (getattr(layer, "padding_mode", "zeros") == "zeros" or _on_a_circle(layer, call))
+    geometry = Geometry.of(layer, weight)
+    kept = geometry.mode == "zeros" or geometry.is_circle(_sides(call.input))
+    return kept and geometry.lattice == constraint.geometry.lattice
 
 
-def _on_a_circle(layer: nn.Conv1d | nn.Conv2d, call: Call) -> bool:
-    """Is the padding circular, without a pixel that is seen twice, and does the stride divide the sides?"""
-    if layer.padding_mode != "circular":
-        return False
-    weight, stride, dilation, _, pixels = _as_pictures(layer, layer.weight, call.output, call.input)
-    reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    sides = zip(_pads(layer), reach, pixels, stride, strict=True)
-    return all(sum(pads) <= r and n % s == 0 for pads, r, n, s in sides)
+def _as_picture(weight: Tensor) -> Tensor:
+    """A kernel of one axis as one of two axes, with a single row."""
+    return weight[:, :, None] if weight.dim() == 3 else weight
 
 
-def _as_pictures(layer: nn.Module, weight: Tensor, size: tuple[int, ...], other: tuple[int, ...]):
-    """Weight, stride, dilation and sizes, with a sequence as a picture of one row."""
-    axes = weight.dim() - 2
-    stride, dilation = (
-        (value,) * axes if isinstance(value, int) else tuple(value) for value in (layer.stride, layer.dilation)
-    )
-    if axes == 2:
-        return weight, stride, dilation, tuple(size[-2:]), tuple(other[-2:])
-    return weight[:, :, None], (1, *stride), (1, *dilation), (1, size[-1]), (1, other[-1])
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a batch of pictures, or of sequences as pictures of one row."""
+    return (shape[-2], shape[-1]) if len(shape) == 4 else (1, shape[-1])
 
 
-def _pads(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
-    """What the forward pads with, for each axis of a picture; `layer.padding` may have been changed since."""
-    flat = layer._reversed_padding_repeated_twice
-    pairs = list(zip(flat[::2], flat[1::2], strict=True))[::-1]
-    return pairs if len(pairs) == 2 else [(0, 0), *pairs]
-
-
-def _on_pictures(
-    weight: Tensor,
-    size: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    circular: bool = False,
-) -> float:
+def _on_pictures(weight: Tensor, geometry: Geometry, size: tuple[int, int], circular: bool = False) -> float:
     """The bound for this size of picture where it gains something and is not too dear, else the one for every size."""
+    arguments = geometry.stride, geometry.dilation, geometry.groups
+    if _is_worth_its_size(weight, geometry, size, circular):
+        return picture_norm(weight, size, *arguments, circular)
+    return conv_norm(weight, *arguments, TOLERANCE)
+
+
+def _is_worth_its_size(weight: Tensor, geometry: Geometry, size: tuple[int, int], circular: bool) -> bool:
     if not circular:
-        size, dilation = _undilated(size, stride, dilation)
-    taps = [
-        k if s == 1 else math.ceil((d * (k - 1) + 1) / s)
-        for k, d, s in zip(weight.shape[2:], dilation, stride, strict=True)
-    ]
-    channels = min(weight.shape[0] // groups, weight.shape[1] * math.prod(stride))
-    rows, columns = (n + (0 if circular else k - 1) for n, k in zip(size, taps, strict=True))
+        size, geometry = geometry.apart(size), geometry.undilated()
+    taps = _taps(geometry)
+    if taps == (1, 1):
+        return False
+    rows, columns = size if circular else (size[0] + taps[0] - 1, size[1] + taps[1] - 1)
     frequencies = rows * (columns // 2 + 1)
+    channels = min(weight.shape[0] // geometry.groups, weight.shape[1] * math.prod(geometry.stride))
     loose = _is_loose(taps, size)
-    affordable = frequencies <= (64 if channels > 128 else 4096 if loose else 700)
-    if taps != [1, 1] and affordable and (loose or channels <= 32):
-        return picture_norm(weight, size, stride, dilation, groups, circular)
-    return conv_norm(weight, stride, dilation, groups, TOLERANCE)
+    if channels > MANY_CHANNELS:
+        affordable = FREQUENCIES_MANY_CHANNELS
+    elif loose:
+        affordable = FREQUENCIES_LOOSE
+    else:
+        affordable = FREQUENCIES
+    return frequencies <= affordable and (loose or channels <= FEW_CHANNELS)
 
 
-def _undilated(
-    size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """At stride 1 dilation d splits a picture into d smaller ones that do not meet: their size, and what is left."""
-    axes = list(zip(size, stride, dilation, strict=True))
-    return tuple(math.ceil(n / d) if s == 1 else n for n, s, d in axes), tuple(1 if s == 1 else d for _, s, d in axes)
+def _taps(geometry: Geometry) -> tuple[int, int]:
+    """Taps of the kernel on interleaved pictures; those that a dilation skips at stride 1 are not counted."""
+    phased = geometry.phased_kernel
+    rows, columns = (k if s == 1 else p for k, s, p in zip(geometry.kernel, geometry.stride, phased, strict=True))
+    return rows, columns
 
 
-def _is_loose(taps: tuple[int, ...], size: tuple[int, int]) -> bool:
+def _is_loose(taps: tuple[int, int], size: tuple[int, int]) -> bool:
     """Zero padding costs a k×k blur about (k² − 1)/12 · (π/(n + 1))² of its norm on n×n pixels, others mostly less."""
-    return sum((k**2 - 1) / 24 * (math.pi / (n + 1)) ** 2 for k, n in zip(taps, size, strict=True)) > LOOSE
+    loss = 0.0
+    for k, n in zip(taps, size, strict=True):
+        loss += (k**2 - 1) / 24 * (math.pi / (n + 1)) ** 2
+    return loss > LOOSE
 
 
-def _written_out(layer: nn.Module, operation: Callable, geometry: tuple, call: Call) -> float | None:
+def _is_written_out(geometry: Geometry, size: tuple[int, int], call: Call) -> bool:
+    return math.prod(call.input[1:]) <= DENSE and _is_loose(geometry.kernel, geometry.apart(size))
+
+
+def _written_out(layer: nn.Module, weight: Tensor, geometry: Geometry, call: Call) -> float:
     """The exact norm of a convolution on a very small picture, from the matrix that it is."""
-    weight, stride, dilation, size = geometry
-    pixels = call.input[1:] if len(call.input) == 4 else (call.input[1], 1, call.input[2])
-    if math.prod(pixels) > DENSE or not _is_loose(weight.shape[2:], _undilated(size, stride, dilation)[0]):
-        return None
-    extra = {"output_padding": _two(layer.output_padding)} if operation is F.conv_transpose2d else {}
-    padding = layer.padding if isinstance(layer.padding, str) else _two(layer.padding)
+    pixels = call.input[1], *_sides(call.input)
     basis = torch.eye(math.prod(pixels), dtype=torch.float64, device=weight.device).reshape(-1, *pixels)
     kernel = weight.detach().double()
-    matrix = operation(basis, kernel, stride=stride, padding=padding, dilation=dilation, groups=layer.groups, **extra)
-    return matrix_norm(matrix.flatten(1))
+    padding = layer.padding if isinstance(layer.padding, str) else _on_two_axes(layer.padding)
+    if geometry.transposed:
+        extra = _on_two_axes(layer.output_padding)
+        images = F.conv_transpose2d(
+            basis, kernel, None, geometry.stride, padding, extra, geometry.groups, geometry.dilation
+        )
+    else:
+        images = F.conv2d(basis, kernel, None, geometry.stride, padding, geometry.dilation, geometry.groups)
+    return matrix_norm(images.flatten(1))
 
 
-def _two(value: int | tuple[int, ...]) -> int | tuple[int, int]:
-    return value if isinstance(value, int) else (0, *value) if len(value) == 1 else tuple(value)
+def _on_two_axes(padding: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """Padding as a picture has it; a sequence is one row, which is not padded."""
+    if isinstance(padding, int):
+        return padding
+    return (0, *padding) if len(padding) == 1 else tuple(padding)
 
 
-@torch.enable_grad()
 def nonnegative(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...]) -> float:
-    """The norm of a linear map of pictures whose entries have one sign; see `layer_bounds.nonnegative_linear`.
+    """The norm of a linear map of pictures whose entries have one sign, such as an average or a copy.
+
+    A map that *copies* pixels has the norm √(most copies of one pixel). Others are exact but for large pictures whose
+    windows are uneven: there √(largest row sum · largest column sum) bounds the matrix, after Schur.
+
+    Args:
+        operation: takes (N, 1, …) and treats each picture alike. It is asked in float32 and in float64, for an index
+            that is computed from a scale factor may differ between the two; the bound holds for both.
+        pixels: the sides of a picture.
 
     >>> round(nonnegative(lambda x: F.pad(x, (1, 1), mode="replicate"), (3,)), 4)
     1.4142
     """
+    copies = [_most_copies(operation, pixels, dtype) for dtype in (torch.float32, torch.float64)]
+    if None not in copies:
+        return math.sqrt(max(copies)) * (1 + CUSHION)
+    _check_same_in_float32(operation, pixels)
+    return _norm_of_averages(operation, pixels)
+
+
+def _most_copies(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    """How often the most copied pixel occurs, or None where the operation does more than to copy pixels.
+
+    A matrix with a single one in each row has columns that are orthogonal, and their lengths are its singular values.
+    """
+    count = math.prod(pixels)
+    if count > FLOAT32_EXACT:
+        return None
+    numbered = torch.arange(count, dtype=dtype).reshape(1, 1, *pixels)
+    places = operation(numbered).flatten()
+    if places.numel() == 0 or not bool(((places == places.round()) & (places >= 0) & (places < count)).all()):
+        return None
+    places = places.long()
+    random = torch.rand(1, 1, *pixels, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    if not torch.equal(operation(random).flatten(), random.flatten()[places]):
+        return None
+    return int(torch.bincount(places, minlength=count).max())
+
+
+def _check_same_in_float32(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...]) -> None:
+    x = torch.rand(1, 1, *pixels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact, rounded = operation(x), operation(x.float()).double()
+    if not torch.allclose(exact, rounded, rtol=0, atol=1e-4 * float(exact.abs().max())):
+        raise NoBound("it takes other pixels in float32 than in float64; give it a size in place of a scale factor")
+
+
+@torch.enable_grad()
+def _norm_of_averages(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...]) -> float:
     ones = torch.ones(1, 1, *pixels, dtype=torch.float64, requires_grad=True)
     rows = operation(ones)
     (columns,) = torch.autograd.grad(rows.sum(), ones)
-    even = all(bool(torch.allclose(sums, sums.flatten()[0], rtol=1e-12)) for sums in (rows, columns))
+    _check_adjoint(operation, pixels)
+    even = _all_equal(rows.detach()) and _all_equal(columns)
     if ones.numel() <= DENSE and not even:  # where all sums are equal Schur's bound is the norm
         basis = torch.eye(ones.numel(), dtype=torch.float64).reshape(-1, 1, *pixels)
         return matrix_norm(operation(basis).flatten(1))
     return math.sqrt(float(rows.detach().abs().max() * columns.abs().max())) * (1 + CUSHION)
+
+
+def _check_adjoint(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...]) -> None:
+    """⟨A x, y⟩ = ⟨x, Aᵀ y⟩ for random x and y, where autograd says what Aᵀ y is."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 1, *pixels, generator=generator, dtype=torch.float64).requires_grad_()
+    image = operation(x)
+    y = torch.rand(image.shape, generator=generator, dtype=torch.float64)
+    (back,) = torch.autograd.grad(image, x, y)
+    if not torch.allclose((image * y).sum(), (x * back).sum(), rtol=1e-11, atol=0):
+        raise NoBound("torch's gradient of it is not the adjoint of its forward, so its column sums are not known")
+
+
+def _all_equal(sums: Tensor) -> bool:
+    return torch.allclose(sums, sums.flatten()[0], rtol=1e-12)

@@ -13,13 +13,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lipguide.layers.constraints import AOL, Clip, Geometry, Scaled, Spectral, UnitRows
-from lipguide.layers.norms import check_finite, polyphase
+from lipguide.layers.brick import voucher
+from lipguide.layers.constraints import AOL, Clip, Constraint, Scaled, Spectral, UnitRows
+from lipguide.layers.geometry import Geometry
+from lipguide.layers.norms import check_finite
 from lipguide.layers.orthogonal import OrthogonalKernel, OrthogonalMatrix
 
 __all__ = [
@@ -33,62 +36,52 @@ __all__ = [
     "unit_rows",
 ]
 
+AFFINE = {nn.Linear, nn.Conv2d, nn.ConvTranspose2d}
 
-def geometry(layer: nn.Module) -> Geometry:
-    """The geometry of a layer that can be constrained; anything else is a `ValueError` that says why.
+
+def geometry(layer: nn.Module) -> Geometry | None:
+    """That of a convolution which can be constrained, None for a dense layer; else a `ValueError` that says why not.
 
     >>> geometry(nn.Conv2d(3, 8, 3, stride=2)).stride
     (2, 2)
     """
     name = type(layer).__name__
-    if isinstance(layer, nn.Linear):
-        return Geometry(dense=True, transposed=False)
-    if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+    kind = voucher(layer, AFFINE.__contains__) if isinstance(layer, nn.Module) else None
+    if kind is None and isinstance(layer, tuple(AFFINE)):
+        raise ValueError(
+            f"{name} cannot be constrained: it changes what a layer of torch computes with its weight, so the norm of "
+            "the weight says nothing about it; constrain a plain layer and call that from a module of your own"
+        )
+    if kind is None:
         raise ValueError(
             f"{name} cannot be constrained: only nn.Linear, nn.Conv2d and nn.ConvTranspose2d have a weight whose "
             "norm bounds the layer; build the block from those"
         )
-    if layer.padding_mode == "circular":
-        _check_circular(layer)
-    elif layer.padding_mode != "zeros":
+    if next(layer.parameters()).is_complex():
         raise ValueError(
-            f"{name} with padding_mode={layer.padding_mode!r} cannot be constrained: the padding copies pixels and so "
+            f"{name} with a complex weight cannot be constrained: the norms here are those of real maps; use two real "
+            "layers for the real and the imaginary part"
+        )
+    return None if kind is nn.Linear else _of_convolution(layer, name)
+
+
+def _of_convolution(layer: nn.Conv2d | nn.ConvTranspose2d, name: str) -> Geometry:
+    shape = Geometry.of(layer)
+    if shape.mode not in ("zeros", "circular"):
+        raise ValueError(
+            f"{name} with padding_mode={shape.mode!r} cannot be constrained: the padding copies pixels and so "
             "adds to the norm; use padding_mode='zeros' or 'circular'"
         )
-    transposed = isinstance(layer, nn.ConvTranspose2d)
-    return Geometry(False, transposed, tuple(layer.stride), tuple(layer.dilation), layer.groups)
-
-
-def _check_circular(layer: nn.Conv2d) -> None:
-    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    padding = _padding(layer, reach)
-    if any(p > r for p, r in zip(padding, reach, strict=True)):
+    if shape.sees_twice():
         raise ValueError(
-            f"Conv2d with circular padding {layer.padding} and kernel {layer.kernel_size} sees some pixels twice; "
+            f"{name} with circular padding {layer.padding} and kernel {layer.kernel_size} sees some pixels twice; "
             "pad by at most dilation·(kernel − 1)/2 on each side"
         )
+    return shape
 
 
-def _padding(layer: nn.Conv2d, reach: list[int]) -> list[int]:
-    """Pixels added an axis, both sides together."""
-    if isinstance(layer.padding, str):
-        return reach if layer.padding == "same" else [0, 0]
-    return [2 * p for p in layer.padding]
-
-
-def _refuse_odd_circle(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    # On a circle whose side the stride does not divide, first and last output are nearer than one stride apart.
-    height, width = inputs[0].shape[-2:]
-    if height % layer.stride[0] or width % layer.stride[1]:
-        raise ValueError(
-            f"a circular convolution of stride {layer.stride} keeps its norm only on pictures whose sides the stride "
-            f"divides, not on {height}×{width}; crop or pad to "
-            f"{math.ceil(height / layer.stride[0]) * layer.stride[0]}×"
-            f"{math.ceil(width / layer.stride[1]) * layer.stride[1]}"
-        )
-
-
-def _register(layer: nn.Module, constraint: nn.Module) -> nn.Module:
+def _register(layer: nn.Module, constraint: Constraint, refuse: Callable[..., None] | None = None) -> nn.Module:
+    """Puts the constraint on the weight, and on the layer a hook that refuses pictures for which it would not hold."""
     if parametrize.is_parametrized(layer, "weight"):
         held = type(layer.parametrizations.weight[0]).__name__
         raise ValueError(
@@ -96,10 +89,45 @@ def _register(layer: nn.Module, constraint: nn.Module) -> nn.Module:
             "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
         )
     check_finite(layer.weight)
-    if getattr(layer, "padding_mode", "zeros") == "circular" and max(layer.stride) > 1:
-        layer.register_forward_pre_hook(_refuse_odd_circle)
+    if getattr(layer, "padding_mode", "zeros") == "circular":
+        _refuse_with(layer, refuse or _refuse_odd_circle)
     parametrize.register_parametrization(layer, "weight", constraint.to(layer.weight.device))
     return layer
+
+
+def _refuse_with(layer: nn.Module, hook: Callable[..., None]) -> None:
+    if hook not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _sides(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    picture = args[0] if args else kwargs["input"]
+    height, width = picture.shape[-2:]
+    return height, width
+
+
+def _refuse_odd_circle(layer: nn.Conv2d, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # On a circle whose side the stride does not divide, first and last output are nearer than one stride apart.
+    shape = Geometry.of(layer)
+    height, width = _sides(args, kwargs)
+    if shape.mode == "circular" and not shape.divides((height, width)):
+        rows, columns = (math.ceil(n / s) * s for n, s in zip((height, width), shape.stride, strict=True))
+        raise ValueError(
+            f"a circular convolution of stride {shape.stride} keeps its norm only on pictures whose sides the stride "
+            f"divides, not on {height}×{width}; crop or pad to {rows}×{columns}"
+        )
+
+
+def _refuse_small_circle(layer: nn.Conv2d, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # Where two taps fall on the same pixel they add up, and the row is longer than its filter.
+    shape = Geometry.of(layer)
+    height, width = _sides(args, kwargs)
+    if shape.taps_meet((height, width)):
+        raise ValueError(
+            f"on a circle of {height}×{width} pixels taps of the kernel {shape.kernel} with dilation {shape.dilation} "
+            "fall on the same pixel and add up, so an output may stretch by more than 1; use padding_mode='zeros', a "
+            "smaller kernel or larger pictures"
+        )
 
 
 def clip(layer: nn.Module, limit: float) -> nn.Module:
@@ -125,9 +153,9 @@ def frobenius(layer: nn.Module) -> nn.Module:
     True
     """
     shape = geometry(layer)
-    if shape.dense:
+    if shape is None:
         return _register(layer, Scaled())
-    taps = polyphase(torch.ones_like(layer.weight), shape.stride, shape.dilation, shape.groups)
+    taps = shape.polyphase(torch.ones_like(layer.weight))  # (groups, outputs, inputs · phases, k₁, k₂)
     return _register(layer, Scaled(overlap=int(taps.amax((0, 1, 2)).sum())))
 
 
@@ -147,13 +175,23 @@ def l2_normalized(layer: nn.Module) -> nn.Module:
 def unit_rows(layer: nn.Module) -> nn.Module:
     """Give each output's filter the L2 norm 1, for heads: certify with ‖w_k − w_j‖ (last-layer normalisation).
 
-    Each output alone is 1-Lipschitz, the layer as a whole is not.
+    Each output alone is 1-Lipschitz, the layer as a whole is not. The distance ‖w_k − w_j‖ bounds the difference of two
+    outputs if their rows act on the same inputs in the same way: there are no groups, and the padding is of zeros, or
+    circular on pictures where no two taps of the kernel meet. Others are refused. Where padding copies pixels (reflect,
+    replicate), one pixel of the input enters a row several times, and the row is longer than its weight shows.
 
     >>> torch.allclose(unit_rows(nn.Linear(5, 3)).weight.norm(dim=1), torch.ones(3))
     True
     """
     shape = geometry(layer)
-    return _register(layer, UnitRows(shape.transposed, shape.groups))
+    if shape is not None and shape.groups > 1:
+        raise ValueError(
+            f"{type(layer).__name__} with groups={shape.groups} is no head for unit_rows: its rows see different "
+            "channels, so ‖w_k − w_j‖ does not bound the difference of two outputs; use groups=1, or lip.spectral "
+            "and √2 for any two outputs"
+        )
+    transposed = shape is not None and shape.transposed
+    return _register(layer, UnitRows(transposed), refuse=_refuse_small_circle)
 
 
 def aol(layer: nn.Module) -> nn.Module:
@@ -195,12 +233,12 @@ def orthogonal(layer: nn.Module) -> nn.Module:
     True
     """
     shape = geometry(layer)
-    if shape.dense:
+    if shape is None:
         return _register(layer, OrthogonalMatrix())
-    name, kernel = type(layer).__name__, tuple(layer.kernel_size)
-    if any(k < s for k, s in zip(kernel, shape.stride, strict=True)):
+    name = type(layer).__name__
+    if shape.kernel[0] < shape.stride[0] or shape.kernel[1] < shape.stride[1]:
         raise ValueError(
-            f"{name} with kernel {kernel} and stride {shape.stride} skips pixels, so it cannot be orthogonal; "
+            f"{name} with kernel {shape.kernel} and stride {shape.stride} skips pixels, so it cannot be orthogonal; "
             "use a kernel at least as large as the stride"
         )
     if max(shape.dilation) > 1 and max(shape.stride) > 1:
@@ -215,7 +253,8 @@ def orthogonal(layer: nn.Module) -> nn.Module:
 def constrain_(model: nn.Module, fn: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Replace every affine layer's weight in place by the one that `fn` would give it; call after `optimizer.step()`.
 
-    This is the other way to train under a constraint: projection instead of parametrization.
+    This is the other way to train under a constraint: projection instead of parametrization. Layers that share a weight
+    are projected together if they ask for the same one; if not, none is changed and a `ValueError` names them.
 
     Args:
         model: any module; its nn.Linear, nn.Conv2d and nn.ConvTranspose2d layers are projected.
@@ -225,13 +264,39 @@ def constrain_(model: nn.Module, fn: Callable[[nn.Module], nn.Module]) -> nn.Mod
     >>> round(torch.linalg.matrix_norm(net[0].weight, ord=2).item(), 4)
     1.0
     """
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            twin = fn(copy.deepcopy(layer)).eval()
-            if not getattr(twin.parametrizations.weight[0], "projects", True):
-                raise ValueError(
-                    "an orthogonal convolution whose kernel is larger than its stride is built from factors and has no "
-                    "projection; use lip.orthogonal(layer) as a parametrization, or constrain_ with lip.spectral"
-                )
-            layer.weight.copy_(twin.weight)
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, tuple(AFFINE))}
+    twins = {name: _constrained_copy(layer, fn) for name, layer in layers.items()}
+    wanted = {name: twin.weight.detach() for name, twin in twins.items()}
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.weight.copy_(wanted[name])
+    # Whoever shares a weight, or memory, has now what the last of the sharers asked for.
+    spoilt = [name for name, layer in layers.items() if not _same(layer.weight, wanted[name])]
+    if spoilt:
+        for name, layer in layers.items():
+            layer.weight.copy_(before[name])
+        raise ValueError(
+            f"{', '.join(spoilt)} shares its weight with a layer that needs another projection of it, so no one weight "
+            "serves both; constrain each layer by itself with a parametrization such as lip.spectral(layer), or give "
+            "each a weight of its own"
+        )
+    for name, layer in layers.items():
+        for hook in twins[name]._forward_pre_hooks.values():
+            if hook in (_refuse_odd_circle, _refuse_small_circle):
+                _refuse_with(layer, hook)
     return model
+
+
+def _constrained_copy(layer: nn.Module, fn: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    twin = fn(copy.deepcopy(layer)).eval()
+    if not getattr(twin.parametrizations.weight[0], "projects", True):
+        raise ValueError(
+            "an orthogonal convolution whose kernel is larger than its stride is built from factors and has no "
+            "projection; use lip.orthogonal(layer) as a parametrization, or constrain_ with lip.spectral"
+        )
+    return twin
+
+
+def _same(weight: Tensor, wanted: Tensor) -> bool:
+    """Up to the rounding of two ways to compute it."""
+    return torch.allclose(weight, wanted, rtol=8 * torch.finfo(weight.dtype).eps, atol=0)

@@ -1,34 +1,48 @@
-"""What `lipguide.layers.affine` registers on a weight: each constraint is one module with a short `constrained`."""
+"""What `lipguide.layers.affine` registers on a weight: each constraint is one module with a short `constrained`.
+
+Constraints that divide by a norm do not depend on the size of the weight, so they look at it with a largest entry of 1:
+then no square of a tiny or a huge number leaves the range of float32.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipguide.layers.norms import conv_norm, matrix_norm, polyphase
-from lipguide.layers.orthogonal import exact
+from lipguide.layers.geometry import Geometry
+from lipguide.layers.norms import conv_norm, matrix_norm
 
-__all__ = ["AOL", "Clip", "Constraint", "Geometry", "Scaled", "Spectral", "UnitRows"]
+__all__ = ["AOL", "Clip", "Constraint", "Scaled", "Spectral", "UnitRows", "exact"]
 
-
-class Geometry(NamedTuple):
-    """What, besides its weight, decides the norm of an affine layer."""
-
-    dense: bool
-    transposed: bool
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
+WARM_UP = 20  # power steps when a layer is made
 
 
-def _columns(z: Tensor) -> Tensor:
-    """Complex columns (groups, n, m) as real ones (groups, n, 2m)."""
-    return torch.view_as_real(z).flatten(2)
+def exact(weight: Tensor) -> Tensor:
+    """The weight in float32 or better.
+
+    >>> exact(torch.zeros(2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def _working_dtype(weight: Tensor, convolves: bool) -> torch.dtype:
+    """float32 or better, and float64 where products would round float32 to three digits (TF32, bfloat16)."""
+    if weight.is_cuda:
+        precisions = [torch.backends.cuda.matmul.fp32_precision]
+        if convolves:
+            precisions.append(torch.backends.cudnn.conv.fp32_precision)
+    else:
+        precisions = [torch.backends.mkldnn.matmul.fp32_precision]
+        if convolves:
+            precisions.append(torch.backends.mkldnn.conv.fp32_precision)
+    if "tf32" in precisions or "bf16" in precisions:
+        return torch.float64
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _nonzero(norm: Tensor) -> Tensor:
@@ -41,17 +55,38 @@ def _tiny(norm: Tensor) -> Tensor:
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
+def _at_scale_one(weight: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """The weight divided by its largest entry, or by that of each slice over `dim`. The factor has no gradient."""
+    if weight.numel() == 0:
+        return weight
+    largest = torch.linalg.vector_norm(weight.detach(), math.inf, dim, keepdim=dim is not None)
+    return weight / _nonzero(largest)
+
+
 class Constraint(nn.Module):
-    """W ↦ the constrained W, computed in float32 or better whatever the precision around it."""
+    """W ↦ the constrained W, computed in float32 or better whatever the precision around it.
 
-    def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
-            return self.constrained(exact(weight)).to(weight.dtype)
+    A subclass writes `constrained`. Autocast is kept out of it; where torch has leave to round the products of float32
+    (TF32 on a GPU, bfloat16 on a CPU), it is handed float64. No switch of torch is moved for that, so threads do not
+    meet and `torch.compile` can follow.
+    """
 
-    def constrained(self, weight: Tensor) -> Tensor:
+    convolves = False  # whether it calls convolutions, which have a precision of their own and round on GPUs by default
+    projects = True  # whether `constrained(right_inverse(W))` is W where W obeys the constraint
+
+    def forward(self, *raw: Tensor) -> Tensor:
+        given, wide = raw[0].dtype, _working_dtype(raw[0], self.convolves)
+        with torch.autocast(raw[0].device.type, enabled=False):
+            return self.rounded(self.constrained(*(part.to(wide) for part in raw)), given)
+
+    def constrained(self, *raw: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
+    def rounded(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The result in the precision of the layer."""
+        return weight.to(dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
         return weight
 
 
@@ -74,55 +109,53 @@ class Scaled(Constraint):
         self.overlap = overlap
 
     def constrained(self, weight: Tensor) -> Tensor:
+        weight = _at_scale_one(weight)
         return weight / _nonzero(math.sqrt(self.overlap) * torch.linalg.vector_norm(weight))
 
 
 class UnitRows(Constraint):
     """w_k ↦ w_k / ‖w_k‖₂ for the filter w_k of each output."""
 
-    def __init__(self, transposed: bool, groups: int) -> None:
+    def __init__(self, transposed: bool) -> None:
         super().__init__()
-        self.transposed, self.groups = transposed, groups
+        self.transposed = transposed
 
     def constrained(self, weight: Tensor) -> Tensor:
-        if not self.transposed:
-            return weight / _nonzero(torch.linalg.vector_norm(weight.flatten(1), dim=1)).reshape(
-                -1, *[1] * (weight.ndim - 1)
-            )
-        # Stored as (inputs, outputs / groups, height, width): an output's filter spans the inputs of its group.
-        grouped = weight.unflatten(0, (self.groups, -1))
-        return (grouped / _nonzero(torch.linalg.vector_norm(grouped, dim=(1, 3, 4), keepdim=True))).flatten(0, 1)
+        # Stored as (outputs, inputs, …), or as (inputs, outputs, …) if the layer is a transposed convolution.
+        filters = tuple(axis for axis in range(weight.dim()) if axis != int(self.transposed))
+        weight = _at_scale_one(weight, filters)
+        return weight / _nonzero(torch.linalg.vector_norm(weight, dim=filters, keepdim=True))
 
 
 class AOL(Constraint):
-    """W ↦ W D^(−½) with D_ii = Σ_j |WᵀW|_ij (Prach and Lampert): D ⪰ WᵀW, so the product has norm at most 1."""
+    """W ↦ W D^(−½) with D_ii = Σ_j |WᵀW|_ij (Prach and Lampert): D ⪰ WᵀW, so the product has norm at most 1.
 
-    def __init__(self, shape: Geometry) -> None:
+    Args:
+        geometry: of a convolution; None for a dense layer.
+    """
+
+    convolves = True
+
+    def __init__(self, geometry: Geometry | None) -> None:
         super().__init__()
-        self.shape = shape
+        self.geometry = geometry
 
     def constrained(self, weight: Tensor) -> Tensor:
-        if self.shape.dense:
-            return weight / _nonzero((weight.mT @ weight).abs().sum(1)).sqrt()
+        weight = _at_scale_one(weight)
+        if self.geometry is None:
+            gram = weight.mT @ weight
+            return weight / _nonzero(gram.abs().sum(1)).sqrt()
         # A stride or a dilation is undone first: the same kernel on interleaved pictures.
-        kernel = polyphase(weight, self.shape.stride, self.shape.dilation, self.shape.groups)
-        scaled = torch.stack([k / _nonzero(self._gram_rows(k)).sqrt()[:, None, None] for k in kernel])
-        return _merge_phases(scaled, weight.shape, self.shape)
+        kernel = self.geometry.polyphase(weight)
+        scaled = [group / _nonzero(self._gram_rows(group)).sqrt()[:, None, None] for group in kernel]
+        return self.geometry.merged(torch.stack(scaled))
 
     @staticmethod
     def _gram_rows(kernel: Tensor) -> Tensor:
-        columns = kernel.transpose(0, 1)
+        """Σ_j Σ_t |K ⋆ K|_ij(t) over the channels j and the shifts t, for each input channel i."""
+        columns = kernel.transpose(0, 1)  # (inputs, outputs, k₁, k₂)
         reach = kernel.shape[2] - 1, kernel.shape[3] - 1
         return F.conv2d(columns, columns, padding=reach).abs().sum((1, 2, 3))
-
-
-def _merge_phases(kernel: Tensor, shape: torch.Size, layer: Geometry) -> Tensor:
-    """Undo `polyphase`."""
-    (s1, s2), (d1, d2) = layer.stride, layer.dilation
-    rows, columns = kernel.shape[-2:]
-    split = kernel.reshape(shape[0], shape[1], s1, s2, rows, columns).permute(0, 1, 4, 2, 5, 3)
-    spread = split.reshape(shape[0], shape[1], rows * s1, columns * s2)
-    return spread[:, :, : d1 * (shape[2] - 1) + 1 : d1, : d2 * (shape[3] - 1) + 1 : d2]
 
 
 class Spectral(Constraint):
@@ -135,70 +168,102 @@ class Spectral(Constraint):
     *Eval*: `norms.conv_norm`, a proved upper bound, of the weight as it is now. The proof is kept together with the
     weight that it was made for, and made anew once any entry of that weight has changed; it is derived data and
     therefore not in the `state_dict`.
+
+    Args:
+        weight: the first one, from which the power iteration starts.
+        geometry: of a convolution; None for a dense layer.
     """
 
-    def __init__(self, weight: Tensor, shape: Geometry) -> None:
+    def __init__(self, weight: Tensor, geometry: Geometry | None) -> None:
         super().__init__()
-        self.shape = shape
+        self.geometry = geometry
         self.proof: tuple[Tensor, float] | None = None
-        kernel = self._kernel(exact(weight.detach()))
-        frequencies = self._phases(kernel).shape[-1]
-        v = torch.randn(shape.groups, kernel.shape[2], frequencies, 2, generator=torch.Generator().manual_seed(0))
+        kernel = self._kernel(_at_scale_one(exact(weight.detach())))
+        waves = self._waves(kernel)
+        groups, inputs, frequencies = len(kernel), kernel.shape[2], waves.shape[-1]
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(groups, inputs, frequencies, 2, generator=generator, dtype=torch.float32)
         self.register_buffer("v", v.to(weight.device))  # real and imaginary parts, one column a frequency
-        self.register_buffer("waves", torch.view_as_real(self._phases(kernel)), persistent=False)
+        self.register_buffer("waves", torch.view_as_real(waves), persistent=False)
         with torch.no_grad():
-            for _ in range(20):
+            for _ in range(WARM_UP):
                 self._power_step(kernel)
 
     def constrained(self, weight: Tensor) -> Tensor:
-        sigma = self._power_step(self._kernel(weight)) if self.training else self._proved_norm(weight.detach())
+        weight = _at_scale_one(weight)
+        if self.training:
+            return self._divided(weight, self._power_step(self._kernel(weight)))
+        return self._divided(weight, self._proved_norm(weight.detach()))
+
+    @staticmethod
+    def _divided(weight: Tensor, sigma: Tensor) -> Tensor:
         return weight * _nonzero(sigma).reciprocal()
+
+    def vouches_for(self, weight: Tensor) -> bool:
+        """Is this very weight the one that its proof has made? Another may come out of a cache, or of training."""
+        if self.proof is None or self.proof[0].device != weight.device:
+            return False
+        proved, sigma = self.proof
+        return torch.equal(self._divided(proved, proved.new_tensor(sigma)).to(weight.dtype), weight)
 
     def _kernel(self, weight: Tensor) -> Tensor:
         """The same map as a convolution of stride 1: taps (groups, outputs, inputs, k₁, k₂). Dense layers have one."""
-        shape = self.shape
-        if shape.dense:
+        if self.geometry is None:
             return weight[None, :, :, None, None]
-        if shape.stride == shape.dilation == (1, 1):
-            return weight.unflatten(0, (shape.groups, -1))
-        return polyphase(weight, shape.stride, shape.dilation, shape.groups)
+        if self.geometry.stride == self.geometry.dilation == (1, 1):
+            return weight.unflatten(0, (self.geometry.groups, -1))
+        return self.geometry.polyphase(weight)
 
     @staticmethod
-    def _phases(kernel: Tensor) -> Tensor:
+    def _waves(kernel: Tensor) -> Tensor:
         """e^{i⟨ω, t⟩} for every tap t (rows) and every frequency ω (columns) of half the torus."""
         height, width = kernel.shape[3:]
-        rows, columns = (1 if k == 1 else 2 * k + 2 for k in (height, width))
-        half = torch.arange(columns // 2 + 1, device=kernel.device)
-        down = torch.arange(height, device=kernel.device)[:, None] * torch.arange(rows, device=kernel.device) / rows
-        across = torch.arange(width, device=kernel.device)[:, None] * half / columns
-        turns = (down[:, None, :, None] + across[:, None]).to(kernel.dtype) * (2 * math.pi)
-        angles = turns.reshape(height * width, -1)
+        rows = 1 if height == 1 else 2 * height + 2
+        columns = 1 if width == 1 else 2 * width + 2
+        places = [torch.arange(n, device=kernel.device) for n in (height, width, rows, columns // 2 + 1)]
+        down = places[0][:, None] * places[2].double() / rows  # (height, rows): turns of 2π
+        across = places[1][:, None] * places[3].double() / columns  # (width, half of the columns)
+        turns = down[:, None, :, None] + across[:, None]  # (height, width, rows, half of the columns)
+        angles = (2 * math.pi * turns).reshape(height * width, -1).to(kernel.dtype)
         return torch.complex(angles.cos(), angles.sin())
 
     def _power_step(self, kernel: Tensor) -> Tensor:
         """σ = Re(uᴴ Ŵ(ω) v) at the frequency where it is largest; then v ← Ŵᴴ u at every frequency."""
         rows = kernel.flatten(2)  # (groups, outputs, inputs · taps)
         with torch.no_grad():
-            as_made = self.waves.dtype == kernel.dtype  # a layer cast to half precision has cast the waves as well
-            phases = torch.view_as_complex(self.waves) if as_made else self._phases(kernel)
+            waves = self._waves_in(kernel)  # (taps, frequencies)
             # contiguous: in channels_last the pairs would lie apart
             old = self.v.to(kernel.dtype, memory_format=torch.contiguous_format)
-            v = torch.view_as_complex(old / _tiny(torch.linalg.vector_norm(old, dim=(1, 3), keepdim=True)))
-            taps = v[:, :, None] * phases  # (groups, inputs, taps, frequencies)
-            u = (rows @ _columns(taps.flatten(1, 2))).unflatten(2, (-1, 2))
+            v = old / _tiny(torch.linalg.vector_norm(old, dim=(1, 3), keepdim=True))
+            v = torch.view_as_complex(v)  # (groups, inputs, frequencies)
+
+            # u ← Ŵ(ω) v, a product of real numbers: complex columns are twice as many real ones.
+            shifted = v[:, :, None] * waves  # (groups, inputs, taps, frequencies)
+            columns = torch.view_as_real(shifted.flatten(1, 2)).flatten(2)
+            u = (rows @ columns).unflatten(2, (-1, 2))  # (groups, outputs, frequencies, 2)
             norms = torch.linalg.vector_norm(u, dim=(1, 3), keepdim=True)
             u = u / _tiny(norms)
-            back = torch.view_as_complex((rows.mT @ u.flatten(2)).view(*taps.shape, 2))
-            back = torch.view_as_real((back * phases.conj()).sum(2))
+
+            # v ← Ŵ(ω)ᴴ u
+            back = torch.view_as_complex((rows.mT @ u.flatten(2)).view(*shifted.shape, 2))
+            back = torch.view_as_real((back * waves.conj()).sum(2))
             self.v.copy_(torch.where(norms > 0, back, old))  # a kernel of zeros leaves v as it is
+
             # σ is linear in the kernel; its gradient is Re(ū_o v_i e^{i⟨ω, t⟩}), a scalar product of pairs.
-            best, frequencies = norms.flatten().argmax(0, keepdim=True), norms.shape[2]
+            frequencies = norms.shape[2]
+            best = norms.flatten().argmax(0, keepdim=True)  # of all groups and frequencies
             left = u.transpose(0, 1).flatten(1, 2).index_select(1, best)
-            wave = phases.index_select(1, best % frequencies).T
+            wave = waves.index_select(1, best % frequencies).T
             right = v.transpose(0, 1).flatten(1).index_select(1, best) * wave
             direction = left.flatten(1) @ torch.view_as_real(right.flatten()).mT
         chosen = rows if len(rows) == 1 else rows.index_select(0, best // frequencies)
         return chosen.flatten().dot(direction.flatten())
+
+    def _waves_in(self, kernel: Tensor) -> Tensor:
+        """The waves as made, or in another precision: a layer cast to half precision has cast them as well."""
+        if self.waves.dtype == kernel.dtype:
+            return torch.view_as_complex(self.waves)
+        return self._waves(kernel)
 
     def _proved_norm(self, weight: Tensor) -> Tensor:
         known = self.proof is not None and self.proof[0].device == weight.device
@@ -210,4 +275,6 @@ class Spectral(Constraint):
         return weight.new_tensor(self.proof[1])
 
     def _prove(self, weight: Tensor) -> float:
-        return matrix_norm(weight) if self.shape.dense else conv_norm(weight, *self.shape[2:])
+        if self.geometry is None:
+            return matrix_norm(weight)
+        return conv_norm(weight, self.geometry.stride, self.geometry.dilation, self.geometry.groups)

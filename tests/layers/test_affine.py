@@ -16,7 +16,6 @@ from lipguide.layers.affine import (
     clip,
     constrain_,
     frobenius,
-    geometry,
     l2_normalized,
     orthogonal,
     spectral,
@@ -177,10 +176,14 @@ def test_orthogonal_starts_from_the_nearest_orthogonal_matrix():
 @given(affine_layers())
 def test_unit_rows_have_norm_one(case):
     layer, shape = case
+    if getattr(layer, "groups", 1) > 1:
+        with pytest.raises(ValueError, match="use groups=1"):
+            unit_rows(layer)
+        return
     train(unit_rows(layer), shape, steps=3)
     matrix = layer.weight.detach()
     if isinstance(layer, nn.ConvTranspose2d):
-        matrix = matrix.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+        matrix = matrix.transpose(0, 1)
     torch.testing.assert_close(matrix.flatten(1).norm(dim=1), torch.ones(len(matrix)))
 
 
@@ -371,10 +374,6 @@ def test_strided_circles_refuse_sides_that_the_stride_does_not_divide():
     layer(torch.randn(1, 1, 8, 8))
     with pytest.raises(ValueError, match="crop or pad to 8×10"):
         layer(torch.randn(1, 1, 7, 9))
-
-
-def test_geometry_reads_the_layer():
-    assert geometry(nn.ConvTranspose2d(4, 4, 3, 2, groups=2)) == (False, True, (2, 2), (1, 1), 2)
 
 
 @pytest.mark.parametrize("fn", SOUND)

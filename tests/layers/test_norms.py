@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lipguide.layers.norms import aol_norm, conv_norm, matrix_norm, picture_norm, polyphase
+from lipguide.layers.norms import aol_norm, conv_norm, matrix_norm, picture_norm
 from tests.oracles import largest_singular_value, singular_values
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
@@ -114,16 +114,6 @@ def test_adversarial_kernel_with_its_peak_between_grid_points():
         weight = torch.stack([torch.stack([wave, other]), torch.stack([-other, wave])])
         peak = 9.0  # the symbol of this rotation reaches the number of taps exactly at (a, b)
         assert peak <= conv_norm(weight) <= peak * 1.0045
-
-
-def test_polyphase_is_the_same_map_on_interleaved_pictures():
-    torch.manual_seed(0)
-    layer = nn.Conv2d(3, 5, 3, stride=2, bias=False)
-    x = torch.randn(1, 3, 9, 9)
-    kernel = polyphase(layer.weight, (2, 2), (1, 1), 1)[0]
-    padded = nn.functional.pad(x, (0, 1, 0, 1))
-    again = nn.functional.conv2d(nn.functional.pixel_unshuffle(padded, 2), kernel)
-    torch.testing.assert_close(again, layer(x))
 
 
 def test_aol_norm_is_above_the_tight_bound():
