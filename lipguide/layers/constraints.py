@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lipguide.layers.geometry import Geometry
 from lipguide.layers.norms import conv_norm, matrix_norm
 
-__all__ = ["AOL", "Clip", "Constraint", "Scaled", "Spectral", "UnitRows", "exact"]
+__all__ = ["AOL", "Clip", "Constraint", "Scaled", "Spectral", "UnitRows", "at_scale_one", "exact"]
 
 WARM_UP = 20  # power steps when a layer is made
 
@@ -46,7 +46,10 @@ def _working_dtype(weight: Tensor, convolves: bool) -> torch.dtype:
 
 
 def _nonzero(norm: Tensor) -> Tensor:
-    """A norm that can be divided by: a weight of zeros stays zero, with a finite gradient by which it can leave."""
+    """A norm that can be divided by: a weight of zeros stays zero, with a finite gradient by which it can leave.
+
+    Numbers below the smallest normal one count as zeros.
+    """
     return torch.where(norm < torch.finfo(norm.dtype).tiny, 1.0, norm)
 
 
@@ -55,8 +58,12 @@ def _tiny(norm: Tensor) -> Tensor:
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-def _at_scale_one(weight: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """The weight divided by its largest entry, or by that of each slice over `dim`. The factor has no gradient."""
+def at_scale_one(weight: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """The weight divided by its largest entry, or by that of each slice over `dim`. The factor has no gradient.
+
+    >>> at_scale_one(torch.tensor([1e-30, 2e-30]))
+    tensor([0.5000, 1.0000])
+    """
     if weight.numel() == 0:
         return weight
     largest = torch.linalg.vector_norm(weight.detach(), math.inf, dim, keepdim=dim is not None)
@@ -109,7 +116,7 @@ class Scaled(Constraint):
         self.overlap = overlap
 
     def constrained(self, weight: Tensor) -> Tensor:
-        weight = _at_scale_one(weight)
+        weight = at_scale_one(weight)
         return weight / _nonzero(math.sqrt(self.overlap) * torch.linalg.vector_norm(weight))
 
 
@@ -123,7 +130,7 @@ class UnitRows(Constraint):
     def constrained(self, weight: Tensor) -> Tensor:
         # Stored as (outputs, inputs, …), or as (inputs, outputs, …) if the layer is a transposed convolution.
         filters = tuple(axis for axis in range(weight.dim()) if axis != int(self.transposed))
-        weight = _at_scale_one(weight, filters)
+        weight = at_scale_one(weight, filters)
         return weight / _nonzero(torch.linalg.vector_norm(weight, dim=filters, keepdim=True))
 
 
@@ -141,7 +148,7 @@ class AOL(Constraint):
         self.geometry = geometry
 
     def constrained(self, weight: Tensor) -> Tensor:
-        weight = _at_scale_one(weight)
+        weight = at_scale_one(weight)
         if self.geometry is None:
             gram = weight.mT @ weight
             return weight / _nonzero(gram.abs().sum(1)).sqrt()
@@ -178,7 +185,7 @@ class Spectral(Constraint):
         super().__init__()
         self.geometry = geometry
         self.proof: tuple[Tensor, float] | None = None
-        kernel = self._kernel(_at_scale_one(exact(weight.detach())))
+        kernel = self._kernel(at_scale_one(exact(weight.detach())))
         waves = self._waves(kernel)
         groups, inputs, frequencies = len(kernel), kernel.shape[2], waves.shape[-1]
         generator = torch.Generator().manual_seed(0)
@@ -190,7 +197,7 @@ class Spectral(Constraint):
                 self._power_step(kernel)
 
     def constrained(self, weight: Tensor) -> Tensor:
-        weight = _at_scale_one(weight)
+        weight = at_scale_one(weight)
         if self.training:
             return self._divided(weight, self._power_step(self._kernel(weight)))
         return self._divided(weight, self._proved_norm(weight.detach()))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lipguide.layers.constraints import Constraint, exact
+from lipguide.layers.constraints import Constraint, at_scale_one, exact
 from lipguide.layers.geometry import chained
 
 __all__ = ["OrthogonalKernel", "OrthogonalMatrix", "orthonormal", "polar"]
@@ -85,7 +85,7 @@ class OrthogonalKernel(Constraint):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """R is the block of the weight's first taps; all else is drawn."""
         s1, s2 = self.stride
-        block = exact(weight).unflatten(0, (self.groups, -1))[..., :s1, :s2]
+        block = at_scale_one(exact(weight)).unflatten(0, (self.groups, -1))[..., :s1, :s2]
         ending = block.new_zeros(self.groups, self.outputs, self.middle, s1, s2)
         ending[:, :, : self.inputs] = block
         ending[:, :, self.inputs :] = torch.randn_like(ending[:, :, self.inputs :]) * block.std(correction=0)

@@ -16,12 +16,16 @@ from torch.nn.utils import parametrize
 
 from lipguide.layers.arguments import whole
 from lipguide.layers.brick import Brick, Through
+from lipguide.layers.constraints import Constraint
 from lipguide.layers.norms import conv_norm, matrix_norm
 
 __all__ = ["SLL", "GramScale", "SLLLinear", "between_frequencies", "diagonal_bound"]
 
+FLOAT32_ROOM = 2**8  # units of rounding by which V is made smaller
+LEAST_DENSITY = 4  # frequencies of the grid a wavelength
 
-class GramScale(nn.Module):
+
+class GramScale(Constraint):
     """The parametrization of SLL: turns free filters K = Wᵀ into V with ‖V‖ ≤ 1, as V = T^(-1/2) Q K.
 
     T is a diagonal matrix with T ⪰ G = (QK)(QK)ᴴ, which says just that ‖V‖ ≤ 1. It is found in three steps.
@@ -51,7 +55,11 @@ class GramScale(nn.Module):
     frequencies, so ‖V‖ ≤ 1 holds for pictures of every size.
 
     *Rounding*: all this runs in float32 or better. V is made smaller by 2⁻¹⁵, a few hundred times that rounding, and in
-    half precision by one more unit of its own.
+    half precision by the room that its own rounding takes (`rounded`).
+
+    Args:
+        inner: the number of filters.
+        iterations: of the Gram iteration, 0 for plain row sums.
     """
 
     def __init__(self, inner: int, iterations: int) -> None:
@@ -59,29 +67,52 @@ class GramScale(nn.Module):
         if iterations < 0:
             raise ValueError(f"iterations is {iterations}: 0 takes plain row sums, each one more is tighter")
         self.iterations = iterations
+        self.density = max(LEAST_DENSITY, 2 * iterations)  # so that neither source of slack outweighs the other
         self.log_q = nn.Parameter(torch.zeros(inner))
 
-    def forward(self, filters: Tensor) -> Tensor:
-        with torch.autocast(filters.device.type, enabled=False):
-            dtype = _working_dtype(filters)
-            log_q = self.log_q.to(dtype)
-            # V depends on the directions in Q K, not on its size: with a largest entry of 1, no power overflows.
-            kernel = filters.to(dtype) * _column(torch.exp(log_q - log_q.detach().amax()), filters)
-            kernel = kernel / _nonzero(kernel.detach().abs().amax())
-            density = max(4, 2 * self.iterations)  # so that neither source of slack outweighs the other
-            scale = diagonal_bound(*_symbol(kernel, density), self.iterations)
-            v = kernel / _column(scale.sqrt(), kernel)
-            rounding = 2**8 * torch.finfo(torch.promote_types(filters.dtype, torch.float32)).eps
-            if filters.dtype in (torch.float16, torch.bfloat16):
-                rounding += torch.finfo(filters.dtype).eps
-            return (v / (between_frequencies(v, density) * (1 + rounding))).to(filters.dtype)
+    def constrained(self, filters: Tensor) -> Tensor:
+        log_q = self.log_q.to(filters.dtype)
+        # V depends on the directions in Q K, not on its size: with a largest entry of 1, no power overflows.
+        q = torch.exp(log_q - log_q.detach().amax())
+        kernel = filters * _column(q, filters)
+        kernel = kernel / _nonzero(kernel.detach().abs().amax())
+        real, imag = _symbol(kernel, self.density)
+        t = diagonal_bound(real, imag, self.iterations)  # (filters,)
+        v = kernel / _column(t.sqrt(), kernel)
+        return v / between_frequencies(v, self.density)
 
+    def rounded(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """V in the precision of the layer, a little smaller, so that its norm is at most 1 after rounding too."""
+        room = FLOAT32_ROOM * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        if dtype in (torch.float16, torch.bfloat16):
+            with torch.no_grad():
+                room = room + self._room_for(weight, dtype)
+        return (weight / (1 + room)).to(dtype)
 
-def _working_dtype(filters: Tensor) -> torch.dtype:
-    """float32 or better, and better where matrix products would round float32 to three digits (TF32, bfloat16)."""
-    products = torch.backends.cuda.matmul if filters.is_cuda else torch.backends.mkldnn.matmul
-    rounded = products.fp32_precision in ("tf32", "bf16")
-    return torch.promote_types(filters.dtype, torch.float64 if rounded else torch.float32)
+    def _room_for(self, v: Tensor, dtype: torch.dtype) -> Tensor:
+        """By how much V must be smaller so that half precision, which adds an error E to it, leaves ‖V + E‖ ≤ 1.
+
+        One unit of rounding is enough for nearly every V: take it if the norm of the E that it brings is proved to be
+        small enough. If not, take the room that is enough for any E, with |E_ij| ≤ ½ unit |V_ij| or ½ the smallest
+        number, from Schur's bound of ‖|V|‖.
+        """
+        unit, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        smaller = v / (1 + unit + FLOAT32_ROOM * torch.finfo(torch.float32).eps)
+        error = smaller.to(dtype).to(v.dtype) - smaller
+        fits = 1 / (1 + unit) + self._norm(error) <= 1
+
+        taps = v.abs().flatten(2).sum(2) if v.dim() > 2 else v.abs()  # (filters, channels)
+        schur = (taps.sum(0).amax() * taps.sum(1).amax()).sqrt()
+        any_error = unit / 2 * schur
+        below_the_smallest = smallest / 2 * (v.numel() / v.shape[0] * v.numel() / v.shape[1]) ** 0.5
+        return torch.where(fits, unit, any_error + 2 * below_the_smallest * (1 + any_error))
+
+    def _norm(self, kernel: Tensor) -> Tensor:
+        """Upper bound of the norm of any kernel, from the same row sums."""
+        largest = _nonzero(kernel.abs().amax())
+        real, imag = _symbol(kernel / largest, self.density)
+        on_grid = diagonal_bound(real, imag, self.iterations).amax().sqrt()
+        return largest * on_grid / math.cos(math.pi / (2 * self.density)) ** 2
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
@@ -96,14 +127,16 @@ def _symbol(kernel: Tensor, density: int) -> tuple[Tensor, Tensor | None]:
     """F = R + iI, the filters at the frequencies of the grid: matrices (frequencies, n, c), one half of them all."""
     if kernel.dim() == 2 or kernel.shape[-1] == 1:
         return kernel.flatten(1)[None], None
-    taps = torch.arange(kernel.shape[-1], device=kernel.device, dtype=torch.float64)
-    side = density * (kernel.shape[-1] - 1)
+    filters, channels, _, k = kernel.shape
+    places = torch.arange(k, device=kernel.device, dtype=torch.float64)
+    side = density * (k - 1)
     turns = torch.arange(side, device=kernel.device, dtype=torch.float64) * (2 * math.pi / side)
-    frequencies = torch.cartesian_prod(turns, turns[: side // 2 + 1])
-    angles = frequencies @ torch.cartesian_prod(taps, taps).T
-    flat = kernel.flatten(2).permute(2, 0, 1).flatten(1)
-    shape = (-1, *kernel.shape[:2])
-    return (angles.cos().to(kernel) @ flat).view(shape), (angles.sin().to(kernel) @ flat).view(shape)
+    frequencies = torch.cartesian_prod(turns, turns[: side // 2 + 1])  # (frequencies, 2)
+    angles = frequencies @ torch.cartesian_prod(places, places).T  # (frequencies, taps)
+    taps = kernel.flatten(2).permute(2, 0, 1).flatten(1)  # (taps, n · c)
+    real = angles.cos().to(kernel) @ taps
+    imag = angles.sin().to(kernel) @ taps
+    return real.view(-1, filters, channels), imag.view(-1, filters, channels)
 
 
 def diagonal_bound(real: Tensor, imag: Tensor | None, iterations: int) -> Tensor:
@@ -115,7 +148,8 @@ def diagonal_bound(real: Tensor, imag: Tensor | None, iterations: int) -> Tensor
     >>> diagonal_bound(torch.tensor([[[1.0, 1.0], [0.0, 1.0]]]), None, iterations=0)
     tensor([3., 2.])
     """
-    if imag is None or not (torch.is_grad_enabled() and real.requires_grad):
+    has_gradient = torch.is_grad_enabled() and real.requires_grad
+    if imag is None or not has_gradient:
         return _log_row_sums(real, imag, iterations).amax(0).exp()
     with torch.no_grad():
         log_bound, frequency = _log_row_sums(real, imag, iterations).max(0)
@@ -125,16 +159,20 @@ def diagonal_bound(real: Tensor, imag: Tensor | None, iterations: int) -> Tensor
 
 
 def _log_row_sums(real: Tensor, imag: Tensor | None, iterations: int) -> Tensor:
-    """log D(ω)^(1/p) with D the row sums of |(FFᴴ)^p| and p = 2^iterations, or one more where F is tall."""
-    # The powers of a tall F cost less on its other side: (FFᴴ)^(p + 1) = F (FᴴF)^p Fᴴ.
+    """log D(ω)^(1/p) as (frequencies, n), with D the row sums of |(FFᴴ)^p|.
+
+    p = 2^iterations, or one more where F is tall: the powers of a tall F cost less on its other side, where
+    (FFᴴ)^(p + 1) = F (FᴴF)^p Fᴴ.
+    """
     tall = iterations > 0 and real.shape[-2] > real.shape[-1]
     gram = _times_adjoint(*_adjoint(real, imag)) if tall else _times_adjoint(real, imag)
     log_size = real.new_zeros(())
     for _ in range(iterations):
         # The largest diagonal entry is the largest of all, and at most the largest eigenvalue: scaled by it, the
         # next power neither overflows nor fades.
-        size = _nonzero(gram[0].detach().diagonal(dim1=-2, dim2=-1).amax())
-        gram = _times_adjoint(*(part if part is None else part / size for part in gram))
+        diagonal = gram[0].detach().diagonal(dim1=-2, dim2=-1)
+        size = _nonzero(diagonal.amax())
+        gram = _times_adjoint(*_divided(gram, size))
         log_size = 2 * (log_size + size.log())
     if tall:
         f = _complex(real, imag)
@@ -143,7 +181,11 @@ def _log_row_sums(real: Tensor, imag: Tensor | None, iterations: int) -> Tensor:
         modulus = _modulus(*gram)
     # Rows that are small, raised to a high power, can vanish below the smallest number: never count them as zero.
     vanished = torch.finfo(real.dtype).tiny * 2**26
-    return ((modulus.sum(-1) + vanished).log() + log_size) / (2**iterations + tall)
+    power = 2**iterations + 1 if tall else 2**iterations
+    return ((modulus.sum(-1) + vanished).log() + log_size) / power
+
+
+# Complex matrices as a real and an imaginary part; None in place of the second where all are real.
 
 
 def _times_adjoint(real: Tensor, imag: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -156,7 +198,16 @@ def _times_adjoint(real: Tensor, imag: Tensor | None) -> tuple[Tensor, Tensor | 
 
 
 def _adjoint(real: Tensor, imag: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return real.mT, None if imag is None else -imag.mT
+    if imag is None:
+        return real.mT, None
+    return real.mT, -imag.mT
+
+
+def _divided(gram: tuple[Tensor, Tensor | None], size: Tensor) -> tuple[Tensor, Tensor | None]:
+    real, imag = gram
+    if imag is None:
+        return real / size, None
+    return real / size, imag / size
 
 
 def _complex(real: Tensor, imag: Tensor | None) -> Tensor:
@@ -179,11 +230,13 @@ def between_frequencies(v: Tensor, density: int) -> Tensor:
     if v.dim() == 2 or v.shape[-1] == 1:
         return v.new_ones(())
     theta = math.pi / (2 * density)
-    taps = v.abs().flatten(2)
-    own = taps.detach().sum(1).argmax(1)
-    others = taps.sum(2) - taps.gather(2, own.view(-1, 1, 1).expand(*v.shape[:2], 1))[:, :, 0]
+    taps = v.abs().flatten(2)  # (filters, channels, taps)
+    own = taps.detach().sum(1).argmax(1)  # the largest tap of each filter
+    own_taps = taps.gather(2, own.view(-1, 1, 1).expand(*v.shape[:2], 1))[:, :, 0]
+    others = taps.sum(2) - own_taps  # (filters, channels)
     b = (others.sum(0).amax() + others.sum(1).amax()) / 2  # Schur's bound, ‖A‖² ≤ ‖A‖₁ ‖A‖_∞, and means
-    return (1 + 2 * b * (1 - math.cos(2 * theta))).clamp_max(1 / math.cos(theta) ** 2)
+    around_a_constant = 1 + 2 * b * (1 - math.cos(2 * theta))
+    return around_a_constant.clamp_max(1 / math.cos(theta) ** 2)
 
 
 def _orthogonal_filters(inner: int, channels: int, kernel_size: int) -> Tensor:

@@ -1,0 +1,352 @@
+"""The base of all constraints: no precision, default, magnitude or transform around it changes what it promises."""
+
+import copy
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from lipguide.layers.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
+from lipguide.layers.constraints import Constraint, _working_dtype
+from lipguide.layers.sll import SLL, SLLLinear
+from tests.oracles import singular_values
+
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+SOUND = [spectral, orthogonal, frobenius, aol]
+ALL = [*SOUND, unit_rows, l2_normalized, partial(clip, limit=0.1)]
+LAYERS = {
+    "dense": (lambda: nn.Linear(24, 16), (24,)),
+    "conv": (lambda: nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular"), (8, 6, 6)),
+    "strided": (lambda: nn.Conv2d(6, 8, 4, stride=2, padding=1, padding_mode="circular"), (6, 6, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 6, 3, stride=2), (8, 4, 4)),
+}
+BLOCKS = {"sll": lambda: SLL(8, 8, 3), "sll dense": lambda: SLLLinear(16, 16)}
+
+
+def rounded(x):
+    """float32 as TF32 keeps it: ten bits of the mantissa, to the nearest."""
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+        return x
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class TensorFloat32(TorchDispatchMode):
+    """What a GPU does to products where torch's switches give leave, on the CPU and its switches."""
+
+    MATRICES = ("mm", "bmm", "addmm", "baddbmm")
+    CONVOLUTIONS = ("convolution", "_convolution")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, switches = func.overloadpacket.__name__, torch.backends.mkldnn
+        in_matrices = name in self.MATRICES and switches.matmul.fp32_precision == "tf32"
+        in_convolutions = name in self.CONVOLUTIONS and switches.conv.fp32_precision == "tf32"
+        if in_matrices or in_convolutions:
+            args = tree_map(rounded, args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["matmul", "conv", "both", "all backends"])
+def tensor_float_32(request):
+    backends = {
+        "matmul": [torch.backends.mkldnn.matmul],
+        "conv": [torch.backends.mkldnn.conv],
+        "both": [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv],
+        "all backends": [torch.backends],
+    }[request.param]
+    for backend in backends:
+        backend.fp32_precision = "tf32"
+    with TensorFloat32():
+        yield
+    for backend in backends:
+        backend.fp32_precision = "none"
+
+
+def sizes(layer: nn.Module, shape: tuple[int, ...]) -> tuple[float, float]:
+    values = singular_values(layer, shape)
+    return values[0].item(), values[-1].item()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("fn", SOUND)
+def test_products_that_are_rounded_to_ten_bits_leave_the_constraint_whole(fn, kind, tensor_float_32):
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer = fn(make()).eval()
+    with torch.no_grad():
+        weight = layer.weight.clone()
+    with torch.utils._python_dispatch._disable_current_modes():
+        largest, smallest = sizes(with_weight(layer, weight), shape)
+    assert largest <= 1 + 2e-6
+    if fn is orthogonal and kind != "transposed":
+        assert smallest >= 1 - 1e-5
+
+
+def with_weight(layer: nn.Module, weight: torch.Tensor) -> nn.Module:
+    twin = copy.deepcopy(layer)
+    nn.utils.parametrize.remove_parametrizations(twin, "weight")
+    twin.weight.data = weight
+    return twin
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_products_that_are_rounded_leave_the_scale_of_sll_alone(kind, tensor_float_32):
+    torch.manual_seed(0)
+    block = BLOCKS[kind]()
+    block.parametrizations.weight.original.data.normal_()
+    with torch.no_grad():
+        found = block.weight.clone()
+    with torch.utils._python_dispatch._disable_current_modes():
+        exact = block.parametrizations.weight[0].double()(block.parametrizations.weight.original.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("convolves", [False, True])
+def test_on_a_gpu_the_switches_of_a_gpu_count(convolves):
+    """torch rounds convolutions there unless it is told not to, and matrix products only if it is told to."""
+    weight = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert _working_dtype(weight, convolves) == (torch.float64 if convolves else torch.float32)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        assert _working_dtype(weight, convolves) == torch.float32
+        torch.set_float32_matmul_precision("high")
+        assert _working_dtype(weight, convolves) == torch.float64
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("fn", ALL)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_only_what_says_so_convolves(fn, kind):
+    """Else its products could be rounded on a GPU, where convolutions are by default."""
+
+    class Seen(TorchDispatchMode):
+        convolved = False
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.convolved |= "convolution" in func.overloadpacket.__name__
+            return func(*args, **(kwargs or {}))
+
+    layer = fn(LAYERS[kind][0]())
+    for mode in (layer.train(), layer.eval()):
+        with Seen() as seen:
+            mode.weight.sum().backward()
+        assert layer.parametrizations.weight[0].convolves or not seen.convolved
+
+
+def test_every_constraint_has_the_one_base():
+    for fn in ALL:
+        for make, _ in LAYERS.values():
+            assert isinstance(fn(make()).parametrizations.weight[0], Constraint)
+    for make in BLOCKS.values():
+        assert isinstance(make().parametrizations.weight[0], Constraint)
+
+
+@pytest.mark.parametrize("fn", ALL)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast_changes_no_bit(fn, kind):
+    torch.manual_seed(0)
+    layer = fn(LAYERS[kind][0]()).eval()
+    outside = layer.weight.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.weight, outside)
+
+
+def of_weight(layer: nn.Module, factor: torch.Tensor | float) -> nn.Module:
+    layer.weight.data = layer.weight.data * factor
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("fn", [*SOUND, unit_rows, l2_normalized])
+def test_weights_of_any_magnitude_obey_the_constraint(fn, kind, dtype):
+    """Random ones, and one large entry among equal ones; what half precision rounds afterwards is its own affair."""
+    make, shape = LAYERS[kind]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        base = make().to(dtype)
+        if seed:
+            base.weight.data.fill_(1).view(-1)[0] = 4
+        info, slack = torch.finfo(dtype), 1e-5 if dtype.itemsize > 2 else 2 * torch.finfo(dtype).eps
+        extremes = [1e3 * info.tiny, info.tiny**0.5, 1e-3 * info.max**0.5, 10 * info.max**0.5, info.max / 16]
+        for factor in extremes:
+            layer = copy.deepcopy(base)
+            layer.weight.data.mul_(factor / layer.weight.abs().max().double().item())
+            layer = fn(layer).eval()
+            for mode in (layer.eval(), layer.train()):
+                weight = mode.weight.detach().double()
+                assert bool(weight.isfinite().all())
+                if fn is l2_normalized:
+                    assert weight.norm().item() == pytest.approx(1, abs=4 * slack)
+                elif fn is unit_rows:
+                    rows = (weight.transpose(0, 1) if kind == "transposed" else weight).flatten(1).norm(dim=1)
+                    torch.testing.assert_close(rows, torch.ones_like(rows), rtol=0, atol=4 * slack)
+                elif not mode.training:
+                    largest = sizes(with_weight(mode, mode.weight.detach()), shape)[0]
+                    assert 0.05 < largest <= 1 + slack * (1 if dtype.itemsize > 2 else 3)
+
+
+@pytest.mark.parametrize("fn", [*SOUND, unit_rows, l2_normalized])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_size_of_the_weight_does_not_matter(fn, kind):
+    """All but clipping give the same for W and for a multiple of it, and a gradient that shrinks alike."""
+    torch.manual_seed(0)
+    layer = fn(LAYERS[kind][0]().double())
+    constraint = layer.parametrizations.weight[0].train()
+    raw = [getattr(layer.parametrizations.weight, name).detach() for name in names_of(layer)]
+    weights, gradients = [], []
+    for factor in (1.0, 1e-12, 1e12):
+        parts = [(factor * part).requires_grad_() for part in raw]
+        weight = copy.deepcopy(constraint)(*parts)
+        weights.append(weight.detach())
+        weight.square().mul(torch.arange(weight.numel()).view_as(weight)).sum().backward()
+        gradients.append([factor * part.grad for part in parts])
+    for i in (1, 2):
+        torch.testing.assert_close(weights[i], weights[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradients[i], gradients[0], rtol=1e-6, atol=1e-9)
+
+
+def names_of(layer: nn.Module) -> list[str]:
+    return [name for name, _ in layer.parametrizations.weight.named_parameters(recurse=False)]
+
+
+@pytest.fixture
+def double_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def made(fn, kind):
+    """A layer of float32 whatever the default is, with the same weights."""
+    torch.manual_seed(0)
+    layer = LAYERS[kind][0]().float()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+    torch.manual_seed(2)
+    return fn(layer)
+
+
+@pytest.mark.parametrize("fn", ALL)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_default_dtype_changes_no_bit(fn, kind):
+    results = []
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            layer = made(fn, kind)
+            x = torch.randn(2, *LAYERS[kind][1], generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+            trained = layer.train()(x).detach()
+            results.append((trained, layer.eval()(x).detach(), layer.state_dict()))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fn", ALL)
+def test_a_complex_layer_is_refused(fn):
+    for layer in (nn.Linear(3, 3, dtype=torch.complex64), nn.Conv2d(2, 2, 3, dtype=torch.complex128)):
+        with pytest.raises(ValueError, match="complex weight cannot be constrained"):
+            fn(layer)
+        with pytest.raises(ValueError, match="complex weight cannot be constrained"):
+            constrain_(nn.Sequential(layer), fn)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Tripled(nn.ConvTranspose2d):
+    def forward(self, x, output_size=None):
+        return 3 * super().forward(x, output_size)
+
+
+class Inside(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+class Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(10 * x)
+
+
+class Renamed(nn.Linear):
+    """Another name and another start: the forward is torch's."""
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+
+
+@pytest.mark.parametrize("fn", ALL)
+def test_a_subclass_with_another_forward_is_refused(fn):
+    for layer in (Doubled(2, 2, 3), Tripled(2, 2, 3), Inside(2, 2, 3), Shifted(3, 3)):
+        with pytest.raises(ValueError, match=f"{type(layer).__name__} cannot be constrained: it changes"):
+            fn(layer)
+        with pytest.raises(ValueError, match="it changes"):
+            constrain_(nn.Sequential(layer), fn)
+    renamed = fn(Renamed(4, 3, bias=False))
+    assert renamed(torch.zeros(1, 4)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("fn", ALL)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compiled_functional_and_vectorised_calls_agree(fn, kind):
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer = fn(make()).eval()
+    x = torch.randn(3, *shape)
+    expected = layer(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), expected)
+
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def energy(given, one):
+        return torch.func.functional_call(layer, given, (one[None],)).square().sum()
+
+    gradients = torch.func.grad(energy)(parameters, x[0])
+    assert all(bool(g.isfinite().all()) for g in gradients.values())
+    if fn is not spectral:  # whose proof is a number
+        layer, x = layer.double(), x.double()
+        parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        gradients = torch.func.grad(energy)(parameters, x[0])
+        each = torch.func.vmap(torch.func.grad(energy), in_dims=(None, 0))(parameters, x)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(each[name][0], gradient, rtol=1e-7, atol=1e-9)
+
+
+@SETTINGS
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.sampled_from(["zeros", "circular"]), st.integers(0, 99)
+)
+def test_no_output_of_unit_rows_stretches_by_more_than_1(kernel, side, dilation, mode, seed):
+    """Rows of the true Jacobian, on maps that may be smaller than the kernel: 1 at most, or the layer refuses them."""
+    torch.manual_seed(seed)
+    layer = unit_rows(nn.Conv2d(2, 3, kernel, padding="same", dilation=dilation, padding_mode=mode))
+    try:
+        layer(torch.zeros(1, 2, side, side))
+    except RuntimeError:  # torch pads a circle once around at most
+        return
+    except ValueError as error:
+        assert mode == "circular" and "taps" in str(error)
+        return
+    basis = torch.eye(2 * side * side).reshape(-1, 2, side, side)
+    with torch.no_grad():
+        matrix = (layer(basis) - layer(torch.zeros(1, 2, side, side))).flatten(1)
+    assert matrix.norm(dim=0).max() <= 1 + 1e-5
+
+
+def test_the_emulation_rounds_to_ten_bits():
+    assert rounded(torch.tensor([1 + 2.0**-11])).item() in (1.0, 1 + 2.0**-10)
+    assert rounded(torch.tensor([math.pi])).item() == pytest.approx(math.pi, rel=2**-11)
