@@ -93,8 +93,10 @@ def convolution(layer: nn.Conv1d | nn.Conv2d, call: Call) -> float:
     weight = layer.weight
     if known := _proved(layer, weight, call):
         return known
-    weight, geometry = _as_picture(weight), Geometry.of(layer, weight)
-    pixels, size = _sides(call.input), _sides(call.output)
+    geometry = Geometry.of(layer, weight)
+    weight = _as_picture(weight)
+    pixels = _sides(call.input)
+    size = _sides(call.output)
     if geometry.mode == "zeros":
         if _is_written_out(geometry, size, call):
             return _written_out(layer, weight, geometry, call)
@@ -120,7 +122,8 @@ def transposed_convolution(layer: nn.ConvTranspose1d | nn.ConvTranspose2d, call:
     weight = layer.weight
     if known := _proved(layer, weight, call):
         return known
-    weight, geometry = _as_picture(weight), Geometry.of(layer, weight)
+    geometry = Geometry.of(layer, weight)
+    weight = _as_picture(weight)
     size = _sides(call.input)  # of the outputs of the convolution whose adjoint this is
     if _is_written_out(geometry, size, call):
         return _written_out(layer, weight, geometry, call)
@@ -171,12 +174,14 @@ def _on_pictures(weight: Tensor, geometry: Geometry, size: tuple[int, int], circ
 
 
 def _is_worth_its_size(weight: Tensor, geometry: Geometry, size: tuple[int, int], circular: bool) -> bool:
-    if not circular:
-        size, geometry = geometry.apart(size), geometry.undilated()
     taps = _taps(geometry)
     if taps == (1, 1):
         return False
-    rows, columns = size if circular else (size[0] + taps[0] - 1, size[1] + taps[1] - 1)
+    rows, columns = size
+    if not circular:
+        size = geometry.apart(size)
+        rows = size[0] + taps[0] - 1
+        columns = size[1] + taps[1] - 1
     frequencies = rows * (columns // 2 + 1)
     channels = min(weight.shape[0] // geometry.groups, weight.shape[1] * math.prod(geometry.stride))
     loose = _is_loose(taps, size)
@@ -191,8 +196,11 @@ def _is_worth_its_size(weight: Tensor, geometry: Geometry, size: tuple[int, int]
 
 def _taps(geometry: Geometry) -> tuple[int, int]:
     """Taps of the kernel on interleaved pictures; those that a dilation skips at stride 1 are not counted."""
-    phased = geometry.phased_kernel
-    rows, columns = (k if s == 1 else p for k, s, p in zip(geometry.kernel, geometry.stride, phased, strict=True))
+    rows, columns = geometry.phased_kernel
+    if geometry.stride[0] == 1:
+        rows = geometry.kernel[0]
+    if geometry.stride[1] == 1:
+        columns = geometry.kernel[1]
     return rows, columns
 
 
@@ -261,10 +269,12 @@ def _most_copies(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...],
     if count > FLOAT32_EXACT:
         return None
     numbered = torch.arange(count, dtype=dtype).reshape(1, 1, *pixels)
-    places = operation(numbered).flatten()
-    if places.numel() == 0 or not bool(((places == places.round()) & (places >= 0) & (places < count)).all()):
+    found = operation(numbered).flatten()
+    if found.numel() == 0 or float(found.min()) < 0 or float(found.max()) > count - 1:
         return None
-    places = places.long()
+    places = found.long()
+    if not torch.equal(places.to(dtype), found):
+        return None
     random = torch.rand(1, 1, *pixels, generator=torch.Generator().manual_seed(0), dtype=dtype)
     if not torch.equal(operation(random).flatten(), random.flatten()[places]):
         return None
@@ -297,8 +307,9 @@ def _check_adjoint(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...
     x = torch.rand(1, 1, *pixels, generator=generator, dtype=torch.float64).requires_grad_()
     image = operation(x)
     y = torch.rand(image.shape, generator=generator, dtype=torch.float64)
-    (back,) = torch.autograd.grad(image, x, y)
-    if not torch.allclose((image * y).sum(), (x * back).sum(), rtol=1e-11, atol=0):
+    product = (image * y).sum()
+    (back,) = torch.autograd.grad(product, x)  # of a scalar: for others torch loads a library first
+    if not torch.allclose(product, (x * back).sum(), rtol=1e-11, atol=0):
         raise NoBound("torch's gradient of it is not the adjoint of its forward, so its column sums are not known")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lipguide.layers.brick import voucher
+from lipguide.layers.brick import Through, voucher
 from lipguide.layers.constraints import AOL, Clip, Constraint, Scaled, Spectral, UnitRows
 from lipguide.layers.geometry import Geometry
 from lipguide.layers.norms import check_finite
@@ -90,7 +90,10 @@ def _register(layer: nn.Module, constraint: Constraint, refuse: Callable[..., No
         )
     check_finite(layer.weight)
     if getattr(layer, "padding_mode", "zeros") == "circular":
-        _refuse_with(layer, refuse or _refuse_odd_circle)
+        if refuse is not None:
+            _refuse_with(layer, refuse)
+        elif max(layer.stride) > 1:
+            _refuse_with(layer, _refuse_odd_circle)
     parametrize.register_parametrization(layer, "weight", constraint.to(layer.weight.device))
     return layer
 
@@ -128,6 +131,57 @@ def _refuse_small_circle(layer: nn.Conv2d, args: tuple[Any, ...], kwargs: dict[s
             "fall on the same pixel and add up, so an output may stretch by more than 1; use padding_mode='zeros', a "
             "smaller kernel or larger pictures"
         )
+
+
+class PlainCircle(nn.Module):
+    """What `lip.export` puts in place of a circular convolution that refuses pictures: the layer and its refusals.
+
+    Args:
+        layer: the convolution, plain.
+        strided: refuse sides that the stride does not divide.
+        whole_rows: refuse sides on which two taps of one window meet.
+    """
+
+    def __init__(self, layer: nn.Conv2d, strided: bool, whole_rows: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        shape = Geometry.of(layer)
+        self.stride = shape.stride if strided else (1, 1)
+        self.refused: tuple[list[int], list[int]] = ([], [])
+        if whole_rows:
+            self.refused = (_meeting_sides(shape, 0), _meeting_sides(shape, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis in (0, 1):
+            side, s = x.shape[axis - 2], self.stride[axis]
+            torch._assert(side % s == 0, f"this circular convolution takes pictures whose sides {s} divides")
+            for n in self.refused[axis]:
+                torch._assert(side != n, f"on a circle of {n} pixels two taps of this convolution meet")
+        return self.layer(x)
+
+    def lipschitz(self, constant: float, through: Through) -> Any:
+        return through(self.layer, constant)
+
+
+def _meeting_sides(shape: Geometry, axis: int) -> list[int]:
+    """The sides along an axis on which taps meet; they are at most as long as the kernel reaches."""
+    roomy = shape.reach[1 - axis] + 1  # along the other axis none meet
+    sides = range(1, shape.reach[axis] + 1)
+    return [n for n in sides if shape.taps_meet((n, roomy) if axis == 0 else (roomy, n))]
+
+
+def plain_circle(layer: nn.Module) -> PlainCircle | None:
+    """The layer with its refusals as a module that can be traced, or None where it refuses nothing.
+
+    >>> layer = spectral(nn.Conv2d(1, 1, 3, stride=2, padding=1, padding_mode="circular"))
+    >>> plain_circle(layer).stride, plain_circle(nn.Conv2d(1, 1, 3))
+    ((2, 2), None)
+    """
+    hooks = layer._forward_pre_hooks.values()
+    strided, whole_rows = _refuse_odd_circle in hooks, _refuse_small_circle in hooks
+    if getattr(layer, "padding_mode", "zeros") != "circular" or not (strided or whole_rows):
+        return None
+    return PlainCircle(layer, strided, whole_rows)
 
 
 def clip(layer: nn.Module, limit: float) -> nn.Module:

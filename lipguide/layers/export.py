@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from lipguide.layers.affine import plain_circle
 from lipguide.layers.brick import own_rule
 
 __all__ = ["EveryPartALeaf", "equation_of", "export", "without_parametrizations"]
@@ -110,19 +111,22 @@ def _plain(module: nn.Module, path: str, done: dict[nn.Module, nn.Module]) -> nn
     for name, child in module._modules.items():  # `named_children` would leave out a second use of a module
         if child is not None:
             setattr(module, name, _plain(child, f"{path}.{name}".lstrip("."), done))
+    circle = plain_circle(module)  # what its hooks refuse is part of its forward
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook.__module__.split(".")[0] == PACKAGE]:
-            del hooks[key]
-    done[module] = _replaced(module, path).eval()
+            hooks.pop(key)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    done[module] = _replaced(module, circle, path).eval()
     return done[module]
 
 
-def _replaced(module: nn.Module, path: str) -> nn.Module:
-    """The module itself, or what stands for it."""
+def _replaced(module: nn.Module, twin: nn.Module | None, path: str) -> nn.Module:
+    """The module itself, or what stands for it: the twin that is given, or its own."""
     own = own_rule(module, "plain")
-    if own is None and not _is_ours(module):
+    if twin is None and own is None and not _is_ours(module):
         return module
-    twin = own() if own else module
+    if twin is None:
+        twin = own() if own else module
     if not isinstance(twin, nn.Module):
         raise TypeError(f"plain() of {path or 'the model'} returned a {type(twin).__name__}: it must return a module")
     if type(twin).__module__.startswith("torch."):

@@ -107,9 +107,12 @@ class Geometry(NamedTuple):
         torch.Size([1, 8, 12, 2, 2])
         """
         outputs, inputs = weight.shape[:2]
-        (s1, s2), (d1, d2), (rows, columns) = self.stride, self.dilation, self.phased_kernel
+        s1, s2 = self.stride
+        d1, d2 = self.dilation
+        rows, columns = self.phased_kernel
+        height, width = self.reach
         spread = weight.new_zeros(outputs, inputs, rows * s1, columns * s2)
-        spread[:, :, : self.reach[0] + 1 : d1, : self.reach[1] + 1 : d2] = weight
+        spread[:, :, : height + 1 : d1, : width + 1 : d2] = weight
         if s1 == s2:
             phases = F.pixel_unshuffle(spread, s1)
         else:
@@ -125,10 +128,15 @@ class Geometry(NamedTuple):
         >>> bool((geometry.merged(geometry.polyphase(weight)) == weight).all())
         True
         """
-        (s1, s2), (d1, d2), (rows, columns) = self.stride, self.dilation, self.phased_kernel
-        split = phases.reshape(phases.shape[0] * phases.shape[1], -1, s1, s2, rows, columns)
-        spread = split.permute(0, 1, 4, 2, 5, 3).flatten(2, 3).flatten(3, 4)
-        return spread[:, :, : self.reach[0] + 1 : d1, : self.reach[1] + 1 : d2]
+        s1, s2 = self.stride
+        d1, d2 = self.dilation
+        rows, columns = self.phased_kernel
+        height, width = self.reach
+        outputs = phases.shape[0] * phases.shape[1]  # of all groups
+        split = phases.reshape(outputs, -1, s1, s2, rows, columns)
+        spread = split.permute(0, 1, 4, 2, 5, 3)  # (outputs, inputs, rows, s₁, columns, s₂)
+        spread = spread.flatten(2, 3).flatten(3, 4)
+        return spread[:, :, : height + 1 : d1, : width + 1 : d2]
 
     def undilated(self) -> Geometry:
         """Without the dilation of axes of stride 1, where it only relabels the frequencies.
@@ -136,8 +144,12 @@ class Geometry(NamedTuple):
         >>> Geometry((3, 3), stride=(1, 2), dilation=(4, 4)).undilated().dilation
         (1, 4)
         """
-        rows, columns = (1 if s == 1 else d for s, d in zip(self.stride, self.dilation, strict=True))
-        return self._replace(dilation=(rows, columns))
+        d1, d2 = self.dilation
+        if self.stride[0] == 1:
+            d1 = 1
+        if self.stride[1] == 1:
+            d2 = 1
+        return self._replace(dilation=(d1, d2))
 
     def apart(self, size: Pair) -> Pair:
         """The size of the largest of the pictures that do not meet, into which a dilation splits one at stride 1.
@@ -145,9 +157,11 @@ class Geometry(NamedTuple):
         >>> Geometry((3, 3), dilation=(2, 1)).apart((7, 7))
         (4, 7)
         """
-        rows, columns = (
-            math.ceil(n / d) if s == 1 else n for n, s, d in zip(size, self.stride, self.dilation, strict=True)
-        )
+        rows, columns = size
+        if self.stride[0] == 1:
+            rows = math.ceil(rows / self.dilation[0])
+        if self.stride[1] == 1:
+            columns = math.ceil(columns / self.dilation[1])
         return rows, columns
 
     def divides(self, sides: Pair) -> bool:
@@ -156,7 +170,8 @@ class Geometry(NamedTuple):
 
     def sees_twice(self) -> bool:
         """Does a window on the padded picture reach around the whole circle, whatever its size?"""
-        return any(sum(pads) > reach for pads, reach in zip(self.copied, self.reach, strict=True))
+        rows, columns = self.copied
+        return sum(rows) > self.reach[0] or sum(columns) > self.reach[1]
 
     def is_circle(self, sides: Pair) -> bool:
         """Is the layer a convolution on the circle of these sides, and so diagonal at the frequencies of it?
@@ -175,8 +190,10 @@ class Geometry(NamedTuple):
         >>> Geometry((3, 3), mode="circular").taps_meet((2, 5))
         True
         """
+        if self.mode != "circular":
+            return False
         axes = zip(sides, self.kernel, self.dilation, strict=True)
-        return self.mode == "circular" and any(n // math.gcd(n, d) < k for n, k, d in axes)
+        return any(n // math.gcd(n, d) < k for n, k, d in axes)
 
 
 def _two(value: int | tuple[int, ...], layer: nn.Module, first: int) -> Pair:

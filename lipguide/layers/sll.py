@@ -255,10 +255,14 @@ def _even_circle(kernel_size: int) -> str:
 
 
 def _scaled_by_gram(block: SLL | SLLLinear) -> bool:
-    """Is V what `GramScale` made of the filters, and nothing else since?"""
+    """Is V what `GramScale` makes of the filters now? Another may come out of a cache."""
     if not parametrize.is_parametrized(block, "weight"):
         return False
-    return [type(part) for part in block.parametrizations.weight] == [GramScale]
+    held = block.parametrizations.weight
+    if [type(part) for part in held] != [GramScale]:
+        return False
+    with torch.no_grad():
+        return torch.equal(held[0](held.original), block.weight)
 
 
 def _plain_constant(v: Tensor) -> float:

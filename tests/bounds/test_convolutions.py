@@ -14,6 +14,7 @@ from lipguide.bounds.convolutions import Call, NoBound, convolution, dense, nonn
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.layers.affine import spectral
 from lipguide.layers.norms import conv_norm
+from lipguide.layers.sll import SLL, SLLLinear
 from tests.oracles import singular_values
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
@@ -189,3 +190,12 @@ def test_a_strided_circle_on_a_side_that_its_stride_does_not_divide_is_bounded_a
     for side in (3, 5, 6):
         true = singular_values(copy.deepcopy(layer), (2, side, side))[0].item()
         assert true <= lipschitz_bound(layer.eval(), (2, side, side)).value
+
+
+@pytest.mark.parametrize("make, shape", [(lambda: SLL(3, 3, 3), (3, 5, 5)), (lambda: SLLLinear(4, 4), (4,))])
+def test_sll_does_not_vouch_for_filters_out_of_a_cache(make, shape):
+    block = make().eval()
+    with parametrize.cached():
+        assert lipschitz_bound(block, shape).value == 1
+        parametrize._cache[(id(block), "weight")] = 3 * block.weight
+        assert lipschitz_bound(block, shape).value > 16

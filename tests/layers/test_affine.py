@@ -21,7 +21,9 @@ from lipguide.layers.affine import (
     spectral,
     unit_rows,
 )
+from lipguide.layers.export import export
 from lipguide.layers.norms import conv_norm
+from tests.kernels import WEIGHTS, fill_
 from tests.oracles import largest_singular_value, singular_values
 
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
@@ -51,6 +53,65 @@ def affine_layers(draw, for_orthogonal=False):
     padding = (kernel - 1) // 2 if kind == "circular" else draw(st.integers(0, (kernel - 1) // 2))
     layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, padding_mode=mode)
     return layer, (inputs, side, side)
+
+
+@st.composite
+def odd_convolutions(draw):
+    """Any mixture of sides, strides, dilations, groups and paddings that torch accepts, however unusual."""
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    pair = lambda low, high: (draw(st.integers(low, high)), draw(st.integers(low, high)))  # noqa: E731
+    groups = draw(st.sampled_from([1, 1, 2, 5]))
+    inputs, outputs = (groups * draw(st.integers(1, 1 if groups == 5 else 3)) for _ in range(2))
+    kernel = draw(st.sampled_from([pair(1, 6), (1, draw(st.integers(1, 9))), (draw(st.integers(1, 9)), 1)]))
+    stride = draw(st.sampled_from([(1, 1), pair(1, 4)]))
+    dilation = draw(st.sampled_from([(1, 1), pair(1, 4)]))
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    height, width = pair(1, 9)
+    kind = draw(st.sampled_from(["zeros", "circular", "transposed"]))
+    if kind == "transposed":
+        padding = tuple(draw(st.integers(0, r + 1)) for r in reach)
+        extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        layer = nn.ConvTranspose2d(inputs, outputs, kernel, stride, padding, extra, groups, dilation=dilation)
+        height, width = min(height, 4), min(width, 4)
+    else:
+        if kind == "circular":
+            padding = tuple(draw(st.integers(0, r // 2)) for r in reach)
+            height, width = (math.ceil(n / s) * s for n, s in zip((height, width), stride, strict=True))
+        else:
+            padding = tuple(draw(st.integers(0, r + 3)) for r in reach)
+        if stride == (1, 1):
+            padding = draw(st.sampled_from([padding, "same", "valid"]))
+        layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, padding_mode=kind)
+    fill_(layer.weight.data, draw(st.sampled_from(WEIGHTS)))
+    return layer, (inputs, height, width)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("fn", [spectral, frobenius, aol, orthogonal])
+def test_no_odd_geometry_and_no_structured_kernel_beats_the_constraint(fn):
+    checked = 0
+
+    @SETTINGS
+    @given(odd_convolutions())
+    def check(case):
+        nonlocal checked
+        layer, shape = case
+        try:
+            accepted = layer(torch.zeros(1, *shape)).numel() > 0
+        except RuntimeError:  # the kernel is larger than the padded picture, or the circle shorter than its padding
+            return
+        if not accepted:
+            return
+        try:
+            layer = fn(layer).eval()
+        except ValueError as error:
+            assert fn is orthogonal and ("skips pixels" in str(error) or "use one of the two" in str(error))
+            return
+        checked += 1
+        assert singular_values(layer, shape)[0] <= 1 + 1e-5, (layer, shape)
+
+    check()
+    assert checked >= 5
 
 
 def train(layer: nn.Module, shape: tuple[int, ...], steps: int = 20, rate: float = 0.3) -> nn.Module:
@@ -300,6 +361,8 @@ def test_training_leaves_a_weight_of_zeros(fn, make, shape):
     """Divided by its norm, the smallest number, the gradient at zero would overflow in the first step."""
     torch.manual_seed(0)
     layer = make()
+    if fn is unit_rows and getattr(layer, "groups", 1) > 1:  # which it refuses
+        return
     nn.init.zeros_(layer.weight)
     train(fn(layer), shape, steps=5)
     assert bool(torch.isfinite(layer.weight).all()) and bool((layer.weight != 0).any())
@@ -382,3 +445,163 @@ def test_channels_last_trains_and_certifies(fn):
     layer = fn(nn.Conv2d(4, 4, 3, padding=1)).to(memory_format=torch.channels_last)
     layer(torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)).sum().backward()
     assert singular_values(layer.eval(), (4, 6, 6))[0] <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Conv2d(3, 3, 3, dilation=3), nn.Conv2d(4, 4, 5, groups=4), nn.Conv2d(1, 5, (1, 7)), nn.Conv2d(2, 3, 4, stride=2),
+    nn.ConvTranspose2d(4, 2, 4, stride=2, groups=2), nn.Conv2d(3, 8, 1), nn.Conv2d(1, 1, 7),
+])  # fmt: skip
+def test_spectral_wastes_nothing_on_the_infinite_picture(layer):
+    layer = spectral(copy.deepcopy(layer)).eval()
+    assert 0.995 <= conv_norm(layer.weight, layer.stride, layer.dilation, layer.groups) <= 1.004
+
+
+def test_a_layer_used_twice_learns():
+    layer = spectral(nn.Conv2d(2, 2, 3, padding=1))
+    layer(layer(torch.randn(1, 2, 5, 5))).sum().backward()
+    assert bool(torch.isfinite(layer.parametrizations.weight.original.grad).all())
+
+
+@pytest.mark.parametrize("fn", [spectral, orthogonal, frobenius, aol, unit_rows])
+def test_an_empty_batch_passes(fn):
+    layer = fn(nn.Conv2d(2, 3, 3))
+    layer(torch.zeros(0, 2, 5, 5)).sum().backward()
+    assert layer.eval()(torch.zeros(0, 2, 5, 5)).shape == (0, 3, 3, 3)
+
+
+def test_a_weight_that_became_nan_is_refused_in_eval_mode():
+    layer = spectral(nn.Conv2d(2, 2, 3)).eval()
+    layer(torch.randn(1, 2, 5, 5))
+    layer.parametrizations.weight.original.data[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        layer(torch.randn(1, 2, 5, 5))
+
+
+@pytest.mark.parametrize("layer, name", [
+    (nn.Conv3d(1, 1, 3), "Conv3d"), (nn.Bilinear(2, 2, 2), "Bilinear"), (nn.Sequential(nn.Linear(2, 2)), "Sequential"),
+    (None, "NoneType"), (nn.Conv2d(1, 1, 3, padding_mode="replicate"), "replicate"),
+    (torch.nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)), "_SpectralNorm"),
+])  # fmt: skip
+@pytest.mark.parametrize("fn", [spectral, orthogonal, frobenius, aol, unit_rows])
+def test_what_cannot_be_constrained_is_named(fn, layer, name):
+    with pytest.raises(ValueError, match=name):
+        fn(layer)
+
+
+def test_a_circle_is_refused_only_along_the_axis_that_its_stride_does_not_divide():
+    layer = spectral(nn.Conv2d(1, 1, 3, stride=(1, 3), padding=1, padding_mode="circular")).eval()
+    layer(torch.randn(1, 5, 6))
+    with pytest.raises(ValueError, match="5×9"):
+        copy.deepcopy(layer)(torch.randn(1, 5, 7))
+
+
+KINDS = [spectral, frobenius, aol, orthogonal, unit_rows, l2_normalized, partial(clip, limit=0.1)]
+
+
+@pytest.mark.parametrize("fn", KINDS)
+@pytest.mark.parametrize("partner", [
+    lambda: nn.Conv2d(4, 4, 3, stride=3), lambda: nn.Conv2d(4, 4, 3, stride=2), lambda: nn.ConvTranspose2d(4, 4, 3, 2),
+    lambda: nn.Conv2d(4, 4, 3, padding=1), lambda: nn.Conv2d(4, 4, 3, stride=3, padding=1),
+])  # fmt: skip
+def test_layers_that_share_a_weight_each_obey_their_constraint(fn, partner):
+    """As parametrizations always; projected, where one weight serves both, and else nothing is changed."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        one, two = nn.Conv2d(4, 4, 3, padding=1), partner()
+        two.weight = one.weight
+        tied = nn.ModuleList([copy.deepcopy(fn)(one), fn(two)]) if seed == 0 else nn.ModuleList([one, two])
+        if seed:
+            before = one.weight.detach().clone()
+            try:
+                constrain_(tied, fn)
+            except ValueError as error:
+                assert "shares its weight" in str(error) or "no projection" in str(error)
+                assert torch.equal(one.weight, before)
+                continue
+        for layer in tied.eval():
+            check_obeyed(fn, layer)
+
+
+def check_obeyed(fn, layer):
+    weight = layer.weight.detach()
+    if fn in SOUND:
+        assert singular_values(layer, (4, 9, 9))[0] <= 1 + 1e-5
+    elif fn is unit_rows:
+        rows = weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight
+        torch.testing.assert_close(rows.flatten(1).norm(dim=1), torch.ones(4))
+    elif fn is l2_normalized:
+        assert weight.norm() <= 1 + 1e-5
+    else:
+        assert weight.abs().max() <= 0.1
+
+
+def test_layers_that_share_a_weight_and_want_the_same_are_projected_together():
+    one, two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+    two.weight = one.weight
+    constrain_(nn.Sequential(one, two), spectral)
+    assert one.weight is two.weight
+    assert 0.99 <= conv_norm(one.weight) <= 1.004
+
+
+def test_layers_that_share_memory_are_seen_as_well():
+    """A decoder with the encoder's matrix, transposed: one object each, one memory."""
+    for fn, serves in ((spectral, True), (frobenius, True), (aol, False), (unit_rows, False)):
+        torch.manual_seed(0)
+        encoder, decoder = nn.Linear(6, 4), nn.Linear(4, 6)
+        decoder.weight = nn.Parameter(encoder.weight.detach().T)
+        before = encoder.weight.detach().clone()
+        if serves:
+            constrain_(nn.Sequential(encoder, decoder), fn)
+            assert torch.linalg.matrix_norm(encoder.weight, ord=2) <= 1 + 1e-6
+            assert torch.equal(encoder.weight, decoder.weight.T)
+        else:
+            with pytest.raises(ValueError, match="0, 1 shares its weight|0 shares its weight"):
+                constrain_(nn.Sequential(encoder, decoder), fn)
+            assert torch.equal(encoder.weight, before)
+
+
+def plain_ways(layer):
+    """The layer under its constraint, after projection, without its parametrization and after export."""
+    free = copy.deepcopy(layer)
+    for constrained in (spectral(copy.deepcopy(layer)).eval(), copy.deepcopy(spectral(copy.deepcopy(layer)).eval())):
+        yield constrained
+        yield export(nn.Sequential(constrained))
+        parametrize.remove_parametrizations(constrained, "weight")
+        yield constrained
+    for _ in range(2):
+        constrain_(free, spectral)
+        yield free
+    assert len(free._forward_pre_hooks) == 1  # projected at every step, it is not refused ever more slowly
+    yield export(nn.Sequential(free))
+
+
+@pytest.mark.parametrize("stride", [2, 3, (1, 2)])
+def test_a_strided_circle_refuses_odd_sides_however_it_came_to_be_constrained(stride):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 2, 3, stride=stride, padding=1, padding_mode="circular")
+    for way in plain_ways(layer):
+        assert way(torch.randn(1, 2, 6, 6)).shape[0] == 1
+        with pytest.raises((ValueError, AssertionError), match="divides"):
+            way(torch.randn(1, 2, 6, 7))
+    by_keyword = spectral(copy.deepcopy(layer))
+    assert by_keyword(input=torch.randn(1, 2, 6, 6)).shape[0] == 1
+    with pytest.raises(ValueError, match="crop or pad to 6×12|crop or pad to 6×8|crop or pad to 6×9"):
+        by_keyword(input=torch.randn(1, 2, 6, 7))
+
+
+def test_heads_refuse_small_circles_after_projection_and_export_too():
+    layer = nn.Conv2d(2, 3, 3, padding=2, dilation=2, padding_mode="circular")
+    projected, registered = constrain_(copy.deepcopy(layer), unit_rows), unit_rows(copy.deepcopy(layer)).eval()
+    for way in (projected, registered, export(nn.Sequential(registered)), export(nn.Sequential(projected))):
+        assert way(torch.zeros(1, 2, 3, 5)).shape == (1, 3, 3, 5)  # 3 is odd, so steps of 2 meet no pixel twice
+        for sides in ((4, 5), (5, 4), (2, 5)):
+            with pytest.raises((ValueError, AssertionError), match="taps"):
+                way(torch.zeros(1, 2, *sides))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(2, 2, 1, groups=2), nn.ConvTranspose2d(4, 4, 3, groups=2)], ids=str)
+def test_a_head_with_groups_is_refused(layer):
+    """Two rows of it act on different channels: at (2, 1) two filters of 1 differ by 1, and no distance says so."""
+    for constrain in (unit_rows, lambda layer: constrain_(nn.Sequential(layer), unit_rows)):
+        with pytest.raises(ValueError, match="groups=2 is no head for unit_rows.*use groups=1"):
+            constrain(copy.deepcopy(layer))

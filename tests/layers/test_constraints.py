@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lipguide.layers.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
 from lipguide.layers.constraints import Constraint, _working_dtype
+from lipguide.layers.norms import conv_norm
 from lipguide.layers.sll import SLL, SLLLinear
 from tests.oracles import singular_values
 
@@ -90,7 +92,7 @@ def test_products_that_are_rounded_to_ten_bits_leave_the_constraint_whole(fn, ki
 
 def with_weight(layer: nn.Module, weight: torch.Tensor) -> nn.Module:
     twin = copy.deepcopy(layer)
-    nn.utils.parametrize.remove_parametrizations(twin, "weight")
+    parametrize.remove_parametrizations(twin, "weight")
     twin.weight.data = weight
     return twin
 
@@ -350,3 +352,78 @@ def test_no_output_of_unit_rows_stretches_by_more_than_1(kernel, side, dilation,
 def test_the_emulation_rounds_to_ten_bits():
     assert rounded(torch.tensor([1 + 2.0**-11])).item() in (1.0, 1 + 2.0**-10)
     assert rounded(torch.tensor([math.pi])).item() == pytest.approx(math.pi, rel=2**-11)
+
+
+def changed(layer: nn.Module, how: str) -> nn.Module:
+    raw = layer.parametrizations.weight.original
+    bigger = 3 * raw.detach() + 1
+    if how == "assignment":
+        layer.weight = bigger
+    elif how == "load and assign":
+        layer.load_state_dict({**layer.state_dict(), "parametrizations.weight.original": bigger}, assign=True)
+    elif how == "pruned in place":
+        raw.data[raw.abs() < raw.abs().median()] = 0
+    elif how == "one entry":
+        raw.data.view(-1)[0] += 3
+    elif how == "averaged":
+        average = torch.optim.swa_utils.AveragedModel(layer)
+        raw.data.copy_(bigger)
+        average.update_parameters(layer)
+        average.update_parameters(layer)
+        return average.module.eval()
+    elif how == "float64":
+        return layer.double()
+    elif how == "half and back":
+        return layer.half().float()
+    elif how == "inference mode":
+        with torch.inference_mode():
+            layer(torch.randn(1, 2, 6, 6))
+        raw.data.copy_(bigger)
+    elif how == "trained without gradients":
+        raw.data.copy_(bigger)
+        with torch.no_grad():
+            layer.train()(torch.randn(1, 2, 6, 6))
+        layer.eval()
+    return layer
+
+
+@pytest.mark.parametrize("how", [
+    "assignment", "load and assign", "pruned in place", "one entry", "averaged", "float64",
+    "half and back", "inference mode", "trained without gradients",
+])  # fmt: skip
+def test_proof_follows_the_weight(how):
+    torch.manual_seed(0)
+    layer = spectral(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")).eval()
+    layer(torch.randn(1, 2, 6, 6))
+    layer = changed(layer, how)
+    for twin in (layer, copy.deepcopy(layer)):
+        twin(torch.randn(1, 2, 6, 6, dtype=twin.weight.dtype))
+        assert singular_values(twin, (2, 12, 12))[0] <= 1 + 1e-5 and conv_norm(twin.weight) >= 0.995
+    layer.train()(torch.randn(1, 2, 6, 6, dtype=layer.weight.dtype)).sum().backward()
+
+
+def test_compiled_and_functional_calls_see_the_new_weight():
+    torch.manual_seed(0)
+    layer = spectral(nn.Conv2d(2, 2, 3, padding=1)).eval()
+    compiled, x = torch.compile(layer, backend="eager"), torch.randn(1, 2, 8, 8)
+    compiled(x)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(5).add_(1)
+    torch.testing.assert_close(compiled(x), layer(x))
+    other = {name: 2 * p.detach() + 1 for name, p in layer.named_parameters()}
+
+    def energy(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    gradients = torch.func.grad(energy)(other)
+    assert all(bool(torch.isfinite(g).all()) for g in gradients.values())
+    torch.testing.assert_close(layer(x), copy.deepcopy(layer)(x))  # nothing of the transform stays behind
+    assert singular_values(layer, (2, 8, 8))[0] <= 1 + 1e-5
+
+
+def test_a_layer_in_eval_mode_is_proved_from_the_start_and_stays_so_when_made_plain():
+    torch.manual_seed(0)
+    layer = spectral(nn.Conv2d(1, 1, 11, padding=5).eval())
+    assert singular_values(layer, (1, 12, 12))[0] <= 1 + 1e-5
+    parametrize.remove_parametrizations(layer, "weight")
+    assert singular_values(layer, (1, 12, 12))[0] <= 1 + 1e-5

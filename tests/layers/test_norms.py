@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lipguide.layers import norms
+from lipguide.layers.affine import orthogonal
 from lipguide.layers.norms import aol_norm, conv_norm, matrix_norm, picture_norm
+from tests.kernels import fill_
 from tests.oracles import largest_singular_value, singular_values
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
@@ -189,3 +192,85 @@ def test_matrix_norm_holds_for_every_shape_and_scale():
             true = float(torch.linalg.svdvals(matrix)[0])
             assert true <= matrix_norm(matrix) <= true * (1 + 1e-6)
     assert matrix_norm(torch.zeros(3, 3)) == 0
+
+
+def symbol_norm(weight: torch.Tensor, stride: int = 1, grid: int = 96) -> float:
+    """The norm of a convolution on a large circle, read off a dense grid of frequencies: a lower bound."""
+    size = [1 if k == 1 else grid for k in weight.shape[2:]]
+    symbol = torch.fft.fft2(weight.double(), s=size)
+    if stride > 1:  # frequencies that fold onto each other stand side by side
+        symbol = symbol.reshape(*weight.shape[:2], stride, size[0] // stride, stride, size[1] // stride)
+        symbol = symbol.permute(3, 5, 0, 1, 2, 4).flatten(3) / stride
+    else:
+        symbol = symbol.permute(2, 3, 0, 1)
+    return torch.linalg.matrix_norm(symbol, ord=2).max().item()
+
+
+@pytest.mark.parametrize("shape, stride", [
+    ((2, 3, 2, 2), 1), ((2, 3, 4, 2), 1), ((2, 3, 7, 7), 1), ((1, 1, 11, 11), 1), ((3, 2, 1, 9), 1), ((3, 2, 6, 1), 1),
+    ((3, 2, 5, 5), 2), ((2, 2, 4, 4), 3),
+])  # fmt: skip
+@pytest.mark.parametrize("tolerance", [3e-3, 0.05, 0.5])
+def test_bound_covers_every_frequency_and_stays_within_its_tolerance(shape, stride, tolerance):
+    """Even, large and one-dimensional kernels; a loose tolerance starts with large cells, a tight one splits them."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        weight = torch.randn(shape)
+        if seed:
+            fill_(weight, ["smooth", "wave", "whole numbers"][seed - 1])
+        bound, below = conv_norm(weight, (stride, stride), tolerance=tolerance), symbol_norm(weight, stride)
+        degree = (max(shape[2:]) - 1) / 2
+        between = math.cos(min(1.5, 2 * degree * math.pi / 96))  # what the grid may miss, half a step on either axis
+        assert below <= bound <= below / between * (1 + tolerance) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("shape, groups", [((3, 2, 3, 3), 1), ((2, 3, 4, 2), 1), ((6, 2, 5, 3), 3), ((2, 2, 1, 7), 1)])
+@pytest.mark.parametrize("tolerance", [3e-3, 0.5])
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
+def test_the_proof_does_not_rely_on_the_search(monkeypatch, shape, groups, tolerance, share):
+    """Where the first search stays far below the maximum, no cell of frequencies that may hold it is given up."""
+    climb, calls = norms._climb, []
+
+    def poor(*arguments):
+        calls.append(arguments)
+        return climb(*arguments) * (share if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(norms, "_climb", poor)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        weight = torch.randn(shape)
+        calls.clear()
+        assert conv_norm(weight, groups=groups, tolerance=tolerance) >= max(map(symbol_norm, weight.chunk(groups)))
+        assert calls
+
+
+@pytest.mark.parametrize("kernel", [2, 5, 7, 11])
+def test_a_peak_anywhere_is_found(kernel):
+    """The symbol of a rotating wave reaches the number of taps at its own frequency, wherever that lies."""
+    taps = torch.arange(kernel).double()
+    for seed in range(6):
+        a, b = 2 * math.pi * torch.rand(2, generator=torch.Generator().manual_seed(seed)).double()
+        angle = a * taps[:, None] + b * taps
+        weight = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+        assert kernel**2 <= conv_norm(weight) <= 1.004 * kernel**2
+
+
+def test_symbols_that_are_flat_or_nearly_flat_end_the_search():
+    torch.manual_seed(0)
+    flat = orthogonal(nn.Conv2d(6, 6, 5)).weight.detach().double()
+    for noise in (0.0, 1e-9, 1e-5, 1e-2):
+        weight = flat + noise * torch.randn_like(flat)
+        below = symbol_norm(weight, grid=24)
+        assert below <= conv_norm(weight) <= 1.006 * below
+
+
+@pytest.mark.parametrize("scale", [1e-266, 1e-133, 1e133, 1e300])
+def test_norms_of_extreme_doubles(scale):
+    assert conv_norm(torch.ones(2, 2, 3, 3, dtype=torch.float64) * scale) == pytest.approx(18 * scale, rel=4e-3)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, math.nan, math.inf, 1e-12])
+def test_a_tolerance_that_no_proof_can_keep_is_an_error(tolerance):
+    for weight in (torch.randn(2, 2, 3, 3), torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 3, 3)):
+        with pytest.raises(ValueError, match="tolerance is"):
+            conv_norm(weight, tolerance=tolerance)

@@ -261,3 +261,59 @@ def test_the_allowance_between_frequencies_holds_for_random_kernels(k, density, 
 def test_negative_iterations_are_an_error():
     with pytest.raises(ValueError, match="iterations is -1"):
         GramScale(3, -1)
+
+
+def regular_hadamard(powers: int) -> torch.Tensor:
+    """Entries ±1, orthogonal rows, and the same sum in every row."""
+    block = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(powers):
+        matrix = torch.kron(matrix, block)
+    return matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [0, 3])
+def test_roundings_that_all_point_one_way_do_not_stretch(dtype, k):
+    """‖V‖ is 1 and ‖|V|‖ is 8: an error of half a unit in each entry, all of one sign, may reach eight half units."""
+    signs = regular_hadamard(3)
+    unit = torch.finfo(dtype).eps
+    largest = 0.0
+    for share in torch.linspace(0.001, 1, 250, dtype=torch.float64):
+        filters = (signs + share * unit).to(torch.float32)
+        if k:
+            filters = torch.nn.functional.pad(filters[:16, :16, None, None], (1, 1, 1, 1))
+        scale = GramScale(len(filters), 8)
+        v = scale.rounded(scale.constrained(filters), dtype)
+        assert v.dtype == dtype
+        largest = max(largest, norm(v))
+    assert 0.97 < largest <= 1
+
+
+@few
+@given(
+    n=st.integers(1, 12),
+    c=st.integers(1, 12),
+    k=st.sampled_from([0, 1, 3]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    spread=st.sampled_from([0, 3, 9]),
+    seed=seeds,
+)
+def test_half_precision_of_any_kind_keeps_the_bound(n, c, k, dtype, spread, seed):
+    """Filters in half precision themselves, of very different sizes: some entries lie below the smallest number."""
+    filters = randn(*(n, c, k, k) if k else (n, c), seed=seed)
+    filters = filters * 10 ** (-spread * torch.rand(filters.shape, generator=torch.Generator().manual_seed(seed)))
+    scale = GramScale(n, 3).to(dtype)
+    v = scale(filters.to(dtype))
+    assert v.dtype == dtype and norm(v) <= 1
+
+
+def test_the_room_for_rounding_costs_one_unit_and_no_gradient():
+    for dtype in (torch.float16, torch.bfloat16):
+        filters = randn(48, 48, 3, 3).requires_grad_()
+        scale = GramScale(48, 3)
+        wide = scale(filters)
+        half = scale.rounded(scale.constrained(filters), dtype)
+        torch.testing.assert_close(half.detach().float(), wide.detach(), rtol=3 * torch.finfo(dtype).eps, atol=1e-5)
+        (half.float() * randn(48, 48, 3, 3, seed=1)).sum().backward()
+        assert filters.grad.isfinite().all()
