@@ -45,7 +45,7 @@ def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distanc
     points = x.detach().clone()
     if distance is None:
         distance = float(_norms(points).mean()) / 10 or 1.0
-    direction = torch.randn(points.shape, generator=torch.Generator().manual_seed(0)).to(points)
+    direction = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(points)
     direction = _unit(direction)
     found = torch.zeros(len(points), dtype=points.dtype, device=points.device)
     best_points, best_steps = points, distance * direction

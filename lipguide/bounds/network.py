@@ -166,7 +166,7 @@ def _probe(shape: tuple[int, ...], *modules: nn.Module) -> Tensor:
     """An input of the type and on the device of the first weight that there is."""
     tensors = chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(like)
 
 
 def _leaves(outcome: Any, name: str) -> Iterator[tuple[str, float]]:
