@@ -279,14 +279,14 @@ def test_roundings_that_all_point_one_way_do_not_stretch(dtype, k):
     signs = regular_hadamard(3)
     unit = torch.finfo(dtype).eps
     largest = 0.0
-    for share in torch.linspace(0.001, 1, 250, dtype=torch.float64):
+    for share in torch.linspace(0.001, 1, 100 if k else 250, dtype=torch.float64):
         filters = (signs + share * unit).to(torch.float32)
         if k:
             filters = torch.nn.functional.pad(filters[:16, :16, None, None], (1, 1, 1, 1))
         scale = GramScale(len(filters), 8)
         v = scale.rounded(scale.constrained(filters), dtype)
         assert v.dtype == dtype
-        largest = max(largest, norm(v))
+        largest = max(largest, norm(v, side=12))
     assert 0.97 < largest <= 1
 
 
