@@ -7,10 +7,21 @@ and -1 would be 255.
 
 from __future__ import annotations
 
+import math
+from typing import SupportsFloat
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IGNORE", "check_eval", "check_numbers", "class_indices", "positives"]
+__all__ = [
+    "IGNORE",
+    "check_eval",
+    "check_numbers",
+    "class_indices",
+    "decisions",
+    "lipschitz_constant",
+    "positives",
+]
 
 IGNORE = -100  # the label of entries that are not counted, as in torch
 
@@ -66,21 +77,45 @@ def check_eval(model: nn.Module, before: str) -> None:
             raise ValueError(f"{where} ({kind}) is in training mode: call model.eval() before {before}")
 
 
-def check_numbers(output: Tensor, what: str = "the model's output", infinite: bool = False) -> None:
+def check_numbers(output: Tensor, what: str = "the model's output", infinite: bool = True) -> None:
     """Raise ValueError for NaN: every comparison with it is false, and an argmax of it is a class like any other.
 
     Args:
         output: (N, ...), one entry a sample.
-        infinite: whether infinite values are let through.
+        infinite: whether infinite values are refused too.
 
     >>> check_numbers(torch.tensor([[1.0, 0.0], [float("nan"), 0.0]]))
     Traceback (most recent call last):
     ...
     ValueError: the model's output was NaN or infinite for 1 of 2 samples, first for sample 1
     """
-    good = ~output.isnan() if infinite else output.isfinite()
-    bad = ~good.flatten(1).all(1) if output.ndim > 1 else ~good
+    good = output.isfinite() if infinite else ~output.isnan()
+    bad = ~(good.flatten(1).all(1) if good.ndim > 1 else good)
     if bad.any():
-        kind = "NaN" if infinite else "NaN or infinite"
+        kind = "NaN or infinite" if infinite else "NaN"
         first = int(bad.nonzero()[0])
         raise ValueError(f"{what} was {kind} for {int(bad.sum())} of {len(bad)} samples, first for sample {first}")
+
+
+def decisions(logits: Tensor) -> Tensor:
+    """The class of the largest logit, (N, C, ...) to (N, ...); ValueError where a logit is NaN.
+
+    >>> decisions(torch.tensor([[2.0, 0.5], [0.0, 1.0]]))
+    tensor([0, 1])
+    """
+    check_numbers(logits, infinite=False)
+    return logits.argmax(1)
+
+
+def lipschitz_constant(lipschitz: float | SupportsFloat) -> float:
+    """A Lipschitz constant as a positive, finite number; the value of a `Bound` as `lip.lipschitz_bound` gives it.
+
+    >>> lipschitz_constant(-1.0)
+    Traceback (most recent call last):
+    ...
+    ValueError: lipschitz must be positive and finite, not -1.0
+    """
+    constant = float(getattr(lipschitz, "value", lipschitz))
+    if not 0 < constant < math.inf:
+        raise ValueError(f"lipschitz must be positive and finite, not {constant}")
+    return constant

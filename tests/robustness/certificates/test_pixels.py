@@ -1,4 +1,4 @@
-"""The certificates: published radii, brute force on tiny pictures, attacks that must fail, conditions to be met."""
+"""Certificates of all pixels at once: brute force on tiny pictures, and attacks that must fail."""
 
 import itertools
 import math
@@ -7,143 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from lipguide.robustness.certificates import (
-    certified_accuracy,
     certified_miou,
     certified_pixel_accuracy,
     certified_pooled_miou,
-    checked_logits,
     class_attacks,
     radius,
 )
+from tests.robustness.common import WHOLE, generator
 
 SQRT2 = math.sqrt(2)
 seeds = st.integers(0, 10**6)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Absolute(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.abs()
-
-
-def lipschitz_network(seed: int, inputs: int = 12, classes: int = 4) -> nn.Sequential:
-    """A 1-Lipschitz network of orthogonal maps and absolute values, tight enough for attacks to come close."""
-    first, second = nn.Linear(inputs, inputs, dtype=torch.float64), nn.Linear(inputs, classes, dtype=torch.float64)
-    for layer in (first, second):
-        nn.init.orthogonal_(layer.weight, generator=generator(seed))
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(nn.Flatten(), first, Absolute(), second).eval()
-
-
-# --- radius and certified accuracy
-
-
-def test_radii_are_the_published_ones():
-    logits = torch.tensor([[2, 0.2, -0.5], [0, 1, -0.5]])
-    torch.testing.assert_close(radius(logits, torch.tensor([0, 1])), torch.tensor([1.272792, 0.707107]))
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(seed=seeds, classes=st.integers(2, 6), lipschitz=st.floats(0.1, 10), known_rows=st.booleans())
-def test_radius_is_the_smallest_of_the_pairwise_quotients(seed, classes, lipschitz, known_rows):
-    """Pair by pair in Python, the definition; the result never exceeds it."""
-    g = generator(seed)
-    logits = torch.randn(5, classes, generator=g)
-    labels = torch.randint(classes, (5,), generator=g)
-    rows = torch.randn(classes, 3, generator=g) if known_rows else None
-    result = radius(logits, labels, lipschitz, rows)
-    for z, y, r in zip(logits.double(), labels, result, strict=True):
-        distances = [(rows[y].double() - rows[j].double()).norm() if known_rows else SQRT2 for j in range(classes)]
-        expected = min((z[y] - z[j]) / (lipschitz * distances[j]) for j in range(classes) if j != y)
-        assert r.item() <= expected
-        assert r.item() == pytest.approx(float(expected), rel=3e-7)
-
-
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(seed=seeds)
-def test_radius_of_a_map_is_that_of_its_pixels_and_labels_default_to_the_prediction(seed):
-    logits = torch.randn(2, 3, 4, 5, generator=generator(seed))
-    labels = torch.randint(3, (2, 4, 5), generator=generator(seed))
-    as_list = radius(logits.movedim(1, -1).reshape(-1, 3), labels.reshape(-1))
-    assert torch.equal(radius(logits, labels).reshape(-1), as_list)
-    assert torch.equal(radius(logits), radius(logits, logits.argmax(1)))
-    assert (radius(logits) >= 0).all()
-    wrong = logits.argmax(1) != labels
-    assert (radius(logits, labels)[wrong] <= 0).all()
-
-
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(seed=seeds)
-def test_radius_of_a_linear_classifier_is_the_distance_to_its_boundary(seed):
-    """With the rows known the certificate is exact: the point at that distance is on the boundary."""
-    g = generator(seed)
-    weight, x = torch.randn(4, 6, generator=g).double(), torch.randn(1, 6, generator=g).double()
-    logits = x @ weight.T
-    y, r = logits.argmax(1), radius(logits, rows=weight)
-    gaps = [(logits[0, y] - logits[0, j]) / (weight[y] - weight[j]).norm() for j in range(4) if j != y]
-    j = [j for j in range(4) if j != y][int(torch.stack(gaps).argmin())]
-    step = weight[j] - weight[y]
-    moved = x + r * step / step.norm()
-    top, other = (moved @ weight.T)[0, y], (moved @ weight.T)[0, j]
-    torch.testing.assert_close(top.squeeze(), other, atol=1e-9, rtol=0)
-    assert top >= other
-
-
-def test_two_classes_with_the_same_row_can_never_swap():
-    rows = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    assert radius(torch.tensor([[1.0, 0.5]]), rows=rows).item() > 1e30
-    assert radius(torch.tensor([[0.5, 0.5]]), rows=rows).item() == 0
-    assert radius(torch.tensor([[0.5, 1.0]]), torch.tensor([0]), rows=rows).item() < 0
-
-
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(seed=seeds, lipschitz=st.floats(0.3, 3))
-def test_float32_radius_never_exceeds_the_exact_one(seed, lipschitz):
-    logits = torch.randn(50, 3, generator=generator(seed))
-    labels = logits.argmax(1)
-    assert (radius(logits, labels, lipschitz).double() <= radius(logits.double(), labels, lipschitz)).all()
-
-
-def test_certified_accuracy_counts_the_radii_above_epsilon():
-    logits = torch.tensor([[1.0, 0, 0], [0.1, 0, 0], [0, 0, 1], [0, 0, 0.1]])
-    labels = torch.tensor([0, 0, 1, 1])
-    assert certified_accuracy(logits, labels, 0.25).item() == 0.25
-    assert certified_accuracy(logits, labels, [0.0, 0.05, 0.25, 1.0]).tolist() == [0.5, 0.5, 0.25, 0.0]
-    assert certified_accuracy(logits, labels, 0.25, lipschitz=4.0).item() == 0.0
-    exactly_at_the_radius = torch.tensor([[SQRT2, 0.0]], dtype=torch.float64)
-    assert certified_accuracy(exactly_at_the_radius, torch.tensor([0]), 1.0).item() == 0.0
-
-
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(seed=seeds)
-def test_no_gradient_attack_breaks_a_certified_sample(seed):
-    """Steepest descent on every pair's gap, 100 steps inside the certified ball of a tight network."""
-    model = lipschitz_network(seed)
-    x = torch.rand(16, 3, 2, 2, generator=generator(seed)).double()
-    logits = model(x)
-    labels, r = logits.argmax(1), radius(logits).reshape(-1, 1, 1, 1)
-    for other in range(4):
-        moved = x.clone()
-        for _ in range(100):
-            moved.requires_grad_()
-            z = model(moved)
-            gap = z.gather(1, labels[:, None]).squeeze(1) - z[:, other]
-            (gradient,) = torch.autograd.grad(gap.sum(), moved)
-            step = moved.detach() - 0.1 * r * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-9).view(
-                -1, 1, 1, 1
-            )
-            delta = step - x
-            moved = x + delta * (r / delta.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)).clamp(max=1)
-        assert (radius(model(moved), labels) >= -1e-12).all()
-
-
-# --- pictures: pixel accuracy and mIoU
 
 
 def pixel_costs(z: Tensor) -> Tensor:
@@ -369,157 +245,29 @@ def test_shared_budget_beats_counting_pixels_one_by_one():
     assert certified_pixel_accuracy(logits, labels, 1.5).item() == pytest.approx(0.98)
 
 
-# --- bad input, and models that are not what they are taken for
-
-GOOD = torch.tensor([[1.0, 0.0, 0.5]]), torch.tensor([0])
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((GOOD[0].half(), GOOD[1]), "float16"),
-        ((GOOD[0].bfloat16(), GOOD[1]), "bfloat16"),
-        ((torch.tensor([[1.0, math.nan, 0.0]]), GOOD[1]), "sample 0"),
-        ((torch.tensor([[1.0, 0.0], [math.inf, 0.0]]), torch.tensor([0, 0])), "sample 1"),
-        ((GOOD[0], torch.tensor([3])), r"outside 0\.\.2"),
-        ((GOOD[0], torch.tensor([-100])), r"outside 0\.\.2"),
-        ((GOOD[0], torch.tensor([0, 1])), "class indices of shape"),
-        ((GOOD[0], torch.tensor([1.0])), "class indices"),
-        ((GOOD[0][:, :1], torch.tensor([0])), "two classes"),
-        ((*GOOD, 0.0), "lipschitz"),
-        ((*GOOD, math.inf), "lipschitz"),
-        ((*GOOD, 1.0, torch.zeros(2, 5)), "one row a class"),
-    ],
-)
-def test_what_cannot_be_certified_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        radius(*arguments)
-
-
 def test_undefined_scores_are_errors():
-    empty = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
-    assert radius(*empty).shape == (0,)
-    with pytest.raises(ValueError, match="no samples"):
-        certified_accuracy(*empty, 0.1)
-    with pytest.raises(ValueError, match="epsilon"):
-        certified_accuracy(*GOOD, -0.1)
-    with pytest.raises(ValueError, match="epsilon"):
-        certified_accuracy(*GOOD, math.nan)
     logits, labels = torch.randn(2, 3, 2, 2), torch.zeros(2, 2, 2, dtype=torch.long)
     labels[1] = -100
     for certificate in (certified_pixel_accuracy, certified_miou, class_attacks):
         with pytest.raises(ValueError, match="picture 1 has no labelled pixel"):
             certificate(logits, labels, 0.1)
     with pytest.raises(ValueError, match="one map of classes a picture"):
-        certified_miou(*GOOD, 0.1)
+        certified_miou(torch.zeros(1, 3), torch.tensor([0]), 0.1)
     with pytest.raises(ValueError, match="no pictures"):
         certified_pooled_miou([])
     with pytest.raises(ValueError, match="independent"):
         certified_pixel_accuracy(logits, labels, 0.1, bound="best")
 
 
-def images(n: int = 8) -> Tensor:
-    return torch.rand(n, 3, 2, 2, generator=generator(0))
-
-
-def test_checked_logits_are_the_models_own():
-    model = lipschitz_network(0).float()
-    logits = checked_logits(model, images(50), batch_size=16)
-    assert logits.dtype == torch.float64
-    torch.testing.assert_close(logits.float(), model(images(50)).detach(), atol=1e-5, rtol=0)
-    assert next(model.parameters()).dtype == torch.float32
-
-
-def test_normalisation_outside_the_model_is_caught():
-    with pytest.raises(ValueError, match=r"pixels must lie in \[0, 1\]"):
-        checked_logits(lipschitz_network(0).float(), (images() - 0.5) / 0.2)
-
-
-class Normalise(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - 0.5) / 0.2
-
-
-def test_normalisation_inside_the_model_is_caught_unless_it_is_a_part_of_the_constant():
-    model = nn.Sequential(Normalise(), lipschitz_network(0).float()).eval()
-    with pytest.raises(ValueError, match="refuted by picture"):
-        checked_logits(model, images())
-    checked_logits(model, images(), lipschitz=5.0)
-
-
-def test_head_of_larger_norm_is_caught_unless_its_rows_are_given():
-    model = lipschitz_network(0).float()
-    head = nn.Linear(4, 3, bias=False)
-    nn.init.constant_(head.weight, 0.0)
-    head.weight.data[0, 0], head.weight.data[1, 1] = 10.0, 10.0
-    whole = nn.Sequential(model, head).eval()
-    with pytest.raises(ValueError, match="refuted"):
-        checked_logits(whole, images())
-    checked_logits(whole, images(), rows=head.weight)
-
-
-def test_constant_of_a_segmentation_network_is_probed_too():
-    network = nn.Conv2d(3, 4, 1, bias=False).eval()
-    nn.init.orthogonal_(network.weight.data.view(4, 3))
-    assert checked_logits(network, images()).shape == (8, 4, 2, 2)
-    network.weight.data *= 3
-    with pytest.raises(ValueError, match="refuted"):
-        checked_logits(network, images())
-
-
-def test_training_mode_is_caught_and_dropout_named():
-    model = nn.Sequential(lipschitz_network(0).float(), nn.Dropout(0.5)).eval()
-    checked_logits(model, images())
-    model[1].train()
-    with pytest.raises(ValueError, match=r"'1' \(Dropout\) is in training mode"):
-        checked_logits(model, images())
-
-
-class TensorFloat(nn.Linear):
-    """What TF32 does on a GPU: inputs and weights keep 10 bits of their fraction, sums are in float32."""
-
-    def forward(self, x):
-        if x.dtype == torch.float64:
-            return super().forward(x)
-        x, weight = ((v.view(torch.int32) & ~0x1FFF).view(torch.float32) for v in (x.contiguous(), self.weight))
-        return nn.functional.linear(x, weight, self.bias)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_tf32_is_caught_and_plain_float32_is_not(seed):
-    torch.manual_seed(seed)
-    for layer, caught in ((nn.Linear, False), (TensorFloat, True)):
-        layers = [nn.Flatten(), *(nn.utils.parametrizations.orthogonal(layer(n, m)) for n, m in ((48, 32), (32, 10)))]
-        model = nn.Sequential(*layers).eval()
-        images = torch.rand(8, 3, 4, 4)
-        if caught:
-            with pytest.raises(ValueError, match="reduced precision"):
-                checked_logits(model, images)
-        else:
-            checked_logits(model, images)
-
-
-def test_reduced_precision_is_caught():
-    model = lipschitz_network(0).float()
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="reduced precision"):
-        checked_logits(model, images())
-
-    class CoarseWeights(nn.Linear):  # what TF32 does: float32 in and out, ten bits of mantissa in between
-        def forward(self, x: Tensor) -> Tensor:
-            if x.dtype == torch.float32:
-                return nn.functional.linear(x.bfloat16(), self.weight.bfloat16()).float()
-            return nn.functional.linear(x, self.weight)
-
-    coarse = CoarseWeights(12, 12, bias=False)
-    nn.init.orthogonal_(coarse.weight)
-    with pytest.raises(ValueError, match="reduced precision"):
-        checked_logits(nn.Sequential(nn.Flatten(), coarse).eval(), images())
-
-
-@pytest.mark.parametrize("bad", [torch.zeros(0, 3, 2, 2), torch.zeros(2, 3, 2, 2, dtype=torch.uint8)])
-def test_images_of_another_kind_are_refused(bad):
-    with pytest.raises(ValueError, match="images must be"):
-        checked_logits(lipschitz_network(0).float(), bad)
+@pytest.mark.parametrize("certify", [certified_pixel_accuracy, certified_miou])
+@pytest.mark.parametrize("dtype", WHOLE)
+def test_a_mask_is_the_same_in_every_whole_type(certify, dtype):
+    """A network with more than 156 classes: 156 is -100 in eight bits without a sign."""
+    logits = torch.randn(2, 160, 3, 3, generator=generator(0)).double()
+    masks = logits.argmax(1) % 120 if torch.iinfo(dtype).max < 156 else logits.argmax(1).clamp(min=150)
+    ignored = 5 if torch.iinfo(dtype).max < 156 else -100
+    expected = certify(logits, masks, [0.0, 0.1], ignore_index=ignored)
+    assert torch.equal(certify(logits, masks.to(dtype), [0.0, 0.1], ignore_index=ignored), expected)
 
 
 @pytest.mark.parametrize("certify", [certified_pixel_accuracy, certified_miou])

@@ -1,0 +1,26 @@
+"""Certificates: how far a picture may move before its label can change, from one forward pass.
+
+`radii` has the formula and its proof, `pixels` what it says of all pixels at once, and `conditions` looks after what
+the proof takes for granted. Every certificate is about exact arithmetic: see `radius`.
+"""
+
+from lipguide.robustness.certificates.conditions import checked_logits
+from lipguide.robustness.certificates.pixels import (
+    ClassAttacks,
+    certified_miou,
+    certified_pixel_accuracy,
+    certified_pooled_miou,
+    class_attacks,
+)
+from lipguide.robustness.certificates.radii import certified_accuracy, radius
+
+__all__ = [
+    "ClassAttacks",
+    "certified_accuracy",
+    "certified_miou",
+    "certified_pixel_accuracy",
+    "certified_pooled_miou",
+    "checked_logits",
+    "class_attacks",
+    "radius",
+]

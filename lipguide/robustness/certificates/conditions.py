@@ -1,0 +1,165 @@
+"""The conditions of a certificate, checked on the network and the pictures at hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import SupportsFloat
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lipguide.checks import check_eval, check_numbers, lipschitz_constant
+from lipguide.robustness.certificates.radii import slopes
+
+__all__ = ["checked_logits"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+HALF = (torch.float16, torch.bfloat16)
+PROBED = 32  # pictures on which the network also runs in its own precision, and is differentiated
+ROUNDING = 1e-5  # by which logits in float32 may differ from those in float64, relative to the largest
+
+
+def checked_logits(
+    model: nn.Module,
+    images: Tensor,
+    lipschitz: float | SupportsFloat = 1.0,
+    rows: Tensor | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """The logits of `model` in float64, ready to be certified, or an error that says why they could not be.
+
+    Checked are the conditions of a certificate: pixels in [0, 1] (so that `lipschitz` has to include the
+    normalisation), evaluation mode (no dropout), logits that are numbers, full precision (the model's own logits agree
+    with those in float64: no half-precision parameters, no autocast, no TF32), a head of full rows, and, on the first
+    32 pictures, that no gradient exceeds what `lipschitz` allows. The last can refute a constant, never prove it:
+    `lip.lipschitz_bound` does.
+
+    The certificate of these logits is that of the network in exact arithmetic. A network that then runs in float32 is
+    another function, if only just: `lipguide.robustness.certificates.radii` says what its rounding takes away.
+
+    Args:
+        lipschitz, rows: as for `radius`.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 2)).eval()
+    >>> _ = nn.init.orthogonal_(model[1].weight), nn.init.orthogonal_(model[2].weight)
+    >>> checked_logits(model, torch.rand(5, 1, 2, 2)).dtype
+    torch.float64
+    """
+    _check_images(images)
+    check_eval(model, "certifying it")
+    constant = lipschitz_constant(lipschitz)
+    with torch.inference_mode(False):
+        own = _own_logits(model, images[:PROBED])
+        with _uncached():
+            twin = copy.deepcopy(model).double()
+            with torch.no_grad():
+                logits = torch.cat([twin(batch.double()) for batch in images.split(batch_size)])
+            _check_logits(logits, own)
+            if rows is not None:
+                _check_head(model, logits, rows)
+            with torch.enable_grad():
+                _try_to_refute(twin, images[:PROBED].double(), constant, rows)
+    return logits
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Constrained weights are computed anew: within `parametrize.cached()` a copy is given the original's."""
+    enabled = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
+
+
+@torch.no_grad()
+def _own_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """What the caller's model answers, with the weights that are cached if any are; the cache is left as it was."""
+    cached = dict(parametrize._cache)
+    try:
+        return model(images)
+    finally:
+        parametrize._cache = cached
+
+
+def _check_logits(logits: Tensor, own: Tensor) -> None:
+    if logits.ndim < 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits {tuple(logits.shape)} must be (N, C, ...) with at least two classes")
+    check_numbers(logits)
+    probed = logits[: len(own)]
+    error = (own.double() - probed).abs().max().item()
+    if own.dtype in HALF or not error <= ROUNDING * (1 + probed.abs().max().item()):
+        raise ValueError(
+            f"the model's own logits ({own.dtype}) are up to {error:.2g} from those in float64: it runs in reduced "
+            "precision (half-precision parameters, autocast or TF32), which no certificate covers, or with weights "
+            "that parametrize.cached() kept from another mode"
+        )
+
+
+def _check_head(model: nn.Module, logits: Tensor, rows: Tensor) -> None:
+    """Refuse `rows` of a head whose classes look at different features, or look at one feature more than once."""
+    for name, head in model.named_modules():
+        if isinstance(head, CONVOLUTIONS) and torch.equal(head.weight.flatten(1).to(rows), rows.flatten(1)):
+            reason = _why_not(head, logits, rows)
+            if reason:
+                raise ValueError(f"the head {name!r} ({type(head).__name__}) {reason}")
+
+
+def _why_not(head: nn.Conv2d, logits: Tensor, rows: Tensor) -> str:
+    """Why the weight of this head must not be given as `rows`; nothing if it may."""
+    if head.transposed:
+        return "is transposed: its weight holds no row a class, so leave out rows"
+    if head.groups > 1:
+        return (
+            f"has groups={head.groups}: its classes look at different features, so that the difference of two rows "
+            "means nothing. Leave out rows, or take groups=1"
+        )
+    if rows.shape != head.weight.shape:
+        return f"has a weight {tuple(head.weight.shape)}: give it as it is, for rows {tuple(rows.shape)} hide its taps"
+    if head.padding_mode == "zeros":
+        return ""
+    sides = [stride * outputs for stride, outputs in zip(head.stride, logits.shape[2:], strict=True)]
+    spans = [(taps - 1) * step + 1 for taps, step in zip(head.kernel_size, head.dilation, strict=True)]
+    all_different = all(span <= side for span, side in zip(spans, sides, strict=True))
+    if max(spans) == 1 or (head.padding_mode == "circular" and all_different):
+        return ""
+    return (
+        f"pads with {head.padding_mode} pixels: a class may look at one pixel more than once, and its row weighs more "
+        "than rows says. Leave out rows, or pad with zeros"
+    )
+
+
+def _try_to_refute(model: nn.Module, images: Tensor, lipschitz: float, rows: Tensor | None) -> None:
+    """Hold the gradient of the gap between two classes against its bound, where the gap is smallest."""
+    images = images.clone().requires_grad_()
+    logits = model(images)
+    logits = logits.reshape(*logits.shape[:2], -1)  # (N, C, P), one pixel for a classifier
+    best, classes = logits.topk(2, dim=1)  # (N, 2, P)
+    gap = best[:, 0] - best[:, 1]  # (N, P)
+    pixel = gap.argmin(1, keepdim=True)  # (N, 1)
+    (gradient,) = torch.autograd.grad(gap.gather(1, pixel).sum(), images)
+    steepness = gradient.flatten(1).norm(dim=1)
+    first, second = (classes[:, rank].gather(1, pixel).squeeze(1) for rank in (0, 1))
+    allowed = slopes(logits.shape[1], lipschitz, rows, logits.device)[first, second]
+    worst = int((steepness - allowed).argmax())
+    if not steepness[worst] <= allowed[worst] * (1 + 1e-6):
+        raise ValueError(
+            f"lipschitz = {lipschitz} is refuted by picture {worst}: the gap between its two best classes grows by "
+            f"{steepness[worst]:.4g} per unit of the input, and {allowed[worst]:.4g} was allowed. A normalisation of "
+            "the input inside the model multiplies the constant by 1 / min(std)"
+        )
+
+
+def _check_images(images: Tensor) -> None:
+    if len(images) == 0 or not images.is_floating_point():
+        raise ValueError(f"images must be a batch of floating-point pixels, not {tuple(images.shape)} {images.dtype}")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"pixels must lie in [0, 1], and these lie in [{low:.4g}, {high:.4g}]: give the pictures as they are, make "
+            "the normalisation the first layer of the model, and its 1 / min(std) a factor of lipschitz"
+        )
