@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "IGNORE",
+    "check_binary",
     "check_eval",
     "check_numbers",
     "class_indices",
@@ -56,6 +57,19 @@ def positives(labels: Tensor) -> tuple[Tensor, Tensor]:
     values = labels if labels.is_floating_point() else labels.long()
     known = (values == 1) | (values == 0) | (values == -1)
     return values > 0, known
+
+
+def check_binary(logits: Tensor, labels: Tensor) -> None:
+    """Raise ValueError unless there is one logit and one label an entry; a channel of size 1 may be left out.
+
+    >>> check_binary(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4))
+    """
+    without_channel = logits.shape[:1] + logits.shape[2:] if logits.shape[1:2] == (1,) else logits.shape
+    if labels.shape not in (logits.shape, without_channel):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and target {tuple(labels.shape)} must have the same shape: "
+            "there is one logit and one label an entry"
+        )
 
 
 def check_eval(model: nn.Module, before: str) -> None:

@@ -1,42 +1,41 @@
-"""Metrics that only a network of known Lipschitz constant has, as torchmetrics classes (states sum over
-processes).
+"""Metrics that only a network of known Lipschitz constant has, as torchmetrics classes (states sum over processes).
 
-``lipschitz`` is the constant from pixels in [0, 1] to the logits, normalisation included
-(``certificates.checked_logits`` looks for a refutation). For a head whose rows are known, ``update(logits,
-target, rows=head.weight)`` with the constant of what lies below the head: the rows are given with every
-update, so that they are never those of an earlier step.
+`lipschitz` is the constant from pixels in [0, 1] to the logits, normalisation included (`certificates.checked_logits`
+looks for a refutation). For a head whose rows are known, `update(logits, target, rows=head.weight)` with the constant
+of what lies below the head: the rows are given with every update, so that they are never those of an earlier step.
+
+A metric of a network that answers NaN or infinity is an error. The provable ones hold in exact arithmetic with the
+logits as they are given, in float32 or better: `lipguide.robustness.certificates.radii` says what rounding may take.
 """
+
+from __future__ import annotations
 
 import math
 import warnings
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lipguide.robustness.certificates import radius
+from lipguide.checks import IGNORE, check_binary, check_numbers, class_indices, lipschitz_constant, positives
+from lipguide.robustness.certificates.radii import check_precision, exact_radius
 
-
-def _binary(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat logits in float64 and whether each belongs to the positive class."""
-    if logits.numel() != target.numel() or logits.shape[0] != target.shape[0]:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and target {tuple(target.shape)}: a binary metric takes one logit and one "
-            "label an entry"
-        )
-    if not ((target == 1) | (target == 0) | (target == -1)).all():
-        raise ValueError("a binary label must be 0 or 1 (or -1 or 1); the target holds another value")
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(f"certify in float32 or float64: logits of {logits.dtype} are too coarse for a certificate")
-    return logits.detach().double().reshape(-1), target.reshape(-1) > 0
+__all__ = [
+    "KR",
+    "BinaryProvableAvgRobustness",
+    "BinaryProvableRobustAccuracy",
+    "CategoricalProvableAvgRobustness",
+    "CategoricalProvableRobustAccuracy",
+    "MulticlassKR",
+]
 
 
 class MulticlassKR(Metric):
-    r"""Mean over the classes of :math:`\mathbb{E}[f_c \mid y = c] - \mathbb{E}[f_c \mid y \ne c]` over all
-    updates.
+    r"""Mean over the classes of :math:`\mathbb{E}[f_c \mid y = c] - \mathbb{E}[f_c \mid y \ne c]` over all updates.
 
-    It is the estimate of the loss of the same name on the whole data set at once, not a mean of batch
-    estimates. Classes that never occur are left out, with a warning.
+    It is the estimate of the loss of the same name on the whole data set at once, not a mean of batch estimates.
+    Classes that never occur are left out, with a warning.
 
     >>> metric = MulticlassKR(classes=2)
     >>> metric.update(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
@@ -48,7 +47,7 @@ class MulticlassKR(Metric):
     full_state_update = False
     higher_is_better = True
 
-    def __init__(self, classes: int, ignore_index: int = -100) -> None:
+    def __init__(self, classes: int, ignore_index: int = IGNORE) -> None:
         super().__init__()
         self.ignore_index = ignore_index
         for name in ("sum_right", "sum_all"):
@@ -61,11 +60,12 @@ class MulticlassKR(Metric):
             raise ValueError(
                 f"logits {tuple(logits.shape)} and target {tuple(target.shape)} must be (N, {classes}, ...), (N, ...)"
             )
-        valid = target != self.ignore_index
-        z, label = logits.detach().double().movedim(1, -1)[valid], target[valid]
+        check_numbers(logits)
+        label, valid = class_indices(target, self.ignore_index, "the target")
         if ((label < 0) | (label >= classes)).any():
             raise ValueError(f"a label lies outside 0..{classes - 1} and is not ignore_index = {self.ignore_index}")
-        right = torch.nn.functional.one_hot(label, classes)
+        z = logits.detach().double().movedim(1, -1)[valid]
+        right = torch.nn.functional.one_hot(label[valid], classes)
         self.sum_right += (z * right).sum(0)
         self.sum_all += z.sum(0)
         self.count += right.sum(0)
@@ -81,8 +81,8 @@ class MulticlassKR(Metric):
 
 
 class KR(MulticlassKR):
-    r""":math:`\mathbb{E}[f \mid y = 1] - \mathbb{E}[f \mid y = -1]` over all updates: an estimate of the
-    distance between two classes. Labels are 0 and 1, or -1 and 1.
+    r""":math:`\mathbb{E}[f \mid y = 1] - \mathbb{E}[f \mid y = -1]` over all updates: an estimate of the distance
+    between two classes. Labels are 0 and 1, or -1 and 1.
 
     >>> metric = KR()
     >>> metric.update(torch.tensor([0.5, 1.5, -0.5, -0.5, -1.5, 0.5]), torch.tensor([1, 1, 1, 0, 0, 0]))
@@ -104,11 +104,9 @@ class _Average(Metric):
     full_state_update = False
     higher_is_better = True
 
-    def __init__(self, lipschitz: float) -> None:
+    def __init__(self, lipschitz: float | SupportsFloat) -> None:
         super().__init__()
-        if not 0 < lipschitz < math.inf:
-            raise ValueError(f"lipschitz must be positive and finite, not {lipschitz}")
-        self.lipschitz = lipschitz
+        self.lipschitz = lipschitz_constant(lipschitz)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
@@ -130,13 +128,24 @@ class _Binary(_Average):
 
 
 class _Categorical(_Average):
-    def __init__(self, lipschitz: float, ignore_index: int) -> None:
+    def __init__(self, lipschitz: float | SupportsFloat, ignore_index: int) -> None:
         super().__init__(lipschitz)
         self.ignore_index = ignore_index
 
     def _radius(self, logits: Tensor, target: Tensor, rows: Tensor | None) -> Tensor:
-        valid = target != self.ignore_index
-        return radius(logits, torch.where(valid, target, 0), self.lipschitz, rows).double()[valid]
+        label, valid = class_indices(target, self.ignore_index, "the target")
+        return exact_radius(logits, label, self.lipschitz, rows)[valid]
+
+
+def _binary(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat logits in float64 and whether each belongs to the positive class."""
+    check_binary(logits, target)
+    check_precision(logits)
+    check_numbers(logits)
+    positive, known = positives(target)
+    if not known.all():
+        raise ValueError("a binary label must be 0 or 1 (or -1 or 1); the target holds another value")
+    return logits.detach().double().reshape(-1), positive.reshape(-1)
 
 
 def _check_epsilon(epsilon: float) -> float:
@@ -146,14 +155,14 @@ def _check_epsilon(epsilon: float) -> float:
 
 
 class BinaryProvableRobustAccuracy(_Binary):
-    """Share of samples with y f(x) / L above ``epsilon``: no perturbation of that norm can misclassify them.
+    """Share of samples with y f(x) / L above `epsilon`: no perturbation of that norm can misclassify them.
 
     >>> metric = BinaryProvableRobustAccuracy(epsilon=0.25)
     >>> metric(torch.tensor([1.0, 0.1, 1.0, 0.1]), torch.tensor([1, 1, 0, 0]))
     tensor(0.2500, dtype=torch.float64)
     """
 
-    def __init__(self, epsilon: float, lipschitz: float = 1.0) -> None:
+    def __init__(self, epsilon: float, lipschitz: float | SupportsFloat = 1.0) -> None:
         super().__init__(lipschitz)
         self.epsilon = _check_epsilon(epsilon)
 
@@ -169,7 +178,7 @@ class BinaryProvableAvgRobustness(_Binary):
     tensor(0.2750, dtype=torch.float64)
     """
 
-    def __init__(self, lipschitz: float = 1.0) -> None:
+    def __init__(self, lipschitz: float | SupportsFloat = 1.0) -> None:
         super().__init__(lipschitz)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
@@ -177,14 +186,14 @@ class BinaryProvableAvgRobustness(_Binary):
 
 
 class CategoricalProvableRobustAccuracy(_Categorical):
-    """Share of samples (or pixels) whose ``certificates.radius`` is above ``epsilon``.
+    """Share of samples (or pixels) whose `certificates.radius` is above `epsilon`.
 
     >>> metric = CategoricalProvableRobustAccuracy(epsilon=0.25)
     >>> metric(torch.tensor([[1.0, 0, 0], [0.1, 0, 0], [0, 0, 1], [0, 0, 0.1]]), torch.tensor([0, 0, 1, 1]))
     tensor(0.2500, dtype=torch.float64)
     """
 
-    def __init__(self, epsilon: float, lipschitz: float = 1.0, ignore_index: int = -100) -> None:
+    def __init__(self, epsilon: float, lipschitz: float | SupportsFloat = 1.0, ignore_index: int = IGNORE) -> None:
         super().__init__(lipschitz, ignore_index)
         self.epsilon = _check_epsilon(epsilon)
 
@@ -200,7 +209,7 @@ class CategoricalProvableAvgRobustness(_Categorical):
     tensor(0.1945, dtype=torch.float64)
     """
 
-    def __init__(self, lipschitz: float = 1.0, ignore_index: int = -100) -> None:
+    def __init__(self, lipschitz: float | SupportsFloat = 1.0, ignore_index: int = IGNORE) -> None:
         super().__init__(lipschitz, ignore_index)
 
     def update(self, logits: Tensor, target: Tensor, rows: Tensor | None = None) -> None:

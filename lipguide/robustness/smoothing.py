@@ -60,6 +60,9 @@ def votes(
     _check_sigma(sigma)
     if guesses < 1 or draws < 1 or len(images) == 0:
         raise ValueError(f"{len(images)} pictures, {guesses} guesses and {draws} draws: each must be 1 or more")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    check_numbers(images, "a picture")
     if isinstance(model, torch.nn.Module):
         check_eval(model, "it votes")
     generator = generator or torch.Generator(images.device).manual_seed(0)
@@ -88,8 +91,6 @@ def segcertify(cast: Votes, tau: float = 0.75, alpha: float = 0.001) -> Tensor:
     >>> segcertify(cast).tolist()
     [[[7, -1]]]
     """
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha is a probability between 0 and 1, not {alpha}")
     _check_tau(tau)
     chance = _binomial_tail(cast.draws, tau).to(cast.hits.device)[cast.hits]  # of so many hits if τ were the truth
     given = holm(chance.flatten(1), alpha).reshape(cast.guess.shape)
@@ -113,6 +114,8 @@ def holm(p_values: Tensor, alpha: float) -> Tensor:
     >>> holm(torch.tensor([[0.01, 0.04, 0.03, 0.005]]), alpha=0.05)
     tensor([[ True, False, False,  True]])
     """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is a probability between 0 and 1, not {alpha}")
     ordered, order = p_values.double().sort(1)
     count = p_values.shape[1]
     passed = ordered <= alpha / torch.arange(count, 0, -1, device=p_values.device, dtype=torch.float64)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-from lipguide import losses
+from lipguide import lipschitz_bound, losses
+from tests.robustness.common import UNSIGNED, WHOLE
 
 Y_BINARY = torch.tensor([1, 1, 1, 0, 0, 0])
 F_BINARY = torch.tensor([0.5, 1.5, -0.5, -0.5, -1.5, 0.5])
@@ -457,6 +458,67 @@ def test_binary_shapes_that_would_broadcast_are_refused():
         losses.KR()(torch.zeros(4, 1), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="same shape"):
         losses.KR()(torch.zeros(4), torch.zeros(4, 1))
+
+
+@every_categorical
+@pytest.mark.parametrize("dtype", WHOLE)
+def test_a_label_is_the_same_in_every_whole_type(name, dtype):
+    """A class 156 is no ignored label, although -100 in eight bits without a sign is 156."""
+    last = 120 if dtype == torch.int8 else 156
+    logits, labels = random_batch(0, 12, 160)
+    labels[::2] = last
+    loss = CATEGORICAL[name](reduction="none")
+    expected = loss(logits, labels)
+    assert torch.equal(CATEGORICAL[name](reduction="none")(logits, labels.to(dtype)), expected)
+    assert (expected[::2] != 0).any()
+
+
+@every_categorical
+def test_an_ignored_label_need_not_fit_the_type_of_the_labels(name):
+    logits, labels = random_batch(0, 12, 5)
+    ignoring = CATEGORICAL[name](ignore_index=255, reduction="none")
+    labels[3] = 255
+    values = ignoring(logits, labels.to(torch.uint8))
+    assert values[3] == 0 and torch.equal(values, CATEGORICAL[name](ignore_index=255, reduction="none")(logits, labels))
+    labels[3] = -1  # 255 in eight bits without a sign
+    with pytest.raises(ValueError, match="a label lies outside"):
+        ignoring(logits, labels.to(torch.int8))
+
+
+@every_binary
+@pytest.mark.parametrize("dtype", WHOLE)
+def test_a_binary_label_is_the_same_in_every_whole_type_and_255_is_none(name, dtype):
+    loss = BINARY[name]
+    assert loss(F_BINARY, Y_BINARY.to(dtype)) == loss(F_BINARY, Y_BINARY)
+    wrong = torch.tensor([1, 0, -1, 0, 1, 1]).to(dtype)
+    if dtype in UNSIGNED:
+        with pytest.raises(ValueError, match="a binary label must be 0 or 1"):
+            loss(F_BINARY, wrong)
+    else:
+        assert loss(F_BINARY, wrong) == loss(F_BINARY, torch.tensor([1, 0, 0, 0, 1, 1]))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), power=st.integers(-30, 30))
+def test_emma_is_a_number_for_rows_of_any_size_and_scales_with_them(seed, power):
+    """Logits and rows times a factor: the loss of the scaled head, computed in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = 10.0**power * torch.randn(4, 6, generator=generator)
+    logits = torch.randn(5, 4, generator=generator) * 10.0**power
+    labels = torch.randint(4, (5,), generator=generator)
+    rows.requires_grad_()
+    loss = losses.EMMA(0.3)(logits, labels, rows)
+    (gradient,) = torch.autograd.grad(loss, rows)
+    exact = losses.EMMA(0.3)(logits.double(), labels, rows.double())
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-6)
+    assert gradient.isfinite().all()
+
+
+def test_emma_refuses_rows_of_another_head_and_takes_a_bound_as_it_is():
+    with pytest.raises(ValueError, match="one row for each of 3 classes"):
+        losses.EMMA(0.3)(TWO_LOGITS, TWO_LABELS, torch.randn(4, 6))
+    bound = lipschitz_bound(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval(), (4,))
+    assert losses.EMMA(0.3, bound)(TWO_LOGITS, TWO_LABELS) == losses.EMMA(0.3, bound.value)(TWO_LOGITS, TWO_LABELS)
 
 
 # --- SoftHKR's state

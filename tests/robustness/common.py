@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+UNSIGNED = [torch.uint8, torch.uint16, torch.uint32]  # in which -1 is a large number; in uint64 it is -1 once in int64
 WHOLE = [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64]
 
 

@@ -2,18 +2,20 @@
 
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-from lipguide import losses
+from lipguide import lipschitz_bound, losses
 from lipguide.robustness import metrics
 from lipguide.robustness.certificates import certified_accuracy, radius
+from tests.robustness.common import WHOLE
 
 LOGITS = torch.tensor([[1.0, 0, 0], [0.1, 0, 0], [0, 0, 1], [0, 0, 0.1]])
 LABELS = torch.tensor([0, 0, 1, 1])
@@ -194,3 +196,59 @@ def test_two_processes_with_uneven_shares_compute_the_value_of_the_whole(tmp_pat
         result = torch.load(tmp_path / f"result.{rank}", weights_only=True)
         for name, make in METRICS.items():
             torch.testing.assert_close(result[name], make()(*batch(name)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", METRICS)
+def test_a_network_that_answers_no_number_has_no_score(name, bad):
+    logits, target = batch(name)
+    logits[5] = bad
+    with pytest.raises(ValueError, match="for 1 of 24 samples, first for sample 5"):
+        METRICS[name]().update(logits, target)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("dtype", WHOLE)
+def test_a_label_is_the_same_in_every_whole_type(name, dtype):
+    logits, target = batch(name)
+    assert torch.equal(METRICS[name]()(logits, target.to(dtype)), METRICS[name]()(logits, target))
+
+
+@pytest.mark.parametrize(
+    "name", ["MulticlassKR", "CategoricalProvableRobustAccuracy", "CategoricalProvableAvgRobustness"]
+)
+def test_class_156_in_bytes_is_not_the_label_that_is_ignored(name):
+    logits = torch.randn(24, 160, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(24) % 2 + 155
+    make = {"MulticlassKR": lambda: metrics.MulticlassKR(160)}.get(name, METRICS[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # most of the 160 classes do not occur
+        assert torch.equal(make()(logits, target.to(torch.uint8)), make()(logits, target))
+
+
+@pytest.mark.parametrize("name", ["KR", "BinaryProvableRobustAccuracy", "BinaryProvableAvgRobustness"])
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 10**6))
+def test_a_binary_target_has_the_shape_of_its_logits_or_lacks_a_channel_of_one(name, shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator)
+    target = torch.randint(2, shape, generator=generator)
+    target.view(-1)[0] = 1
+    expected = METRICS[name]()(logits, target)
+    with_channel = logits.unsqueeze(1)
+    assert torch.equal(METRICS[name]()(with_channel, target), expected)
+    turned = target.movedim(-1, 0)
+    if turned.shape != target.shape:
+        for wrong in (turned, target.reshape(-1)):
+            if wrong.shape not in (logits.shape, logits.shape[:1] + logits.shape[2:]):
+                with pytest.raises(ValueError, match="one logit and one label an entry"):
+                    METRICS[name]().update(logits, wrong)
+
+
+def test_a_bound_may_be_given_as_it_is():
+    bound = lipschitz_bound(nn.Sequential(nn.Linear(3, 3)).eval(), (3,))
+    given, number = (
+        metrics.CategoricalProvableAvgRobustness(bound),
+        metrics.CategoricalProvableAvgRobustness(bound.value),
+    )
+    assert torch.equal(given(LOGITS, LABELS), number(LOGITS, LABELS))

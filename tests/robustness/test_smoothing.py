@@ -1,6 +1,7 @@
 """Randomized smoothing: the binomial test, Holm's correction, and the certificate held against the truth."""
 
 import itertools
+import math
 from statistics import NormalDist
 
 import pytest
@@ -20,6 +21,7 @@ from lipguide.robustness.smoothing import (
     smoothing_radius,
     votes,
 )
+from tests.robustness.common import UNSIGNED, WHOLE
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -128,3 +130,49 @@ def test_a_smoothed_score_refuses_unknown_labels_and_a_picture_without_any():
         smoothed_miou(given, torch.tensor([[[0, 255]]]), classes=2)
     with pytest.raises(ValueError, match="picture 0 has no labelled pixel"):
         smoothed_miou(given, torch.full((1, 1, 2), -100), classes=2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["network", "picture"])
+def test_what_is_no_number_gets_no_votes(bad, where):
+    """The argmax of NaN is class 0 in every draw: unanimous, and worth nothing."""
+    x = torch.rand(2, 1, 3, 3)
+    model = Threshold().eval()
+    if where == "picture":
+        x[1, 0, 0, 0] = bad
+        broken = model
+    else:
+
+        def broken(x):
+            return model(x) * bad
+
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        votes(broken, x, 0.1, draws=5)
+
+
+def test_a_radius_of_bad_arguments_is_refused():
+    for sigma in (-0.25, 0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="sigma must be positive and finite"):
+            smoothing_radius(sigma, 0.75)
+    for tau in (0.5, 1.0, math.nan):
+        with pytest.raises(ValueError, match="between 1/2 and 1"):
+            smoothing_radius(0.25, tau)
+    for alpha in (0.0, 1.0, math.nan):
+        with pytest.raises(ValueError, match="alpha is a probability"):
+            holm(torch.tensor([[0.01]]), alpha)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match="batch_size"):
+            votes(Threshold().eval(), torch.rand(1, 1, 2, 2), 0.1, batch_size=size)
+
+
+@pytest.mark.parametrize("dtype", WHOLE)
+def test_a_label_is_the_same_in_every_whole_type(dtype):
+    """255 is a label that the classes do not have, and no abstention, although -1 in eight bits is 255."""
+    labels = torch.tensor([[[0, 0, 1, 1]]])
+    masks = torch.tensor([[[0, 0, 0, 1]]])
+    expected = smoothed_miou(labels, masks, 2)
+    assert torch.equal(smoothed_miou(labels.to(dtype), masks.to(dtype), 2), expected)
+    if dtype in UNSIGNED:
+        abstained = torch.tensor([[[0, ABSTAIN, 1, 1]]]).to(dtype)
+        with pytest.raises(ValueError, match="predictions hold label"):
+            smoothed_miou(abstained, masks, 2)
