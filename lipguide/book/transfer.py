@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lipguide.data.digits import Digits, digits
 from lipguide.data.shn import SyntheticHouseNumbers
 from lipguide.data.svhn import SVHN
+from lipguide.training import Supervised, fit
 
 __all__ = ["SYN_DIGITS", "Comparison", "accuracy", "compare", "small_reader", "train_reader"]
 
@@ -20,8 +21,14 @@ SYN_DIGITS = 0.869  # on real SVHN digits, of a network trained on SYN DIGITS al
 
 
 class Comparison(NamedTuple):
-    """Accuracy of the network trained on SHN alone: on synthetic test digits, on real test digits; the figure that
-    training on SYN DIGITS reaches; and how many digits each was measured on."""
+    """Accuracy of the network trained on SHN alone.
+
+    Args:
+        synthetic: on synthetic test digits.
+        real: on real test digits.
+        syn_digits: what training on SYN DIGITS reaches on real ones.
+        digits: how many digits the first two were measured on.
+    """
 
     synthetic: float
     real: float
@@ -46,23 +53,19 @@ def small_reader() -> nn.Sequential:
 
 
 def train_reader(data: Digits, epochs: int, device: torch.device | str, seed: int = 0, batch: int = 128) -> nn.Module:
-    """Train `small_reader` by cross-entropy: AdamW, one cycle of the learning rate, no augmentation."""
+    """Train `small_reader` by cross-entropy: AdamW, one cycle of the learning rate, no augmentation.
+
+    >>> images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
+    >>> train_reader(Digits(images, labels), epochs=1, device="cpu", batch=4).training
+    False
+    """
     device = torch.device(device)
-    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = small_reader().to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
-        steps = max(1, -(-len(data.labels) // batch)) * epochs
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-        model.train()
-        for _ in range(epochs):
-            for index in torch.randperm(len(data.labels), generator=generator).split(batch):
-                loss = F.cross_entropy(model(data.images[index].to(device)), data.labels[index].to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    steps = math.ceil(len(data.labels) / batch) * epochs
+    fit(model, data, Supervised(nn.CrossEntropyLoss()), optimizer, steps, batch, schedule="one-cycle", seed=seed)
     return model.eval()
 
 
@@ -87,7 +90,10 @@ def compare(
 ) -> Comparison:
     """Train on `size` synthetic scenes (all when None) and read the digits of SVHN's test split.
 
-    svhn: the folder that holds `test`, or a data set that `digits` takes, such as torchvision's SVHN.
+    Args:
+        svhn: the folder that holds `test`, or a data set that `digits` takes, such as torchvision's SVHN.
+        size: scenes of each synthetic split.
+        epochs: of the training.
     """
     real = digits(SVHN(svhn, "test") if isinstance(svhn, str | Path) else svhn)
     synthetic = digits(SyntheticHouseNumbers("test", size, seed))

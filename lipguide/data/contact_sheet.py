@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
+from lipguide.data.arguments import whole
 from lipguide.data.items import Scene
 from lipguide.data.windows import to_pixels
 
@@ -42,17 +44,24 @@ def contact_sheet(
     boxes: bool = True,
     masks: bool = False,
 ) -> Image.Image:
-    """Scenes side by side, each scaled into a cell of (width, height) pixels: the first hundred, or those asked for.
+    """Scenes side by side, each scaled into a cell.
 
-    boxes: draw each digit's box and label; masks: tint each digit's pixels.
+    Args:
+        indices: of the scenes; None for the first hundred.
+        columns: cells in a row.
+        cell: its width and height in pixels.
+        boxes: draw each digit's box and label.
+        masks: tint each digit's pixels.
 
     >>> from lipguide.data.shn import SyntheticHouseNumbers
     >>> contact_sheet(SyntheticHouseNumbers("train", size=3, cache=False), columns=2).size
     (304, 144)
     """
     indices = range(min(100, len(dataset))) if indices is None else indices
+    columns = whole("columns", columns, 1)
+    cell = whole("the cell's width", cell[0], 1), whole("the cell's height", cell[1], 1)
     width, height = cell[0] + 2, cell[1] + 2
-    rows = -(-len(indices) // columns)
+    rows = math.ceil(len(indices) / columns)
     sheet = Image.new("RGB", (columns * width, max(rows, 1) * height), (255, 255, 255))
     for place, index in enumerate(indices):
         picture = _cell(dataset[index], *cell, boxes, masks)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lipguide.data.arguments import whole
 from lipguide.data.items import BACKGROUND, Scene
 from lipguide.data.windows import check_dtype, cut, pictures, to_pixels
 
@@ -98,6 +99,7 @@ def scenes(
     if view not in ("number", "frame"):
         raise ValueError(f'view must be "number" or "frame", not {view!r}')
     check_dtype(dtype)
+    size, seed = whole("size", size, 1), whole("seed", seed, 0)
     images, boxes, labels, masks = [], [], [], []
     for index in range(len(dataset)):
         scene = dataset[index]

@@ -163,6 +163,16 @@ def test_other_types_of_pictures_are_refused_before_any_is_read(dtype):
             hand_out(Unread(), dtype=dtype)
 
 
+@pytest.mark.parametrize("value", [-1, None, 2.5, "74"])
+@pytest.mark.parametrize("name", ["size", "seed"])
+def test_what_is_no_whole_number_is_named(data, name, value):
+    for those in (data, []):
+        with pytest.raises(ValueError, match=f"{name} is .*whole number"):
+            scenes(those, **{name: value})
+    with pytest.raises(ValueError, match="size is 0"):
+        scenes([], size=0)
+
+
 def test_the_frame_drops_nothing(data):
     images, boxes, _, masks = scenes(data, size=50, view="frame")
     assert images.shape == (60, 3, 50, 50) and len(masks) == 60

@@ -135,13 +135,29 @@ def test_masks_say_where_the_ink_is():
 def test_bad_arguments_are_refused(some):
     with pytest.raises(ValueError, match="split must be one of train, test"):
         SyntheticHouseNumbers("extra", 1)
-    with pytest.raises(ValueError, match="must not be negative"):
-        SyntheticHouseNumbers("train", -1)
-    with pytest.raises(ValueError, match=r"Difficulty\.blur"):
-        Difficulty(blur=float("nan"))
     for index in (60, -1):
         with pytest.raises(IndexError, match="of 60"):
             some[index]
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "3", True, float("nan")])
+@pytest.mark.parametrize("name", ["size", "seed", "workers"])
+def test_what_is_no_whole_number_is_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} is .*give it a whole number"):
+        SyntheticHouseNumbers("train", **{"size": 1, "cache": False, name: value})
+
+
+def test_no_seed_and_no_process_make_no_scene():
+    for arguments in ({"seed": None}, {"workers": 0}):
+        with pytest.raises(ValueError, match="whole number"):
+            SyntheticHouseNumbers("train", 1, cache=False, **arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 4.1, None, "1", np.nan])
+@pytest.mark.parametrize("knob", ["blur", "contrast", "noise", "occlusion"])
+def test_a_knob_is_a_number_from_0_to_4(knob, value):
+    with pytest.raises(ValueError, match=rf"Difficulty\.{knob} must be a number between 0 and 4"):
+        Difficulty(**{knob: value})
 
 
 def test_an_empty_set_is_empty():
@@ -450,3 +466,6 @@ def test_a_contact_sheet_shows_boxes_and_masks(some):
     masked = np.asarray(contact_sheet(some, range(6), columns=3, boxes=False, masks=True))
     assert plain.shape == boxed.shape == masked.shape == (2 * 72, 3 * 152, 3)
     assert (plain != boxed).any() and (plain != masked).any()
+    for arguments in ({"columns": 0}, {"columns": None}, {"cell": (0, 5)}, {"cell": (5, -1)}):
+        with pytest.raises(ValueError, match="whole number"):
+            contact_sheet(some, **arguments)

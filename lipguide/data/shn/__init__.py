@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from lipguide.data.arguments import whole
 from lipguide.data.facts import svhn_facts
 from lipguide.data.items import Annotation, Scene, make_scene
 from lipguide.data.shn.cache import BLOCK, load_pages
@@ -31,10 +32,15 @@ __all__ = ["SyntheticHouseNumbers"]
 class SyntheticHouseNumbers(Dataset[Scene]):
     """Street pictures of house numbers, with boxes, labels and masks; the same items as `SVHN`.
 
-    split: "train" or "test", which differ as SVHN's do; size: the first so many scenes, all 33,402 or 13,068 when
-    None; seed: another seed is another data set; difficulty: see `Difficulty`; cache: keep the scenes under
-    `cache_folder()` for the next time; workers: processes that make what is missing, by default one a core for
-    large sets. In memory a scene is a JPEG and a packed mask, about 4 kB.
+    In memory a scene is a JPEG and a packed mask, about 4 kB.
+
+    Args:
+        split: "train" or "test", which differ as SVHN's do.
+        size: the first so many scenes; all 33,402 or 13,068 when None.
+        seed: another seed is another data set.
+        difficulty: see `Difficulty`.
+        cache: keep the scenes under `cache_folder()` for the next time.
+        workers: processes that make what is missing; None for one a core for large sets.
 
     >>> data = SyntheticHouseNumbers("train", size=2, seed=0, cache=False)
     >>> scene = data[0]
@@ -53,19 +59,19 @@ class SyntheticHouseNumbers(Dataset[Scene]):
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-        size = svhn_facts()[split]["images"] if size is None else operator.index(size)
-        if size < 0 or operator.index(seed) < 0:
-            raise ValueError(f"size and seed must not be negative, but size = {size} and seed = {seed}")
+        size = svhn_facts()[split]["images"] if size is None else whole("size", size, 0)
         if workers is None:
             workers = (os.cpu_count() or 1) if size >= 8 * BLOCK else 1
-        self.split, self.seed, self.difficulty = split, operator.index(seed), difficulty or Difficulty()
+        workers = whole("workers", workers, 1)
+        self.split, self.seed = split, whole("seed", seed, 0)
+        self.difficulty = Difficulty() if difficulty is None else difficulty
         self._pages = load_pages(split, size, self.seed, self.difficulty, cache, workers)
 
     def __len__(self) -> int:
         return len(self._pages)
 
     def _encoded(self, index: int) -> Encoded:
-        if not 0 <= index < len(self):
+        if not 0 <= operator.index(index) < len(self):
             raise IndexError(f"scene {index} of a data set of {len(self)}")
         return self._pages[index]
 

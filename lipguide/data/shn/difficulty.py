@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
+from numbers import Real
 
 __all__ = ["Difficulty"]
 
@@ -15,10 +15,11 @@ class Difficulty:
     The defaults are calibrated: a detector trained on these scenes scores about as on SVHN, clean and attacked (chapter
     `house-numbers`).
 
-    blur: width of defocus, motion and resampling blur.
-    contrast: how much contrast is lost, by haze and by ink that is nearly as bright as its wall (0 loses none).
-    noise: deviation of the sensor's noise, and how coarse the JPEG quantisation is.
-    occlusion: how often, and how far, leaves, bars, dirt, shadows and glare cover the number.
+    Args:
+        blur: width of defocus, motion and resampling blur.
+        contrast: how much contrast is lost, by haze and by ink that is nearly as bright as its wall (0 loses none).
+        noise: deviation of the sensor's noise, and how coarse the JPEG quantisation is.
+        occlusion: how often, and how far, leaves, bars, dirt, shadows and glare cover the number.
 
     >>> Difficulty(blur=0.5).noise
     2.0
@@ -32,5 +33,5 @@ class Difficulty:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (math.isfinite(value) and 0.0 <= value <= 4.0):
-                raise ValueError(f"Difficulty.{field.name} must be between 0 and 4, not {value}")
+            if not (isinstance(value, Real) and 0.0 <= value <= 4.0):  # NaN is not either
+                raise ValueError(f"Difficulty.{field.name} must be a number between 0 and 4, not {value!r}")
