@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lipguide.bounds.below import lipschitz_lower_bound
 from lipguide.bounds.forwards import only_shrinks, travel, versions
 from lipguide.bounds.torch_layers import LAYERS, Call, NoBound
+from lipguide.checks import check_eval
 from lipguide.layers.brick import own_rule, voucher
 from lipguide.layers.export import equation_of
 
@@ -95,6 +96,7 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
     (1.0, ['Flatten', 'Linear', 'ReLU'])
     """
     names = {module: name or "the model" for name, module in model.named_modules()}
+    check_eval(model, "bounding it")
     _check(names)
     with torch.inference_mode(False):
         walk = _Walk(names, *_record(model, input_shape))
@@ -107,8 +109,6 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
 
 def _check(names: dict[nn.Module, str]) -> None:
     for module, name in names.items():
-        if module.training:
-            raise ValueError(f"{name} is in training mode, and a bound speaks of eval mode: call model.eval() first")
         for tensor_name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if isinstance(tensor, UninitializedTensorMixin):
                 raise ValueError(f"{tensor_name} of {name} has no values yet: call the model on a batch first")

@@ -32,6 +32,7 @@ from lipguide.robustness.attacks.objectives import (
 
 __all__ = ["BlindAttack", "pgd_l2", "pgd_linf"]
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers of so many bytes
 WITHIN = 1 - 1e-12  # of the radius is used: the rest is room for the rounding of float64
 
 
@@ -252,7 +253,13 @@ def _displaced(x: Tensor, delta: Tensor) -> Tensor:
     """x + delta, in [0, 1] and in the type of x, with no pixel further from x than delta says."""
     moved = (x.double() + delta).clamp(0, 1).to(x.dtype)
     too_far = (moved.double() - x.double()).abs() > delta.abs()
-    return torch.where(too_far, torch.nextafter(moved, x), moved)
+    return torch.where(too_far, _one_step(moved, x), moved)
+
+
+def _one_step(moved: Tensor, x: Tensor) -> Tensor:
+    """The next number from `moved` towards x, on every device: from 0 up, the bits of numbers count like the numbers."""
+    bits = (moved + 0.0).view(BITS[moved.element_size()])  # + 0.0 makes a plain zero of -0.0
+    return torch.where(x > moved, bits + 1, bits - 1).view(moved.dtype)
 
 
 def _norm(delta: Tensor) -> Tensor:

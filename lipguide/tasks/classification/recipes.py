@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lipguide.bounds.network import lipschitz_bound
+from lipguide.checks import decisions
 from lipguide.losses import OffsetCrossEntropy
 from lipguide.robustness import attacks
 from lipguide.robustness.certificates import certified_accuracy, checked_logits
@@ -93,12 +94,12 @@ def measure(model: nn.Sequential, recipe: Recipe, data: task.Data) -> dict[str, 
     if not recipe.lipschitz:
         with torch.no_grad():
             logits = torch.cat([model(part.to(device)) for part in images.split(250)]).cpu()
-        return {"accuracy": (logits.argmax(1) == labels).double().mean().item()}
+        return {"accuracy": (decisions(logits) == labels).double().mean().item()}
     rows = model[-1].weight
     trunk = lipschitz_bound(model[:-1].eval(), tuple(images.shape[1:])).value
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         logits = checked_logits(model, images.to(device), trunk, rows).cpu()
-    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    accuracy = (decisions(logits) == labels).double().mean().item()
     radii = [36 / 255, 72 / 255, 108 / 255, 0.5]
     certified = certified_accuracy(logits, labels, radii, trunk, rows.cpu())
     pairs = [[round(r, 6), round(c, 5)] for r, c in zip(radii, certified.tolist(), strict=True)]

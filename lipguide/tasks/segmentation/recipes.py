@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lipguide import losses
 from lipguide.bounds.network import lipschitz_bound
+from lipguide.checks import decisions
 from lipguide.robustness.certificates import certified_miou, certified_pixel_accuracy, checked_logits
 from lipguide.robustness.scores import check_masks, miou, pixel_accuracy, pooled_miou
 from lipguide.tasks import task
@@ -84,7 +85,7 @@ def measure(model: nn.Sequential, recipe: Recipe, data: task.Data) -> dict[str, 
         with torch.no_grad():
             parts = noisy(images, recipe.noise).split(50)
             logits = torch.cat([model(part.to(device)) for part in parts]).cpu()
-    predicted = logits.argmax(1)
+    predicted = decisions(logits)
     facts["pixel_accuracy"] = pixel_accuracy(predicted, masks).mean().item()
     facts["miou"] = miou(predicted, masks, classes).mean().item()
     facts["pooled_miou"] = pooled_miou(predicted, masks, classes).item()
