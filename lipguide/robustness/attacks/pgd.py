@@ -257,7 +257,7 @@ def _displaced(x: Tensor, delta: Tensor) -> Tensor:
 
 
 def _one_step(moved: Tensor, x: Tensor) -> Tensor:
-    """The next number from `moved` towards x, on every device: from 0 up, the bits of numbers count like the numbers."""
+    """The next number from `moved` towards x, on every device: from 0 up, the bits count as the numbers do."""
     bits = (moved + 0.0).view(BITS[moved.element_size()])  # + 0.0 makes a plain zero of -0.0
     return torch.where(x > moved, bits + 1, bits - 1).view(moved.dtype)
 
