@@ -19,8 +19,11 @@ def _percentiles(values: Iterable[float]) -> list[float]:
 
 
 def geometry(annotations: Iterable[Any]) -> dict[str, Any]:
-    """The figures of `svhn_facts()[split]` for annotations: objects with width, height, boxes (n, 4) as left, top,
-    width, height in pixels, and labels (n,) from 0 to 9. Both data sets have them as `dataset.annotations()`.
+    """The figures of `svhn_facts()[split]` for annotations, which both data sets have as `dataset.annotations()`.
+
+    Args:
+        annotations: objects with width, height, boxes (n, 4) as left, top, width, height in pixels, and labels (n,)
+            from 0 to 9.
 
     >>> from types import SimpleNamespace
     >>> one = SimpleNamespace(width=60, height=30, boxes=[[10, 5, 10, 20], [20, 5, 10, 20]], labels=[1, 0])

@@ -55,8 +55,15 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
-    """What is known of a picture without opening it. name: of its file; width, height: of the picture in pixels;
-    boxes: (n, 4) left, top, width, height in pixels, as published; labels: (n,) 0 to 9."""
+    """What is known of a picture without opening it.
+
+    Args:
+        name: of its file.
+        width: of the picture in pixels.
+        height: of the picture in pixels.
+        boxes: (n, 4) left, top, width, height in pixels, as published.
+        labels: (n,) 0 to 9.
+    """
 
     name: str
     width: int

@@ -38,12 +38,18 @@ class Scenes(NamedTuple):
 def number_window(
     width: int, height: int, corners: np.ndarray, rng: np.random.Generator
 ) -> tuple[int, int, int] | None:
-    """The Tinier SSD recipe's window (left, top, side) around a number in a picture; corners: (n, 4) xyxy in pixels.
+    """The Tinier SSD recipe's window (left, top, side) around a number in a picture.
 
     The smallest square that holds all boxes slides at random along its free direction, then grows by 30 %, by half
     of that, a quarter and so on until it fits the picture. None where no square around the number fits: the recipe
     drops such scenes (3 or 4 digits across a low picture). Unlike the recipe, the slide is drawn among the positions
     that fit, so no scene is lost by chance, and nothing is dropped because a box starts at a negative coordinate.
+
+    Args:
+        width: of the picture in pixels.
+        height: of the picture in pixels.
+        corners: (n, 4) xyxy in pixels.
+        rng: where the slide comes from.
 
     >>> number_window(100, 60, np.array([[40, 20, 50, 40], [50, 20, 60, 40]]), np.random.default_rng(0))
     (37, 17, 26)

@@ -83,7 +83,8 @@ def fractal(
 ) -> Array:
     """Smooth noise with mean about 0 and deviation about 1: random grids of ever finer mesh, each enlarged to size.
 
-    scale: (vertical, horizontal) size in pixels of the coarsest features; unequal sizes give grain.
+    Args:
+        scale: (vertical, horizontal) size in pixels of the coarsest features; unequal sizes give grain.
 
     >>> fractal(np.random.default_rng(0), (8, 12), (4.0, 4.0)).shape
     (8, 12)
@@ -141,10 +142,10 @@ def line_distance(x: Array, y: Array, start: tuple[float, float], stop: tuple[fl
     5.0
     """
     ux, uy = stop[0] - start[0], stop[1] - start[1]
-    along = ((x - np.float32(start[0])) * np.float32(ux) + (y - np.float32(start[1])) * np.float32(uy)) * np.float32(
-        1.0 / max(ux * ux + uy * uy, 1e-6)
-    )
+    px, py = x - np.float32(start[0]), y - np.float32(start[1])
+    share = np.float32(1.0 / max(ux * ux + uy * uy, 1e-6))
+    along = (px * np.float32(ux) + py * np.float32(uy)) * share
     along = np.clip(along, 0.0, 1.0)
-    dx = x - np.float32(start[0]) - along * np.float32(ux)
-    dy = y - np.float32(start[1]) - along * np.float32(uy)
+    dx = px - along * np.float32(ux)
+    dy = py - along * np.float32(uy)
     return np.sqrt(dx * dx + dy * dy)

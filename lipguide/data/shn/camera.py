@@ -25,10 +25,12 @@ def expose(picture: Array, contrast: float, stands_out: float, rng: np.random.Ge
     warm = 0.05 * float(rng.standard_normal()) - 0.055
     balance = np.array([gain * (1 + warm), gain, gain * (1 - warm)], dtype=np.float32)
     visible = (0.055 + 0.12 * u[2]) / max(contrast, 0.25)
-    kept = max(1.0 - contrast * (0.02 + 0.55 * u[0] ** 1.5), min(visible / max(gain * stands_out, 1e-3), 1.0))
-    kept = np.float32(kept)
+    faded = 1.0 - contrast * (0.02 + 0.55 * u[0] ** 1.5)
+    least = min(visible / max(gain * stands_out, 1e-3), 1.0)
+    kept = np.float32(max(faded, least))
     haze = HAZE * np.float32(0.8 + 0.5 * u[1])
-    return (picture * (balance * kept)[:, None, None] + (haze * (1 - kept))[:, None, None]).astype(np.float32)
+    seen = picture * (balance * kept)[:, None, None]
+    return (seen + (haze * (1 - kept))[:, None, None]).astype(np.float32)
 
 
 def _motion(picture: Array, length: float, angle: float) -> Array:
@@ -61,7 +63,8 @@ def focus(picture: Array, unit: float, blur: float, rng: np.random.Generator) ->
     if u[4] < 0.14 and length > 1.2:
         picture = _motion(picture, min(length, 25.0), math.pi * float(rng.random()))
     if u[5] < 0.35:
-        picture = picture + np.float32(0.3 + 1.4 * u[5]) * (picture - gaussian_blur(picture, sigma + 0.4, sigma + 0.4))
+        edges = picture - gaussian_blur(picture, sigma + 0.4, sigma + 0.4)
+        picture = picture + np.float32(0.3 + 1.4 * u[5]) * edges
     return picture
 
 

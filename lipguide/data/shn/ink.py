@@ -20,9 +20,17 @@ SHARES = np.cumsum([face.weight for face in FACES]) / sum(face.weight for face i
 
 @dataclass(frozen=True)
 class Hand:
-    """What the digits of one number share. weight: thickness added, in digit heights; slant: shear; turn: rotation
-    in radians; keystone: (x, y) perspective a digit height; fill: share of the box's (height, width) that ink takes;
-    growth: relative change of the digits' height along the number; rough: how far a brush strays, in digit heights.
+    """What the digits of one number share.
+
+    Args:
+        face: number of the typeface in `FACES`.
+        weight: thickness added, in digit heights.
+        slant: shear.
+        turn: rotation in radians.
+        keystone: (x, y) perspective a digit height.
+        fill: share of the box's (height, width) that ink takes.
+        growth: relative change of the digits' height along the number.
+        rough: how far a brush strays, in digit heights.
 
     >>> sample_hand("train", 0.1, np.random.default_rng(0)).face < len(FACES)
     True
@@ -40,8 +48,14 @@ class Hand:
 
 @dataclass(frozen=True, eq=False)
 class Ink:
-    """The number's field on a region of the picture. distance: (h, w) in pixels, positive in the ink; owner: (h, w)
-    index of the nearest digit + 1; top, left: where the region starts; height: the digits' height in pixels.
+    """The number's field on a region of the picture.
+
+    Args:
+        distance: (h, w) in pixels, positive in the ink.
+        owner: (h, w) index of the nearest digit + 1.
+        top: row where the region starts.
+        left: column where the region starts.
+        height: of the digits in pixels.
 
     >>> from lipguide.data.shn.layout import sample_layout
     >>> rng = np.random.default_rng(0)
@@ -74,9 +88,19 @@ def sample_hand(split: str, slope: float, rng: np.random.Generator) -> Hand:
     keystone = (strong * (2 * u[3] - 1), strong * (2 * u[4] - 1))
     slant = 0.05 * float(rng.standard_normal()) + (0.16 * u[5] if u[6] < 0.1 else 0.0)
     tight = (0.90, 0.86) if split == "train" else (0.88, 0.76)  # the boxes of test were drawn wider
-    fill = (tight[0] + 0.12 * float(rng.random()), tight[1] + 0.14 * float(rng.random()))
+    high = tight[0] + 0.12 * float(rng.random())
+    wide = tight[1] + 0.14 * float(rng.random())
     rough = 0.003 + 0.012 * float(rng.random()) if rng.random() < 0.35 else 0.0
-    return Hand(face, weight, slant, min(max(turn, -0.45), 0.45), keystone, fill, 0.12 * (2 * u[7] - 1), rough)
+    return Hand(
+        face=face,
+        weight=weight,
+        slant=slant,
+        turn=min(max(turn, -0.45), 0.45),
+        keystone=keystone,
+        fill=(high, wide),
+        growth=0.12 * (2 * u[7] - 1),
+        rough=rough,
+    )
 
 
 def _linear(hand: Hand, condense: float) -> np.ndarray:
@@ -116,7 +140,11 @@ def _draw_glyph(
     shape = glyph(hand.face, sign)
     a = linear * scale
     det = a[0, 0] * a[1, 1] - a[0, 1] * a[1, 0]
-    inverse = np.array([[a[1, 1], -a[0, 1]], [-a[1, 0], a[0, 0]]]) / det
+    adjugate = [
+        [a[1, 1], -a[0, 1]],
+        [-a[1, 0], a[0, 0]],
+    ]
+    inverse = np.array(adjugate) / det
     gx, gy = hand.keystone[0] / scale, hand.keystone[1] / scale
     cx, cy = centre[0] - tile[0], centre[1] - tile[1]
     (ox, oy), cell = shape.origin, shape.cell
@@ -173,7 +201,8 @@ def _write(ink: Ink, sign: int | str, owner: int, box: tuple[float, ...], hand: 
     if (tile[2:] <= tile[:2]).any():
         return
     new = _draw_glyph(sign, hand, *placed, tile)
-    part = (slice(tile[1] - ink.top, tile[3] - ink.top), slice(tile[0] - ink.left, tile[2] - ink.left))
+    left, top, right, bottom = tile - low
+    part = slice(top, bottom), slice(left, right)
     closer = new > ink.distance[part]
     ink.distance[part] = np.where(closer, new, ink.distance[part])
     ink.owner[part] = np.where(closer, owner, ink.owner[part])
@@ -183,7 +212,9 @@ def _free_boxes(boxes: np.ndarray) -> np.ndarray:
     """The boxes without what two neighbours share: boxes overlap because they were drawn roughly, ink does not."""
     free = boxes.astype(float)
     for k in range(len(boxes) - 1):
-        over = min(free[k, 0] + free[k, 2] - free[k + 1, 0], 0.75 * min(free[k, 2], free[k + 1, 2]))
+        shared = free[k, 0] + free[k, 2] - free[k + 1, 0]
+        narrower = min(free[k, 2], free[k + 1, 2])
+        over = min(shared, 0.75 * narrower)
         if over > 0:
             free[k, 2] -= over / 2
             free[k + 1, 0] += over / 2
@@ -233,26 +264,35 @@ def draw_strangers(layout: Layout, hand: Hand, rng: np.random.Generator) -> Ink 
         boxes.append((start, float(top[0]) + 0.3 * height * (u[5] - 0.5), wide, size))
     elif u[0] < 0.17:
         size = max(height * (0.13 + 0.13 * u[1]), 4.0)
-        line = float(top.max()) + height * (1.12 + 0.1 * u[2]) if u[3] < 0.6 else float(top.min()) - 1.6 * size
+        below = float(top.max()) + height * (1.12 + 0.1 * u[2])
+        above = float(top.min()) - 1.6 * size
+        line = below if u[3] < 0.6 else above
         count = 4 + int(9 * u[4])
         start = (float(left.min()) + right) / 2 - count * 0.4 * size
         for k, letter in enumerate(rng.integers(26, size=count)):
             signs.append(chr(ord("A") + int(letter)))
             boxes.append((start + 0.8 * size * k, line, 0.62 * size, size))
-    kept = [
-        (sign, box)
-        for sign, box in zip(signs, boxes, strict=True)
-        if box[0] < layout.width and box[0] + box[2] > 0 and -box[3] < box[1] < layout.height
-    ]
-    if not kept or (u[0] >= 0.05 and u[0] < 0.13 and _touches(kept[0][1], layout.boxes)):
+    kept = [(sign, box) for sign, box in zip(signs, boxes, strict=True) if _is_seen(box, layout)]
+    is_other_number = 0.05 <= u[0] < 0.13
+    if not kept or (is_other_number and _touches(kept[0][1], layout.boxes)):
         return None
-    ink = _blank(np.array([box for _, box in kept]), 0.45 * kept[0][1][3], layout, kept[0][1][3])
+    tall = kept[0][1][3]
+    ink = _blank(np.array([box for _, box in kept]), 0.45 * tall, layout, tall)
     for sign, box in kept:
         _write(ink, sign, 0, box, hand, _place(sign, box, hand, 0.85, 1.0, np.zeros(2)))
     return ink
 
 
+def _is_seen(box: tuple[float, ...], layout: Layout) -> bool:
+    """Does any part of a box lie in the picture?"""
+    left, top, width, tall = box
+    return left < layout.width and left + width > 0 and -tall < top < layout.height
+
+
 def _touches(box: tuple[float, ...], boxes: np.ndarray) -> bool:
     """Does a box reach into any of the number's own, or nearly?"""
     margin = 0.1 * float(boxes[0, 3])
-    return bool(((boxes[:, 0] < box[0] + box[2] + margin) & (boxes[:, 0] + boxes[:, 2] > box[0] - margin)).any())
+    left, right = box[0], box[0] + box[2]
+    begins_before = boxes[:, 0] < right + margin
+    ends_after = boxes[:, 0] + boxes[:, 2] > left - margin
+    return bool((begins_before & ends_after).any())

@@ -26,8 +26,14 @@ LIMITS = {"image_height": (12.0, 420.0), "image_aspect_w_over_h": (1.0, 5.0)}
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A scene's frame. boxes: (n, 4) integers left, top, width, height in pixels; labels: (n,) 0 to 9;
-    slope: rise of the number line a pixel, positive downwards.
+    """A scene's frame.
+
+    Args:
+        width: of the picture in pixels.
+        height: of the picture in pixels.
+        boxes: (n, 4) integers left, top, width, height in pixels.
+        labels: (n,) 0 to 9.
+        slope: rise of the number line a pixel, positive downwards.
 
     >>> from numpy.random import default_rng
     >>> layout = sample_layout("train", default_rng(0))
@@ -125,7 +131,8 @@ def sample_layout(split: str, rng: np.random.Generator) -> Layout:
     for width, gap in zip(widths, gaps, strict=False):
         left.append(left[-1] + max(width + gap, 0.45 * width))
     mean, deviation = LOG_WIDTH[split]
-    z_width = min(max((math.log(left[-1] + widths[-1]) - mean) / deviation, -2.5), 2.5)
+    z_width = (math.log(left[-1] + widths[-1]) - mean) / deviation
+    z_width = min(max(z_width, -2.5), 2.5)
 
     image_height = _quantile("image_height", split, z_size, log=True)
     on_size, on_width = SIZE_RATIO[split], WIDTH_RATIO[split]

@@ -23,8 +23,16 @@ SPLITS = {"train": 0, "test": 1}
 
 
 class Encoded(NamedTuple):
-    """A scene as it is stored. picture: JPEG file; mask: zlib of H·W bytes, 0 for background and k + 1 for the digit
-    of box k; boxes: (n, 4) integers left, top, width, height in pixels; labels: (n,) 0 to 9."""
+    """A scene as it is stored.
+
+    Args:
+        picture: a JPEG file.
+        mask: zlib of H·W bytes, 0 for background and k + 1 for the digit of box k.
+        width: of the picture in pixels.
+        height: of the picture in pixels.
+        boxes: (n, 4) integers left, top, width, height in pixels.
+        labels: (n,) 0 to 9.
+    """
 
     picture: bytes
     mask: bytes
@@ -43,7 +51,8 @@ def _ground(picture: Array, ink: Ink) -> tuple[Array, float]:
 
 def _throw_shadow(picture: Array, ink: Ink, u: np.ndarray) -> None:
     depth = ink.height * (0.015 + 0.06 * u[0])
-    dx, dy = round(depth * (2 * u[1] - 1) * 1.5), max(round(depth), 1 if u[0] > 0.3 else 0)
+    dx = round(depth * (2 * u[1] - 1) * 1.5)
+    dy = max(round(depth), 1 if u[0] > 0.3 else 0)
     moved = shifted(ink.distance, dy, dx, FAR)
     soft = 1.2 + 2.2 * depth * float(u[2])
     picture[ink.window] *= 1.0 - np.float32(0.25 + 0.45 * u[3]) * coverage(moved, soft)
@@ -89,7 +98,8 @@ def _paint_number(
     v = rng.random(5)
     alpha = coverage(distance, 1.0 + (0.05 * height * v[0] if v[1] < 0.06 else 0.0))
     if not raised and v[1] > 0.86:  # flaked paint
-        worn = soft_step(0.5 + 1.6 * fractal(rng, distance.shape, (0.2 * height,) * 2, 3, 0.8) + np.float32(1.2 * v[0]))
+        flakes = fractal(rng, distance.shape, (0.2 * height,) * 2, 3, 0.8)
+        worn = soft_step(0.5 + 1.6 * flakes + np.float32(1.2 * v[0]))
         alpha = alpha * (np.float32(0.3) + np.float32(0.7) * worn)
     ring = max(height * (0.015 + 0.05 * v[2]), 0.8)
     if v[3] < 0.07:  # a contour in another colour
@@ -119,9 +129,8 @@ def _screws(picture: Array, ink: Ink, layout: Layout, rng: np.random.Generator) 
             y, x = np.ogrid[max(sy - 6, 0) : min(sy + 7, rows), max(sx - 6, 0) : min(sx + 7, columns)]
             away = np.sqrt(((y - sy) ** 2 + (x - sx) ** 2).astype(np.float32))
             view = picture[ink.window][:, y[0, 0] : y[-1, 0] + 1, x[0, 0] : x[0, -1] + 1]
-            blend(
-                view, np.full(3, tone, dtype=np.float32), coverage(np.float32(min(0.03 * ink.height, 5.0)) - away, 1.2)
-            )
+            radius = np.float32(min(0.03 * ink.height, 5.0))
+            blend(view, np.full(3, tone, dtype=np.float32), coverage(radius - away, 1.2))
 
 
 def compose(

@@ -132,17 +132,23 @@ def _foliage(picture: Array, box: tuple[float, ...], unit: float, rng: np.random
     """A twig that hangs over a corner of the number, with its leaves."""
     shape = picture.shape[1:]
     x, y = grid(shape)
-    corner = (box[0], box[2])[int(rng.random() < 0.5)], (box[1], box[3])[int(rng.random() < 0.4)]
-    start = (corner[0] + 0.7 * unit * float(rng.standard_normal()), corner[1] - unit * (0.3 + float(rng.random())))
-    stop = (corner[0] + 0.25 * unit * float(rng.standard_normal()), corner[1] + 0.2 * unit * float(rng.random()))
+    left, top, right, bottom = box
+    cx = right if rng.random() < 0.5 else left
+    cy = bottom if rng.random() < 0.4 else top
+    start_x = cx + 0.7 * unit * float(rng.standard_normal())
+    start_y = cy - unit * (0.3 + float(rng.random()))
+    stop_x = cx + 0.25 * unit * float(rng.standard_normal())
+    stop_y = cy + 0.2 * unit * float(rng.random())
+    start, stop = (start_x, start_y), (stop_x, stop_y)
     green = np.array([0.24, 0.34, 0.14]) * (0.5 + 0.9 * rng.random()) + 0.03 * rng.standard_normal(3)
     twig = np.float32(0.018 * unit + 0.3) - line_distance(x, y, start, stop)
     blend(picture, np.clip(green * 0.5, 0, 1).astype(np.float32), coverage(twig))
     for _ in range(3 + int(4 * rng.random())):
         t = float(rng.random())
-        spot = tuple(start[i] + t * (stop[i] - start[i]) + 0.12 * unit * float(rng.standard_normal()) for i in (0, 1))
+        spot_x = start_x + t * (stop_x - start_x) + 0.12 * unit * float(rng.standard_normal())
+        spot_y = start_y + t * (stop_y - start_y) + 0.12 * unit * float(rng.standard_normal())
         size = unit * (0.06 + 0.08 * float(rng.random()))
-        leaf = coverage(_leaf(x, y, spot, size, 6.28 * float(rng.random())), 1.3)
+        leaf = coverage(_leaf(x, y, (spot_x, spot_y), size, 6.28 * float(rng.random())), 1.3)
         tone = np.clip(green * (0.7 + 0.7 * rng.random()), 0.02, 0.95).astype(np.float32)
         blend(picture, tone, np.float32(0.95) * leaf)
 
@@ -158,13 +164,15 @@ def _bars(picture: Array, box: tuple[float, ...], unit: float, rng: np.random.Ge
     cx = box[0] + (box[2] - box[0]) * float(rng.random())
     cy = box[1] + (box[3] - box[1]) * float(rng.random())
     c, s = math.cos(lean), math.sin(lean)
-    tone = np.clip(np.full(3, 0.1 + 0.75 * u[3] ** 2) + 0.03 * rng.standard_normal(3), 0, 1).astype(np.float32)
+    grey = np.full(3, 0.1 + 0.75 * u[3] ** 2)
+    tone = np.clip(grey + 0.03 * rng.standard_normal(3), 0, 1).astype(np.float32)
     across = (x - np.float32(cx)) * np.float32(c) + (y - np.float32(cy)) * np.float32(s)
     for k in range(1 + int(3 * rng.random() ** 2)):
-        distance = np.float32(thick / 2) - np.abs(across - np.float32(k * pitch))
-        blend(picture, tone, coverage(distance, 1.2))
-        edge = coverage(np.float32(0.15 * thick) - np.abs(across - np.float32(k * pitch - 0.25 * thick)), 1.2)
-        blend(picture, np.clip(tone + np.float32(0.2), 0, 1), np.float32(0.6) * edge)
+        off_middle = np.abs(across - np.float32(k * pitch))
+        blend(picture, tone, coverage(np.float32(thick / 2) - off_middle, 1.2))
+        off_rim = np.abs(across - np.float32(k * pitch - 0.25 * thick))
+        rim = coverage(np.float32(0.15 * thick) - off_rim, 1.2)
+        blend(picture, np.clip(tone + np.float32(0.2), 0, 1), np.float32(0.6) * rim)
 
 
 def _dirt(picture: Array, box: tuple[float, ...], unit: float, rng: np.random.Generator) -> None:
@@ -183,9 +191,12 @@ def _glare(picture: Array, box: tuple[float, ...], unit: float, rng: np.random.G
     cx = box[0] + (box[2] - box[0]) * float(rng.random())
     cy = box[1] + (box[3] - box[1]) * float(rng.random())
     rx, ry = (unit * (0.3 + 0.9 * float(rng.random())) for _ in range(2))
-    dx, dy = (x - np.float32(cx)) * np.float32(1 / rx), (y - np.float32(cy)) * np.float32(1 / ry)
-    spot = 1.0 / ((1.0 + dx * dx + dy * dy) * (1.0 + dx * dx + dy * dy))
-    blend(picture, np.minimum(SKY * 1.25, np.float32(1.0)), np.float32(0.25 + 0.5 * float(rng.random())) * spot)
+    dx = (x - np.float32(cx)) * np.float32(1 / rx)
+    dy = (y - np.float32(cy)) * np.float32(1 / ry)
+    away = 1.0 + dx * dx + dy * dy
+    spot = 1.0 / (away * away)
+    bright = np.minimum(SKY * 1.25, np.float32(1.0))
+    blend(picture, bright, np.float32(0.25 + 0.5 * float(rng.random())) * spot)
 
 
 HINDRANCES = ((_foliage, 0.05), (_bars, 0.06), (_dirt, 0.12), (_glare, 0.07))
@@ -215,7 +226,9 @@ def light(picture: Array, unit: float, strength: float, rng: np.random.Generator
     if u[2] < 0.22 * strength:
         angle = 6.2832 * u[3]
         c, s = math.cos(angle), math.sin(angle)
-        middle = (shape[1] * (0.2 + 0.6 * u[4])) * c + (shape[0] * (0.2 + 0.6 * u[5])) * s
+        middle_x = shape[1] * (0.2 + 0.6 * u[4])
+        middle_y = shape[0] * (0.2 + 0.6 * u[5])
+        middle = middle_x * c + middle_y * s
         soft = unit * (0.03 + 0.3 * u[6] ** 2) + 1.0
         shade = coverage(x * np.float32(c) + y * np.float32(s) - np.float32(middle), soft)
     elif u[2] < 0.32 * strength:

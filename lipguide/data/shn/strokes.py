@@ -19,10 +19,16 @@ __all__ = ["PENS", "Pen", "skeleton"]
 class Pen:
     """One hand: the proportions and forms that its ten digits share.
 
-    width: of a digit, in units of its height; half: half the line's thickness, likewise; square: exponent of the
-    bowls (2 is an ellipse, 4 nearly a rectangle); contrast: how much thinner the horizontal parts are (0 to 0.6);
-    cap: "round" or "flat" ends; slab: length of a bar across the free ends; stencil: width of the gap that a
-    stencil leaves; the other fields pick a form of the digit they name.
+    Args:
+        width: of a digit, in units of its height.
+        half: half the line's thickness, likewise.
+        square: exponent of the bowls (2 is an ellipse, 4 nearly a rectangle).
+        contrast: how much thinner the horizontal parts are (0 to 0.6).
+        cap: "round" or "flat" ends.
+        slab: length of a bar across the free ends.
+        stencil: width of the gap that a stencil leaves.
+        waist: height at which 3, 4, 6, 8 and 9 are narrowest.
+        one: form of the digit; three, four, six and seven likewise.
 
     >>> Pen(width=0.6, half=0.06).square
     2.0

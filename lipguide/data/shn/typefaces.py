@@ -53,8 +53,13 @@ class Face:
 
 @dataclass(frozen=True, eq=False)
 class Glyph:
-    """One glyph. field: mode-F picture of distance + OFFSET; hull: convex hull (k, 2) of the ink, y down, height 1,
-    centred on the ink; cell: field cells per unit; origin: position of the ink's centre in the field, in cells.
+    """One glyph.
+
+    Args:
+        field: mode-F picture of distance + OFFSET.
+        hull: convex hull (k, 2) of the ink, y down, height 1, centred on the ink.
+        cell: field cells per unit.
+        origin: position of the ink's centre in the field, in cells.
 
     >>> round(float(np.ptp(glyph(0, 3).hull[:, 1])), 3)
     1.0
@@ -111,12 +116,18 @@ def _grid(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _to_segments(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distance of every grid point to every segment, and where along the segment (0 to 1): (S, Y, X) each."""
     x, y, a, b = (v.astype(np.float32) for v in (x, y, a, b))
-    u = b - a
-    u /= np.maximum(u[:, :1] ** 2 + u[:, 1:] ** 2, np.float32(1e-12))
-    px, py = x[None, None, :] - a[:, 0, None, None], y[None, :, None] - a[:, 1, None, None]
-    along = px * u[:, 0, None, None] + py * u[:, 1, None, None]
+    ax, ay = a[:, 0, None, None], a[:, 1, None, None]  # (S, 1, 1), as all that belongs to a segment
+    run = b - a
+    run_x, run_y = run[:, 0, None, None], run[:, 1, None, None]
+    squared = run[:, :1] ** 2 + run[:, 1:] ** 2
+    u = run / np.maximum(squared, np.float32(1e-12))
+    ux, uy = u[:, 0, None, None], u[:, 1, None, None]
+    px = x[None, None, :] - ax
+    py = y[None, :, None] - ay
+    along = px * ux + py * uy
     np.clip(along, 0.0, 1.0, out=along)
-    dx, dy = px - along * (b - a)[:, 0, None, None], py - along * (b - a)[:, 1, None, None]
+    dx = px - along * run_x
+    dy = py - along * run_y
     dx *= dx
     dy *= dy
     dx += dy
@@ -128,10 +139,12 @@ def _outline_distance(contours: list[np.ndarray], x: np.ndarray, y: np.ndarray) 
     a = np.concatenate([c[:-1] for c in contours])
     b = np.concatenate([c[1:] for c in contours])
     distance = _to_segments(x, y, a, b)[0].min(axis=0)
-    up = (a[:, 1, None] <= y) & (b[:, 1, None] > y)
-    down = (b[:, 1, None] <= y) & (a[:, 1, None] > y)
-    rise = np.where(b[:, 1] == a[:, 1], 1.0, b[:, 1] - a[:, 1])
-    crossing = a[:, 0, None] + (y - a[:, 1, None]) / rise[:, None] * (b[:, 0] - a[:, 0])[:, None]
+    ax, ay = a[:, :1], a[:, 1:]  # (S, 1)
+    bx, by = b[:, :1], b[:, 1:]
+    up = (ay <= y) & (by > y)  # (S, Y)
+    down = (by <= y) & (ay > y)
+    rise = np.where(by == ay, 1.0, by - ay)
+    crossing = ax + (y - ay) / rise * (bx - ax)  # (S, Y): where a segment meets a row
     turns = (up.astype(np.int8) - down.astype(np.int8))[:, :, None]
     winding = np.sum(turns * (x[None, None, :] > crossing[:, :, None]), axis=0)
     return np.where(winding != 0, distance, -distance)

@@ -66,19 +66,20 @@ def brick(shape: tuple[int, int], colour: Array, unit: float, turn: float, rng: 
     shade = table[row % 16, column % 16]
     down = (y / np.float32(course) + np.float32(100 + u[3]) - row) * np.float32(course)
     across = (along - column) * np.float32(length)
-    edge = np.minimum(
-        np.minimum(down, np.float32(course) - down), np.minimum(across, np.float32(length) - across)
-    ) - np.float32(joint / 2)
+    level = np.minimum(down, np.float32(course) - down)
+    upright = np.minimum(across, np.float32(length) - across)
+    edge = np.minimum(level, upright) - np.float32(joint / 2)
     grain = fractal(rng, shape, (0.15 * unit, 0.15 * unit), 2, 0.8)
-    picture = colour[:, None, None] * (
-        1.0 + np.float32(0.04 + 0.1 * u[5]) * shade + np.float32(0.05 + 0.05 * u[6]) * grain
-    )
+    own = np.float32(0.04 + 0.1 * u[5]) * shade
+    fine = np.float32(0.05 + 0.05 * u[6]) * grain
+    picture = colour[:, None, None] * (1.0 + own + fine)
     light = float(rng.random())
     mortar = np.clip(colour * 0.5 + np.float32(0.1 + 0.4 * light), 0.05, 0.9).astype(np.float32)
     if light < 0.3:
         mortar = colour * np.float32(0.55)
     painted = 0.25 if rng.random() < 0.3 else 0.85
-    blend(picture, mortar[:, None, None] * (1.0 + np.float32(0.06) * grain), np.float32(painted) * coverage(-edge, 1.2))
+    rough = mortar[:, None, None] * (1.0 + np.float32(0.06) * grain)
+    blend(picture, rough, np.float32(painted) * coverage(-edge, 1.2))
     return picture
 
 
@@ -131,11 +132,13 @@ def tiles(shape: tuple[int, int], colour: Array, unit: float, turn: float, rng: 
     u = rng.random(4)
     size = max(unit * (0.22 + 0.9 * u[0]), 4.0)
     x, y = grid(shape, turn if turn else 1e-4)
-    px, py = x / np.float32(size) + np.float32(80 + u[1]), y / np.float32(size) + np.float32(80 + u[2])
+    px = x / np.float32(size) + np.float32(80 + u[1])
+    py = y / np.float32(size) + np.float32(80 + u[2])
     ix, iy = np.floor(px).astype(np.int32), np.floor(py).astype(np.int32)
     table = rng.standard_normal((16, 16), dtype=np.float32)
     ex, ey = px - ix, py - iy
-    edge = np.minimum(np.minimum(ex, 1 - ex), np.minimum(ey, 1 - ey)) * np.float32(size) - np.float32(0.03 * size)
+    inside = np.minimum(np.minimum(ex, 1 - ex), np.minimum(ey, 1 - ey))
+    edge = inside * np.float32(size) - np.float32(0.03 * size)
     picture = colour[:, None, None] * (1.0 + np.float32(0.05) * table[iy % 16, ix % 16])
     joint = np.clip(colour + np.float32(0.3 * (u[3] - 0.35)), 0.05, 0.95).astype(np.float32)
     blend(picture, joint, coverage(-edge, 1.2))
@@ -146,14 +149,15 @@ def sheet(shape: tuple[int, int], colour: Array, unit: float, turn: float, rng: 
     """Painted metal or a smooth door: an even gradient, now and then a raised panel's edge."""
     x, y = grid(shape)
     u = rng.random(5)
-    fall = np.float32(0.3 * (u[0] - 0.5)) * (x / np.float32(shape[1])) + np.float32(0.3 * (u[1] - 0.5)) * (
-        y / np.float32(shape[0])
-    )
+    across, down = x / np.float32(shape[1]), y / np.float32(shape[0])
+    fall = np.float32(0.3 * (u[0] - 0.5)) * across + np.float32(0.3 * (u[1] - 0.5)) * down
     picture = colour[:, None, None] * (1.0 + np.broadcast_to(fall, shape)).astype(np.float32)
     if u[2] < 0.5:
         edge = y - np.float32(shape[0] * (0.05 + 0.9 * u[3]))
         width = max(0.05 * unit, 0.8)
-        line = coverage(np.float32(width) - np.abs(edge), 1.2) - coverage(np.float32(width) - np.abs(edge + 2 * width))
+        lit = coverage(np.float32(width) - np.abs(edge), 1.2)
+        shaded = coverage(np.float32(width) - np.abs(edge + 2 * width))
+        line = lit - shaded
         picture *= 1.0 + np.float32(0.18 * (2 * u[4] - 1)) * line
     _uneven(picture, 0.025, unit, rng)
     return picture
@@ -177,7 +181,16 @@ LIKELY: dict[str, tuple[tuple[Wall, int], ...]] = {
     "dark glass": ((glass, 8), (sheet, 2)),
     "dark wood": ((wood, 6), (boards, 4)),
     "brown": ((wood, 6), (boards, 4), (brick, 2)),
-    "": ((plaster, 42), (boards, 20), (sheet, 14), (brick, 9), (stone, 7), (wood, 4), (tiles, 4), (glass, 3)),
+    "": (
+        (plaster, 42),
+        (boards, 20),
+        (sheet, 14),
+        (brick, 9),
+        (stone, 7),
+        (wood, 4),
+        (tiles, 4),
+        (glass, 3),
+    ),
 }
 
 

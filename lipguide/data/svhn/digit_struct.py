@@ -38,8 +38,14 @@ class DigitStructError(ValueError):
 
 
 class DigitStruct(NamedTuple):
-    """All annotations of a split. names: of the pictures; digits: (N + 1,) where each picture's digits start;
-    boxes: (D, 4) left, top, width, height in pixels; labels: (D,) 0 to 9."""
+    """All annotations of a split.
+
+    Args:
+        names: of the N pictures.
+        digits: (N + 1,) where each picture's digits start.
+        boxes: (D, 4) left, top, width, height in pixels.
+        labels: (D,) 0 to 9.
+    """
 
     names: list[str]
     digits: np.ndarray

@@ -163,7 +163,13 @@ def download_svhn(
 
     A split whose folder is there already is left alone, and an archive that is there is not fetched again (so one
     that was brought by hand will do). Size and MD5 are checked before anything is unpacked. The archives stay in
-    `root`; they may be deleted. site, archives: for a mirror, and what it must hold.
+    `root`; they may be deleted.
+
+    Args:
+        root: the folder of the splits.
+        extra: whether to fetch extra too.
+        site: a mirror of the official one.
+        archives: what a mirror must hold.
 
     SVHN is for non-commercial use only: see `SVHN_TERMS`.
     """

@@ -38,8 +38,14 @@ def _what_matters(header: np.ndarray) -> np.ndarray:
 class LoneNumbers:
     """Numbers by the addresses that object references hold, of one open file.
 
-    like: a float64 data set of one element, read already; address: of its header; value: what it holds. `usable` says
-    whether its header was understood.
+    `usable` says whether the header of `like` was understood.
+
+    Args:
+        file: that holds them, open.
+        path: of the file.
+        like: a float64 data set of one element, read already.
+        address: of its header.
+        value: what it holds.
     """
 
     def __init__(self, file: h5py.File, path: Path, like: h5d.DatasetID, address: int, value: float) -> None:
