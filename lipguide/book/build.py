@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -29,14 +30,14 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from lipguide.book.staleness import chapter_key, records_read
+from lipguide.book.ledger import PROFILES
+from lipguide.book.staleness import chapter_key, hash_of, modules_behind, records_read
 from lipguide.distributed import choose_device
 from lipguide.files import replacing
 from lipguide.provenance import lock_hash
 
 __all__ = ["PROFILES", "Book", "BuildError", "build"]
 
-PROFILES = ("quick", "full")
 SEED = 0
 
 
@@ -109,7 +110,7 @@ def build(book: Book, profile: str = "quick", device: str = "auto", only: list[s
             for outcome in problems:
                 print(f"  {outcome.problem}")
             return 1
-        return _render(book, profile)
+        return _render(book, profile, device)
 
 
 def _check(value: str, valid: tuple[str, ...], what: str) -> None:
@@ -159,42 +160,115 @@ def _execute_all(book: Book, profile: str, device: str, chapters: list[str]) -> 
 def _execute(book: Book, chapter: str, profile: str, device: str) -> tuple[Outcome, bool]:
     """Run one chapter unless its executed notebook is still true; say whether it ran."""
     began = time.perf_counter()
-    source = book.source(book.chapters[chapter])
-    notebook = jupytext.read(source)
-    parameters = {"profile": profile, "device": device, "seed": SEED}
-    code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
-    records = records_read(code, source.parent)
-    key = chapter_key(code, source.read_text(encoding="utf-8"), parameters, lock_hash(), records)
-    target = book.executed(chapter, profile)
-    if _key_of(target) == key and book.ledger(chapter, profile).exists():
+    target, ledger = book.executed(chapter, profile), book.ledger(chapter, profile)
+    key = _key(book, chapter, profile, device)
+    if _is_true(book, chapter, profile, device):
         return Outcome(chapter, time.perf_counter() - began), False
     failed = book.failed / f"{chapter}.{profile}.ipynb"
-    problem = _run(notebook, failed, source.parent, parameters)
-    seconds = time.perf_counter() - began
+    before = _LedgerBefore.of(ledger)
+    try:
+        problem = _run(book.source(book.chapters[chapter]), failed, _parameters(profile, device))
+        if not problem and before.is_still_there():
+            problem = f"it ran, but saved no {ledger.name}"
+        if not problem:
+            _keep(failed, target, {"key": key, "ledger": hash_of(ledger)})
+            before = None
+    finally:  # what a run that failed or was interrupted has saved must not be printed by the text of another run
+        if before is not None:
+            before.put_back()
     if problem:
-        return Outcome(chapter, seconds, f"{chapter}: {problem}; see {failed.relative_to(book.root)}"), True
-    if not book.ledger(chapter, profile).exists():
-        return Outcome(chapter, seconds, f"{chapter}: it ran, but saved no {book.ledger(chapter, profile).name}"), True
-    done = nbformat.read(failed, as_version=4)
-    _fold_parameters(done)
-    done.metadata["lipguide"] = {"key": key}
-    _write_notebook(done, target)
-    failed.unlink()
-    failed.with_suffix(".log").unlink(missing_ok=True)
-    return Outcome(chapter, seconds), True
+        problem = f"{chapter}: {problem}; see {failed.relative_to(book.root)}"
+    return Outcome(chapter, time.perf_counter() - began, problem), True
 
 
-def _run(notebook: nbformat.NotebookNode, path: Path, folder: Path, parameters: dict[str, object]) -> str:
-    """Execute a notebook into `path`; return what went wrong, or nothing.
+def _keep(done: Path, target: Path, made_from: dict[str, str]) -> None:
+    """Put an executed notebook in its place, with what it was made from and what it made."""
+    notebook = nbformat.read(done, as_version=4)
+    _fold_parameters(notebook)
+    notebook.metadata["lipguide"] = made_from
+    _write_notebook(notebook, target)
+    done.unlink()
+    done.with_suffix(".log").unlink(missing_ok=True)
+
+
+def _parameters(profile: str, device: str) -> dict[str, object]:
+    return {"profile": profile, "device": device, "seed": SEED}
+
+
+def _key(book: Book, chapter: str, profile: str, device: str) -> str:
+    """The hash of all that the outcome of a chapter depends on, as it stands now."""
+    source = book.source(book.chapters[chapter])
+    text = source.read_text(encoding="utf-8")
+    cells = jupytext.reads(text, fmt="md:myst").cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    records = records_read(code, source.parent, book.ledger(chapter, profile))
+    return chapter_key(code, text, _parameters(profile, device), lock_hash(), records)
+
+
+def _made_from(notebook: Path) -> dict[str, str] | None:
+    """What an executed notebook was made from and what it made: its key, and the hash of the ledger that it saved."""
+    try:
+        return nbformat.read(notebook, as_version=4).metadata.get("lipguide")
+    except (OSError, ValueError):
+        return None
+
+
+def _is_whole(book: Book, chapter: str, profile: str) -> bool:
+    """Whether a chapter has run and its ledger is the one that this run saved."""
+    made = _made_from(book.executed(chapter, profile))
+    return made is not None and made.get("ledger") == hash_of(book.ledger(chapter, profile))
+
+
+def _is_true(book: Book, chapter: str, profile: str, device: str) -> bool:
+    """Whether a chapter would come out today as it stands in its executed notebook."""
+    now = {"key": _key(book, chapter, profile, device), "ledger": hash_of(book.ledger(chapter, profile))}
+    return _made_from(book.executed(chapter, profile)) == now
+
+
+@dataclass(frozen=True)
+class _LedgerBefore:
+    """A ledger as it was before its chapter ran."""
+
+    path: Path
+    content: bytes | None
+    mark: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, path: Path) -> _LedgerBefore:
+        return cls(path, path.read_bytes() if path.exists() else None, _mark(path))
+
+    def is_still_there(self) -> bool:
+        return _mark(self.path) in (None, self.mark)
+
+    def put_back(self) -> None:
+        if _mark(self.path) == self.mark:
+            return
+        if self.content is None:
+            self.path.unlink(missing_ok=True)
+            return
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(self.content)
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """Which file this is: each save makes a new one, also where the numbers are the same."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _run(source: Path, path: Path, parameters: dict[str, object]) -> str:
+    """Execute a chapter into the notebook `path`; return what went wrong, or nothing.
 
     Cells are counted as in the source, without the one that papermill injects before them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_notebook(notebook, path)
+    _write_notebook(jupytext.read(source), path)
     try:
         with _stderr_to(path.with_suffix(".log")):
             papermill.execute_notebook(
-                str(path), str(path), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder)
+                str(path), str(path), parameters, kernel_name="python3", progress_bar=False, cwd=str(source.parent)
             )
     except PapermillExecutionError as error:
         return f"code cell {error.exec_count - 1} raised {error.ename}: {_first_line(error.evalue)}"
@@ -223,13 +297,6 @@ def _stderr_to(path: Path) -> Iterator[None]:
         os.close(terminal)
 
 
-def _key_of(path: Path) -> str | None:
-    try:
-        return nbformat.read(path, as_version=4).metadata.get("lipguide", {}).get("key")
-    except (OSError, ValueError):
-        return None
-
-
 def _fold_parameters(notebook: nbformat.NotebookNode) -> None:
     """Show the injected parameters in the chapter's own cell instead of in a second one."""
     injected = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
@@ -247,13 +314,18 @@ def _write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
         nbformat.write(notebook, temporary)
 
 
-def _render(book: Book, profile: str) -> int:
+def _render(book: Book, profile: str, device: str) -> int:
     """Stage the executed notebooks, run Jupyter Book on them without execution, and put the new HTML in place."""
     began = time.perf_counter()
     missing = _stage(book, profile)
     if missing:
         print(f"rendered without outputs, for they have not run with profile {profile}: {', '.join(missing)}")
-    key = _tree_hash(book.stage)
+    stale = [
+        chapter for chapter in book.chapters if chapter not in missing and not _is_true(book, chapter, profile, device)
+    ]
+    if stale:
+        print(f"rendered as they ran last, before something that they depend on changed: {', '.join(stale)}")
+    key = _rendering_key(book.stage, profile)
     mark = book.html / ".lipguide"
     old = book.html.with_name("html.old")
     if old.exists() and not book.html.exists():  # interrupted between the two renames below
@@ -310,7 +382,7 @@ def _stage(book: Book, profile: str) -> list[str]:
         executed = book.executed(chapter, profile)
         if chapter not in book.chapters:
             shutil.copy(book.source(page), book.stage / f"{page}.md")
-        elif executed.exists():
+        elif _is_whole(book, chapter, profile):
             shutil.copy(executed, book.stage / f"{page}.ipynb")
         else:
             missing.append(chapter)
@@ -318,9 +390,10 @@ def _stage(book: Book, profile: str) -> list[str]:
     return missing
 
 
-def _tree_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(folder)).encode() + hashlib.sha256(path.read_bytes()).digest())
-    digest.update(hashlib.sha256((Path(__file__).parent / "roles.py").read_bytes()).digest())
+def _rendering_key(folder: Path, profile: str) -> str:
+    """A hash of all that the HTML depends on: the staged files, and what renders them."""
+    digest = hashlib.sha256(json.dumps([profile, lock_hash()]).encode())
+    renderers = modules_behind("from lipguide.book import roles")
+    for path in sorted(renderers) + sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(os.path.relpath(path, folder).encode() + bytes.fromhex(hash_of(path)))
     return digest.hexdigest()

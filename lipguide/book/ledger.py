@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import torch
 from lipguide.files import write_json
 from lipguide.provenance import provenance
 
-__all__ = ["Ledger", "lookup", "read"]
+__all__ = ["PROFILES", "Ledger", "lookup", "read"]
+
+PROFILES = ("quick", "full")  # how much a chapter computes: two CPU cores and two minutes, or the real training
 
 
 class Ledger:
@@ -96,24 +99,33 @@ def lookup(content: Any, key: str) -> Any:
     >>> lookup({"curve": [{"clean.map": 0.5}]}, "curve.0.clean.map")
     0.5
     """
-    if isinstance(content, dict) and key in content:
-        return content[key]
-    # Names may hold dots themselves: try every way to split off a first one.
+    if not key:
+        return content
+    for name, rest in _splits(key):
+        if isinstance(content, dict) and name in content:
+            return lookup(content[name], rest)
+        if isinstance(content, list) and name.isdigit() and int(name) < len(content):
+            return lookup(content[int(name)], rest)
+    raise KeyError(f"nothing at {key!r}; there is: {_names_in(content)}")
+
+
+def _splits(key: str) -> Iterator[tuple[str, str]]:
+    """Every way to split off a first name, the longest first, for names may hold dots themselves.
+
+    >>> list(_splits("curve.0"))
+    [('curve.0', ''), ('curve', '0')]
+    """
     parts = key.split(".")
-    for i in range(1, len(parts)):
-        first, rest = ".".join(parts[:i]), ".".join(parts[i:])
-        if isinstance(content, dict) and first in content:
-            return lookup(content[first], rest)
-    if isinstance(content, list) and parts[0].isdigit() and int(parts[0]) < len(content):
-        return lookup(content[int(parts[0])], ".".join(parts[1:])) if parts[1:] else content[int(parts[0])]
-    there = (
-        ", ".join(content)
-        if isinstance(content, dict)
-        else f"{len(content)} items"
-        if isinstance(content, list)
-        else content
-    )
-    raise KeyError(f"nothing at {key!r}; there is: {there}")
+    for i in range(len(parts), 0, -1):
+        yield ".".join(parts[:i]), ".".join(parts[i:])
+
+
+def _names_in(content: Any) -> str:
+    if isinstance(content, dict):
+        return ", ".join(content)
+    if isinstance(content, list):
+        return f"{len(content)} items"
+    return str(content)
 
 
 def _plain(value: Any, key: str) -> Any:

@@ -17,18 +17,18 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from lipguide.book.ledger import lookup, read
+from lipguide.book.ledger import PROFILES, lookup, read
 
-PROFILES = ("quick", "full")
+__all__ = ["LedgerRole", "RunBox", "describe", "ledger_path", "parts", "setup"]
 
 
 class LedgerRole(SphinxRole):
     """A number from a ledger file; a key that is not there is a warning, and so fails the build."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-        *chapter, key, form = self.text.split(":") if self.text.count(":") == 2 else (None, *self.text.split(":", 1))
         try:
-            path = ledger_path(self.env, chapter[0] if chapter[0] else None)
+            chapter, key, form = parts(self.text)
+            path = ledger_path(self.env, chapter)
             self.env.note_dependency(str(path))
             content = read(path)
             # Provenance is there for the asking too: how long a run took, say.
@@ -38,6 +38,22 @@ class LedgerRole(SphinxRole):
             message = self.inliner.reporter.warning(f"ledger role {self.text!r}: {error}", line=self.lineno)
             return [self.inliner.problematic(self.rawtext, self.rawtext, message)], [message]
         return [nodes.inline(text, text, classes=["ledger"])], []
+
+
+def parts(text: str) -> tuple[str | None, str, str]:
+    """The chapter (None for the one at hand), the key and the format of a role's text.
+
+    >>> parts("why.full:radius:.2f")
+    ('why.full', 'radius', '.2f')
+    >>> parts("radius:.2f")
+    (None, 'radius', '.2f')
+    """
+    fields = text.split(":")
+    if len(fields) == 2:
+        return None, fields[0], fields[1]
+    if len(fields) == 3:
+        return fields[0], fields[1], fields[2]
+    raise ValueError("it should read key:format or chapter:key:format")
 
 
 class RunBox(SphinxDirective):

@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-__all__ = ["chapter_key", "modules_behind", "records_read"]
+__all__ = ["chapter_key", "hash_of", "modules_behind", "records_read"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NAME = PACKAGE.name
@@ -42,14 +42,19 @@ def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str
     modules = modules_behind(code)
     files = sorted(modules) + (_data_files() if modules else [])
     for path in files:
-        _add(digest, str(path.relative_to(PACKAGE)), path)
+        digest.update(f"{path.relative_to(PACKAGE)} {hash_of(path)} ".encode())
     for path in sorted(records):
-        _add(digest, path.name, path)
+        digest.update(f"{path.name} {hash_of(path)} ".encode())
     return digest.hexdigest()
 
 
-def _add(digest: hashlib._Hash, name: str, path: Path) -> None:
-    digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+def hash_of(path: Path) -> str:
+    """The SHA-256 of a file, or nothing where there is none.
+
+    >>> hash_of(Path("nowhere"))
+    ''
+    """
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def _data_files() -> list[Path]:

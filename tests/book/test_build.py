@@ -118,6 +118,70 @@ def test_a_chapter_runs_again_when_a_record_that_it_reads_changes(root, capsys):
     assert read(root / "book" / "results" / "one.quick.json")["results"]["was"] == 2
 
 
+def saves(root: Path, answer: int, then: str = "") -> None:
+    """Chapter `one` with another answer, and what it does when that is saved."""
+    write(root, "one", then)
+    page = root / "book" / "one.md"
+    cells = page.read_text().replace('ledger["answer"] = 42', f'ledger["answer"] = {answer}')
+    if then:
+        cells = cells.replace(f"{then}\n", "").replace("ledger.save()", f"ledger.save()\n{then}")
+    page.write_text(cells)
+
+
+def test_the_ledger_on_a_page_is_the_one_that_its_notebook_saved(root, capsys):
+    """One story in order, since each build takes seconds."""
+    ledger, page = root / "book/results/one.quick.json", root / "_build/html/book/one.html"
+    assert build(Book(root), "quick", "cpu") == 0
+
+    # A run that saves and then fails leaves nothing behind.
+    first = ledger.read_bytes()
+    saves(root, 43, then="raise ArithmeticError('late')")
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 1
+    assert ledger.read_bytes() == first
+    write(root, "one")
+    capsys.readouterr()
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 0
+    assert "unchanged" in capsys.readouterr().out and ">42<" in page.read_text()
+
+    # Edited by hand, or from another run: another page cannot print it, and the chapter runs again.
+    ledger.write_text(ledger.read_text().replace("42", "99"))
+    assert build(Book(root), "quick", "cpu", only=["two"]) == 0
+    assert "rendered without outputs" in capsys.readouterr().out
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 0
+    assert "executed" in capsys.readouterr().out
+    assert read(ledger)["results"]["answer"] == 42 and ">42<" in page.read_text() and ">99<" not in page.read_text()
+
+    # Missing: the same.
+    ledger.unlink()
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 0
+    assert read(ledger)["results"]["answer"] == 42
+
+    # A chapter that saves none any more does not get by with an old one.
+    source = root / "book" / "one.md"
+    source.write_text(source.read_text().replace("ledger.save()", ""))
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 1
+    assert "saved no one.quick.json" in capsys.readouterr().out and ledger.exists()
+
+
+def test_a_first_run_that_fails_leaves_no_ledger(root):
+    saves(root, 43, then="raise ArithmeticError('late')")
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 1
+    assert not (root / "book/results/one.quick.json").exists()
+
+
+def test_chapters_that_are_not_asked_for_are_shown_as_they_are(root, capsys):
+    """A fresh clone holds ledgers and no notebooks; a page that has changed since its run says so."""
+    assert build(Book(root), "quick", "cpu") == 0
+    write(root, "two", title="Changed")
+    capsys.readouterr()
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 0
+    assert "before something that they depend on changed: two" in capsys.readouterr().out
+    (root / "_build/notebooks/two.quick.ipynb").unlink()
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 0
+    assert "rendered without outputs, for they have not run with profile quick: two" in capsys.readouterr().out
+    assert ">42<" in (root / "_build/html/book/two.html").read_text()
+
+
 def test_a_wrong_ledger_key_fails_the_rendering(root, capsys):
     write(root, "one")
     page = root / "book" / "one.md"
