@@ -134,7 +134,7 @@ def _add_study(commands: Any) -> None:
     parser = _add(commands, "study", _study, "the whole case study: train and attack four detectors")
     parser.add_argument("--plan", default="full", help="full (a GPU; the default), cpu (hours), quick (a minute)")
     parser.add_argument("--only", nargs="+", metavar="CONFIGURATION", help="these configurations alone")
-    parser.add_argument("--svhn", type=Path, metavar="DIR", help="real SVHN instead of its synthetic twin")
+    parser.add_argument("--data", default="house-numbers", help="svhn: the real scenes, which must lie in data/svhn")
     parser.add_argument("--folder", type=Path, help="checkpoints, weights and results (default: study/PLAN)")
     _add_device(parser)
     _add_seed(parser)
@@ -223,26 +223,22 @@ def _study(options: argparse.Namespace) -> int:
 
     from lipguide import distributed
     from lipguide.book.ledger import Ledger
-    from lipguide.tasks.detection import data
     from lipguide.tasks.detection.study import CONFIGURATIONS, EPSILON, PLANS, study
 
     _check_study(options, list(PLANS), list(CONFIGURATIONS), torch.cuda.is_available())
     device = distributed.start(options.device)
-    first = distributed.rank_and_ranks()[0] == 0
-    folder, plan = options.folder or Path("study") / options.plan, PLANS[options.plan]
+    folder = options.folder or Path("study", options.plan)
     ledger = Ledger("study", options.plan, device.type, options.seed, folder=folder)
-    counts = {"train": plan.train_scenes, "test": plan.test_scenes}
-    splits = {name: data.load_split(name, n, options.seed, device, options.svhn) for name, n in counts.items()}
-    report = (lambda line: print(line, flush=True)) if first else (lambda line: None)
-    only = options.only or CONFIGURATIONS
-    entries = study(plan, **splits, folder=folder, seed=options.seed, only=only, report=report)
-    if first:
-        ledger.used(splits["train"].name, splits["train"].hash)
+    only = options.only or tuple(CONFIGURATIONS)
+    with _progress_on_stdout():
+        entries = study(options.plan, folder, device.type, options.seed, only, options.data)
+    if distributed.rank_and_ranks()[0] == 0:
+        data = entries[0]["run"]["data"]
+        ledger.used(data["name"], data["hash"])
         ledger["configurations"] = entries
         ledger["epsilon"] = EPSILON
         # What all configurations took, also those that an earlier call trained.
-        seconds = sum(entry["train_seconds"] + entry["evaluate_seconds"] for entry in entries)
-        print(f"on record: {ledger.save(seconds)}")
+        print(f"on record: {ledger.save(sum(entry['run']['seconds'] for entry in entries))}")
     distributed.finish()
     return 0
 

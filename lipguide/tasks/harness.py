@@ -26,7 +26,7 @@ from lipguide.files import write_json
 from lipguide.layers.export import without_parametrizations
 from lipguide.provenance import provenance
 from lipguide.tasks.task import Recipe, Task, as_json
-from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, load, run_of, save
+from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, holds_constraints, load, run_of, save
 from lipguide.training import fit
 
 __all__ = ["FULL", "TASKS", "ensure", "network_of", "recipe_of", "train", "train_by", "trained"]
@@ -100,9 +100,12 @@ def trained(
     >>> model.training, run["steps"]
     (False, 5000)
     """
-    model = network_of(name)
+    task, recipe = recipe_of(name)
+    model = task.network(recipe).eval()
+    if not holds_constraints(Path(folder) / f"{name}.safetensors"):
+        model = without_parametrizations(model)
     run = load(name, model, folder)
-    return model.requires_grad_(False).to(device), run
+    return without_parametrizations(model).requires_grad_(False).to(device), run
 
 
 def ensure(name: str, device: str = "auto", seed: int = 0, folder: str | Path | None = None) -> Path:
@@ -196,7 +199,7 @@ def train_by(
         steps,
         recipe.batch_size,
         "one-cycle",
-        task.precision,
+        task.precision_of(recipe),
         seed=seed,
         checkpoint=checkpoint,
     )

@@ -84,7 +84,7 @@ class Task(Generic[R]):
         measure: `measure(model, recipe, data)`, scores of the trained network on the test data, as JSON has them. The
             network is in eval mode, on its device, and has plain weights.
         begin: `begin(model, recipe)`, gives a network the weights that it starts from, if not random ones.
-        precision: that the networks are trained in.
+        precision: that the networks are trained in, or what it is by the recipe.
     """
 
     recipes: Mapping[str, R]
@@ -94,7 +94,11 @@ class Task(Generic[R]):
     measure: Callable[[nn.Module, R, Data], dict[str, Any]]
     more: Mapping[str, R] = field(default_factory=dict)
     begin: Callable[[nn.Module, R], None] | None = None
-    precision: torch.dtype = torch.float32
+    precision: torch.dtype | Callable[[R], torch.dtype] = torch.float32
+
+    def precision_of(self, recipe: R) -> torch.dtype:
+        """What a recipe trains in."""
+        return self.precision if isinstance(self.precision, torch.dtype) else self.precision(recipe)
 
     def recipe(self, name: str) -> R | None:
         """The recipe that makes the weights `name`, or None."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lipguide.files import replacing
 
-__all__ = ["TEST_SEED", "TRAIN_SEED", "WEIGHTS", "fingerprint", "load", "run_of", "save"]
+__all__ = ["TEST_SEED", "TRAIN_SEED", "WEIGHTS", "fingerprint", "holds_constraints", "load", "run_of", "save"]
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 TRAIN_SEED = 0  # of the synthetic pictures that networks learn from; on it layers, losses and rates were chosen
@@ -92,6 +92,18 @@ def run_of(path: str | Path) -> dict[str, Any]:
     """
     with _opened(Path(path)) as file:
         return _run_in(file)
+
+
+def holds_constraints(path: str | Path) -> bool:
+    """Whether a file holds weights as they are before their constraints: those of the case study that ship do.
+
+    >>> holds_constraints(WEIGHTS / "tinier-ssd-spectral-norm.safetensors")
+    True
+    """
+    if not Path(path).exists():
+        return False
+    with _opened(Path(path)) as file:
+        return any(".parametrizations." in f".{key}" for key in file.keys())  # noqa: SIM118 (it is no dict)
 
 
 def _run_in(file: Any) -> dict[str, Any]:

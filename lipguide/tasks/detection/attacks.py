@@ -25,7 +25,7 @@ from lipguide.robustness.attacks import BlindAttack, pgd_l2
 from lipguide.tasks.detection.boxes import MIN_SCORE, NOTHING, Targets, check_number, check_targets
 from lipguide.tasks.detection.scores import check_call, detections, hits
 
-__all__ = ["ATTACKS", "TRAINING_LOSS", "attack_l2", "attacked", "objective", "strongest"]
+__all__ = ["ATTACKS", "TRAINING_LOSS", "attack_l2", "attacked", "most_harmful", "objective", "strongest"]
 
 TRAINING_LOSS = "training loss"  # the attack that the case study knows, beside those of `ATTACKS`
 
@@ -179,16 +179,33 @@ def strongest(
             the choice is another, and may be the weaker attack.
     """
     check_number("min_score", min_score)
-    if not candidates:
-        raise ValueError("the strongest of no attack is undefined: give one candidate or more")
-    harm = []
+    found = {}
     for name, moved in candidates.items():
         if moved.shape != images.shape:
             raise ValueError(f"candidate {name!r} has shape {tuple(moved.shape)}, the pictures {tuple(images.shape)}")
-        found = detections(model, moved, min_score=min_score)
-        right = torch.tensor(hits(found, targets), dtype=torch.float64)
-        made = torch.tensor([len(scene["labels"]) for scene in found], dtype=torch.float64)
-        harm.append(-right + (made - right) / 1000)
-    worst = torch.stack(harm).argmax(0).to(images.device)
+        found[name] = detections(model, moved, min_score=min_score)
+    worst = torch.tensor(most_harmful(found, targets), dtype=torch.long, device=images.device)
     stacked = torch.stack(list(candidates.values()))
     return stacked[worst, torch.arange(len(images), device=images.device)]
+
+
+def most_harmful(found: dict[str, list[dict[str, Tensor]]], targets: Targets) -> list[int]:
+    """For each scene which attack, by its place, leaves the fewest objects found, and of those the most false alarms.
+
+    Args:
+        found: by the name of the attack, what a detector finds on the attacked pictures.
+
+    >>> from lipguide.tasks.detection.boxes import pad_targets
+    >>> box, label = torch.tensor([[0.1, 0.1, 0.5, 0.9]]), torch.tensor([1])
+    >>> right = {"boxes": box, "scores": torch.tensor([0.9]), "labels": label}
+    >>> most_harmful({"weak": [right], "strong": [right | {"labels": label + 1}]}, pad_targets([box], [label]))
+    [1]
+    """
+    if not found:
+        raise ValueError("the strongest of no attack is undefined: give one candidate or more")
+    harm = []
+    for scenes in found.values():
+        right = torch.tensor(hits(scenes, targets), dtype=torch.float64)
+        made = torch.tensor([len(scene["labels"]) for scene in scenes], dtype=torch.float64)
+        harm.append(-right + (made - right) / 1000)  # an object counts more than any number of alarms
+    return torch.stack(harm).argmax(0).tolist()

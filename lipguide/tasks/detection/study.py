@@ -1,238 +1,284 @@
 """The case study, whole: train each configuration, evaluate it clean and attacked, and put all on record.
 
 `python -m lipguide study` runs it, under `torchrun` on several devices. A configuration leaves a checkpoint while it
-trains and a file of results when it is done, so a study that was interrupted goes on where it stopped.
+trains, its weights when it is trained, what it detects under each attack, and in the end a file of results. So a study
+that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lipguide import distributed
 from lipguide.bounds.network import lipschitz_bound
-from lipguide.distributed import gathered, rank_and_ranks
-from lipguide.files import write_json
+from lipguide.data import folder_of
+from lipguide.files import replacing, write_json
 from lipguide.provenance import provenance
-from lipguide.tasks import weights as pretrained
-from lipguide.tasks.detection.attacks import ATTACKS, attacked, strongest
+from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attacked, most_harmful
 from lipguide.tasks.detection.boxes import Targets, unit_range
-from lipguide.tasks.detection.configurations import l2_normalised, naive, spectral_norm, standard_conv
-from lipguide.tasks.detection.data import Split
-from lipguide.tasks.detection.losses import DetectionStep
+from lipguide.tasks.detection.data import Split, load_split
+from lipguide.tasks.detection.recipes import DATA, build
 from lipguide.tasks.detection.scores import Score, detections, score
-from lipguide.tasks.detection.tinier_ssd import PICTURE, TinierSSD
-from lipguide.training import fit
+from lipguide.tasks.detection.tinier_ssd import PICTURE
+from lipguide.tasks.harness import ensure, recipe_of, trained
+from lipguide.tasks.weights import TEST_SEED, fingerprint
 
-__all__ = [
-    "CONFIGURATIONS",
-    "PLANS",
-    "Plan",
-    "configurations",
-    "study",
-    "weights_of",
-]
+__all__ = ["CONFIGURATIONS", "EPSILON", "PLANS", "Plan", "entry_of", "evaluate", "study", "weights_of"]
 
 logger = logging.getLogger(__name__)
 EPSILON = 0.5  # the case study's
-# Times the plan's rate: with that of the others, spectral-norm was after 600 steps no better than a detector that says
-# "background" everywhere. If it cannot learn, that shall not be for want of speed.
-FASTER = {"spectral-norm": 5.0}
+CLEAN = "clean"
+PART = 128  # scenes that a process takes at a time
+# The configurations, in the order of the study, and the networks of their recipes.
+CONFIGURATIONS = {
+    "naive": "naive",
+    "spectral-norm": "spectral-norm",
+    "standard conv": "standard-conv",
+    "L2-normalised": "l2-normalised",
+}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. ``None`` scenes are all; ``width`` is that of the SLL configurations."""
+    """How much is evaluated, and in which precision an attack searches; how much is trained, the recipes say.
 
-    train_scenes: int | None
+    Args:
+        recipes: what the names of its recipes end in.
+        test_scenes: how many pictures the scenes of the test are cut from. None: all.
+        attacked_scenes: how many of the scenes are attacked. None: all.
+    """
+
+    recipes: str
     test_scenes: int | None
     attacked_scenes: int | None
-    epochs: float
-    batch_size: int
-    rate: float
-    width: int
     attack_steps: int
-    precision: str
+    precision: str = "bfloat16"
 
 
 PLANS = {
-    "quick": Plan(256, 64, 16, 2, 16, 2e-3, 8, 3, "float32"),
-    "cpu": Plan(None, None, 500, 8, 64, 2e-3, 32, 20, "bfloat16"),
-    "full": Plan(None, None, None, 30, 256, 4e-3, 256, 20, "bfloat16"),
+    "quick": Plan("-quick", 64, 16, 3, "float32"),
+    "cpu": Plan("", None, 500, 20),
+    "full": Plan("-full", None, None, 20),
 }
 
 
-def configurations(width: int) -> dict[str, Callable[[], TinierSSD]]:
-    """What makes each configuration, by its name, with SLL layers of a width.
+def weights_of(configuration: str, plan: str = "cpu", data: str = "house-numbers") -> str:
+    """The name of the recipe of a configuration, and of the weights that it makes.
 
-    >>> list(configurations(8))
-    ['naive', 'spectral-norm', 'standard conv', 'L2-normalised']
+    >>> weights_of("standard conv"), weights_of("naive", "full", "svhn")
+    ('tinier-ssd-standard-conv', 'tinier-ssd-naive-full-svhn')
     """
-    return {
-        "naive": naive,
-        "spectral-norm": spectral_norm,
-        "standard conv": partial(standard_conv, width),
-        "L2-normalised": partial(l2_normalised, width),
-    }
+    if configuration not in CONFIGURATIONS:
+        raise ValueError(f"no configuration {configuration!r}; there are: {', '.join(CONFIGURATIONS)}")
+    if plan not in PLANS:
+        raise ValueError(f"no plan {plan!r}; there are: {', '.join(PLANS)}")
+    if data not in DATA:
+        raise ValueError(f"no data {data!r}; there are: {', '.join(DATA)}")
+    origin = "" if data == "house-numbers" else f"-{data}"
+    return f"tinier-ssd-{CONFIGURATIONS[configuration]}{PLANS[plan].recipes}{origin}"
 
 
-def weights_of(name: str) -> str:
-    """The name of the file that a configuration's weights are in.
+def entry_of(entries: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The entry of a configuration, wherever it stands.
 
-    >>> weights_of("standard conv")
-    'tinier-ssd-standard-conv'
+    >>> entry_of([{"name": "naive", "loss": 3.0}, {"name": "spectral-norm", "loss": 5.0}], "spectral-norm")["loss"]
+    5.0
     """
-    return "tinier-ssd-" + name.lower().replace(" ", "-")
-
-
-CONFIGURATIONS = tuple(configurations(8))
+    for entry in entries:
+        if entry["name"] == name:
+            return entry
+    raise ValueError(f"no entry of {name!r}; there are: {', '.join(entry['name'] for entry in entries) or 'none'}")
 
 
 def study(
-    plan: Plan,
-    train: Split,
-    test: Split,
-    folder: str | Path,
+    plan: str,
+    folder: str | Path | None = None,
+    device: str = "auto",
     seed: int = 0,
-    only: Sequence[str] = CONFIGURATIONS,
-    report: Callable[[str], None] = logger.info,
+    only: Sequence[str] = tuple(CONFIGURATIONS),
+    data: str = "house-numbers",
 ) -> list[dict[str, Any]]:
-    """Train and evaluate the configurations ``only``, and return one entry for each, in the order of the study.
+    """Train and evaluate the configurations `only`, and return one entry for each, in the order of the study.
 
-    Under ``torchrun`` every process calls this with the same arguments; all return the same. ``folder`` holds what is
-    needed to go on after an interruption; results of another plan or of other scenes there are an error. An entry's
-    ``run`` says on what, until when and for how long it ran; it stays with the entry when a later call reads it again.
+    Under `torchrun` every process calls this with the same arguments; all return the same. An entry's `run` says on
+    what, until when and for how long it ran; it stays with the entry when a later call reads it again. Progress goes to
+    the logger "lipguide".
 
     On several CUDA devices batch norm goes over the whole batch. torch has no such batch norm for processes on the CPU:
     there each normalises its own share, so that *naive* comes out differently on one and on two of them. The other
     configurations have no batch norm and do not.
+
+    Args:
+        plan: "quick" (a minute), "cpu" (hours) or "full" (a GPU).
+        folder: holds weights, results and what is needed to go on; results of other recipes or scenes there are an
+            error. None for study/PLAN.
+        device: "auto", "cpu" or "cuda".
+        seed: of the weights at first and of the batches. The scenes that judge have one of their own.
+        data: "house-numbers", or "svhn" for the real ones in data/svhn.
     """
-    makers = configurations(plan.width)
-    unknown = [name for name in only if name not in makers]
-    if unknown:
-        raise ValueError(f"no configuration {unknown[0]!r}; there are: {', '.join(makers)}")
-    return [_one(name, makers[name], plan, train, test, Path(folder), seed, report) for name in makers if name in only]
+    weights = {name: weights_of(name, plan, data) for name in only}
+    folder = Path("study", plan) if folder is None else Path(folder)
+    where = distributed.start(device)
+    with distributed.first_rank_first():
+        svhn = folder_of("svhn") if data == "svhn" else None
+        test = load_split("test", PLANS[plan].test_scenes, TEST_SEED, where, svhn)
+    names = [name for name in CONFIGURATIONS if name in weights]
+    return [_one(name, weights[name], PLANS[plan], test, folder, where, seed) for name in names]
 
 
 def _one(
-    name: str,
-    make: Callable[[], TinierSSD],
-    plan: Plan,
-    train: Split,
-    test: Split,
-    folder: Path,
-    seed: int,
-    report: Callable[[str], None],
+    name: str, weights: str, plan: Plan, test: Split, folder: Path, device: torch.device, seed: int
 ) -> dict[str, Any]:
-    slug = weights_of(name)
-    path, setting = (
-        folder / f"{slug}.json",
-        {"plan": asdict(plan), "train": train.hash, "test": test.hash, "seed": seed},
-    )
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["setting"] != setting:
-            raise ValueError(f"{path} belongs to another study ({known['setting']}): remove it or name another folder")
-        return known["entry"]
-    torch.manual_seed(seed)
-    model = make().to(train.images.device, memory_format=torch.channels_last)
-    rank, ranks = rank_and_ranks()
-    facts = provenance(
-        train.images.device.type, seed, ignoring=["book/results"]
-    )  # of the code that runs: before it does
-    if ranks > 1 and train.images.is_cuda:  # see the docstring of study
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate * FASTER.get(name, 1.0))
-    step, steps = DetectionStep(model.training_loss()), max(int(len(train.images) * plan.epochs / plan.batch_size), 1)
-    precision, checkpoint = getattr(torch, plan.precision), folder / f"{slug}.checkpoint"
-    columns = (train.images, *train.targets)
-    history = fit(
-        model, columns, step, optimizer, steps, plan.batch_size, "one-cycle", precision,
-        seed=seed, checkpoint=checkpoint, report=lambda line: report(f"{name}: {line}"),
-    )  # fmt: skip
-    began = time.perf_counter()
-    entry = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
-    entry |= evaluate(model.eval(), plan, test)
-    seconds = _seconds(history, plan.batch_size)
-    entry |= {"steps": steps, "loss": history[-1]["loss"], "train_seconds": seconds}
-    entry |= {"train_scenes_per_second": steps * plan.batch_size / seconds}
-    entry["evaluate_seconds"] = time.perf_counter() - began
-    entry["run"] = {key: facts[key] for key in ("commit", "lock", "device")}
-    entry["run"] |= {"end": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    entry["run"] |= {"seconds": seconds + entry["evaluate_seconds"]}
-    report(f"{name}: clean {entry['clean_map50']:.2f}, PGD {entry['pgd_map50']:.2f} mAP")
-    if rank == 0:
-        run = facts | {"steps": steps, "data": f"{train.name}, {train.hash}", "seconds": seconds} | entry
-        pretrained.save(slug, model, run, folder)
-        write_json(path, {"setting": setting, "entry": entry})
-        checkpoint.unlink(missing_ok=True)
+    """The entry of one configuration: read, or trained, attacked and scored now."""
+    _, recipe = recipe_of(weights)
+    setting = {"recipe": asdict(recipe), "seed": seed, "plan": asdict(plan), "epsilon": EPSILON, "test": test.hash}
+    record = folder / f"{weights}.json"
+    if record.exists():
+        return _read(record, setting)
+    path = ensure(weights, device.type, seed, folder)
+    model, made = trained(weights, device, path.parent)
+    entry = {"name": name, "parameters": sum(p.numel() for p in build(recipe).parameters())}
+    unfinished = folder / f".{weights}.attacked"
+    entry |= evaluate(model.to(memory_format=torch.channels_last), plan, test, unfinished)
+    entry |= _training(made, recipe.batch_size)
+    entry["test"] = {"name": test.name, "hash": test.hash, "seed": TEST_SEED}
+    entry["run"] = _run(made, entry, device, seed)
+    logger.info("%s: clean %.2f, PGD %.2f mAP", name, entry["clean_map50"], entry["pgd_map50"])
+    if distributed.rank_and_ranks()[0] == 0:
+        write_json(record, {"setting": setting, "entry": entry})
+        shutil.rmtree(unfinished)
     return entry
 
 
-def _seconds(history: list[dict[str, float]], batch_size: int) -> float:
-    """What training took, also where it was interrupted in between."""
-    steps = [0, *(record["step"] for record in history)]
-    counts = [after - before for before, after in zip(steps, steps[1:], strict=False)]
-    rates = [record["samples_per_second"] for record in history]
-    return sum(count * batch_size / rate for count, rate in zip(counts, rates, strict=True))
+def _read(record: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    known = json.loads(record.read_text(encoding="utf-8"))
+    if known["setting"] != setting:
+        raise ValueError(f"{record} belongs to another study ({known['setting']}): remove it or name another folder")
+    return known["entry"]
 
 
-def evaluate(model: TinierSSD, plan: Plan, test: Split) -> dict[str, Any]:
-    """Clean on all scenes; on the first of them under each attack, and under the strongest: the one that does most harm
-    for each scene, or one attack for all where that leaves a lower mAP."""
-    entry: dict[str, Any] = {"lipschitz_bound": lipschitz_bound(model, (3, PICTURE, PICTURE)).value}
-    clean, rate = _scored(model, test, lambda images, targets: images)
-    entry |= {"clean_map50": clean.map50, "clean": clean._asdict(), "detect_scenes_per_second": rate}
+def _training(made: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """What the file of weights says about the training."""
+    steps, seconds = made["steps"], made["seconds"]
+    return {
+        "steps": steps,
+        "loss": made["loss"][-1][1],
+        "train_seconds": seconds,
+        "train_scenes_per_second": steps * batch_size / max(seconds, 1e-9),
+    }
+
+
+def _run(made: dict[str, Any], entry: dict[str, Any], device: torch.device, seed: int) -> dict[str, Any]:
+    """By what, on what, until when and for how long a configuration was trained and evaluated."""
+    evaluated = provenance(device, seed, ("book/results", "lipguide/weights"))
+    return {
+        **{key: made[key] for key in ("commit", "lock", "device", "data")},
+        "evaluated": {key: evaluated[key] for key in ("commit", "lock", "device")},
+        "end": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": entry["train_seconds"] + entry["evaluate_seconds"],
+    }
+
+
+class Found(NamedTuple):
+    """What a detector finds in scenes, attacked or not; on how many the attack was blind, and how long it took."""
+
+    scenes: list[dict[str, Tensor]]
+    blind: int
+    seconds: float
+
+
+def evaluate(model: nn.Module, plan: Plan, test: Split, folder: Path) -> dict[str, Any]:
+    """Scores of a detector: clean on all scenes; on the first of them under each attack, and under the strongest.
+
+    The strongest is the one that does most harm for each scene, or one attack for all where that leaves a lower mAP:
+    the picture on which fewest objects are found need not be the one that costs most precision.
+
+    Args:
+        folder: keeps what is found under each attack, so that a later call goes on from there.
+    """
     few = test.part(slice(plan.attacked_scenes))
-    if len(few.images) < len(test.images):
-        clean, _ = _scored(model, few, lambda images, targets: images)
-    entry["clean_map50_of_attacked_scenes"] = clean.map50
-    made: dict[str, list[Tensor]] = {name: [] for name in ("training loss", *ATTACKS)}
-    blind = dict.fromkeys(made, 0)
+    clean = _kept(folder / CLEAN, model, plan, test, None)
+    found = {name: _kept(folder / name, model, plan, few, name) for name in (TRAINING_LOSS, *ATTACKS)}
+    scores = {name: score(one.scenes, few.targets) for name, one in found.items()}
+    whole = score(clean.scenes, test.targets)
+    of_attacked = score(clean.scenes[: len(few.images)], few.targets)
+    worst = min(_mixture(found, few.targets), *scores.values(), key=lambda one: one.map50)
+    pgd, seconds = scores[TRAINING_LOSS], found[TRAINING_LOSS].seconds
+    return {
+        "lipschitz_bound": lipschitz_bound(model, (3, PICTURE, PICTURE)).value,
+        "clean_map50": whole.map50,
+        "clean": whole._asdict(),
+        "detect_scenes_per_second": len(test.images) / clean.seconds,
+        "clean_map50_of_attacked_scenes": of_attacked.map50,
+        "pgd_map50": pgd.map50,
+        "pgd": pgd._asdict(),
+        "attack_scenes_per_second": len(few.images) / seconds,
+        "attacks_map50": {name: one.map50 for name, one in scores.items()},
+        "blind_scenes": {name: one.blind for name, one in found.items()},
+        "strongest_map50": worst.map50,
+        "strongest": worst._asdict(),
+        "attacked_scenes": len(few.images),
+        "evaluate_seconds": clean.seconds + sum(one.seconds for one in found.values()),
+    }
+
+
+def _mixture(found: dict[str, Found], targets: Targets) -> Score:
+    """The score where each scene is under the attack that does it most harm."""
+    attacks = [one.scenes for one in found.values()]
+    worst = most_harmful({name: one.scenes for name, one in found.items()}, targets)
+    return score([attacks[attack][scene] for scene, attack in enumerate(worst)], targets)
+
+
+def _kept(path: Path, model: nn.Module, plan: Plan, scenes: Split, attack: str | None) -> Found:
+    """What an earlier call found, or else what is found now."""
+    weights = fingerprint(*model.state_dict().values())
+    setting = {"scenes": scenes.hash, "number": len(scenes.images), "plan": asdict(plan), "weights": weights}
+    if path.exists():
+        known = torch.load(path, map_location="cpu", weights_only=True)
+        if known["setting"] != setting:
+            raise ValueError(f"{path} belongs to other weights or another study: remove {path.parent}")
+        return Found(*known["found"])
+    found = _found(model, plan, scenes, attack)
+    if distributed.rank_and_ranks()[0] == 0:
+        with replacing(path) as temporary:
+            torch.save({"setting": setting, "found": tuple(found)}, temporary)
+    return found
+
+
+def _found(model: nn.Module, plan: Plan, scenes: Split, attack: str | None) -> Found:
+    """What the model finds in scenes, on the CPU; processes share the scenes, and all return what is found in all."""
+    began = time.perf_counter()
+    rank, ranks = distributed.rank_and_ranks()
+    own: dict[int, list[dict[str, Tensor]]] = {}  # by the first scene of a part
+    blind = 0
+    for start in range(rank * PART, len(scenes.images), ranks * PART):
+        part = scenes.part(slice(start, start + PART))
+        images = unit_range(part.images)
+        if attack is not None:
+            images, unseen = _searched(model, plan, images, part.targets, attack)
+            blind += unseen
+        found = detections(model, images)
+        own[start] = [{key: value.cpu() for key, value in scene.items()} for scene in found]
+    every: dict[int, list[dict[str, Tensor]]] = {}
+    for share in distributed.gathered(own):
+        every |= share
+    in_order = [scene for start in sorted(every) for scene in every[start]]
+    return Found(in_order, sum(distributed.gathered(blind)), time.perf_counter() - began)
+
+
+def _searched(model: nn.Module, plan: Plan, images: Tensor, targets: Targets, attack: str) -> tuple[Tensor, int]:
+    """Attacked pictures. The search may be rough; what it finds lies in the ball to float32, and is scored in it."""
     precision = getattr(torch, plan.precision)
-
-    def attack(name: str, images: Tensor, targets: Targets) -> Tensor:
-        # The search may be rough; what it finds lies in the ball to float32, and is scored in float32.
-        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-            moved, unseen = attacked(model, images, targets, EPSILON, name, plan.attack_steps)
-        made[name].append(moved)
-        blind[name] += unseen
-        return moved
-
-    scored = {name: _scored(model, few, partial(attack, name)) for name in made}
-    pgd, rate = scored["training loss"]
-    entry |= {"pgd_map50": pgd.map50, "pgd": pgd._asdict(), "attack_scenes_per_second": rate}
-    entry["attacks_map50"] = {name: one.map50 for name, (one, _) in scored.items()}
-    entry["blind_scenes"] = {name: sum(share[name] for share in gathered(blind)) for name in blind}
-    turns = zip(*made.values(), strict=True)  # each scoring meets the parts of the scenes in the same order
-
-    def hardest(images: Tensor, targets: Targets) -> Tensor:
-        return strongest(model, images, targets, dict(zip(made, next(turns), strict=True)))
-
-    # The picture on which fewest objects are found need not be the one that costs most precision.
-    worst = min(_scored(model, few, hardest)[0], *(one for one, _ in scored.values()), key=lambda one: one.map50)
-    return entry | {"strongest_map50": worst.map50, "strongest": worst._asdict(), "attacked_scenes": len(few.images)}
-
-
-def _scored(model: nn.Module, test: Split, change: Callable[[Tensor, Targets], Tensor]) -> tuple[Score, float]:
-    """The score of a model on changed pictures, and scenes a second; processes share the scenes."""
-    began, size = time.perf_counter(), 128
-    rank, ranks = rank_and_ranks()
-    found: list[dict[str, Tensor]] = []
-    for start in list(range(0, len(test.images), size))[rank::ranks]:
-        images, targets, *_ = test.part(slice(start, start + size))
-        found += detections(model, change(unit_range(images), targets))
-    found = [{key: value.cpu() for key, value in scene.items()} for scene in found]
-    shares, starts = gathered(found), range(0, len(test.images), size)
-    order = [share[size * turn : size * (turn + 1)] for turn in range(len(starts)) for share in shares]
-    rate = len(test.images) / (time.perf_counter() - began)
-    return score([scene for part in order for scene in part], test.targets), rate
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        return attacked(model, images, targets, EPSILON, attack, plan.attack_steps)
