@@ -1,12 +1,12 @@
 """The trainings behind the detectors that ship (`python -m lipguide train detection-fcos tinier-ssd-naive …`).
 
-*FCOS.* All networks see the same scenes in the same order. The first 1-Lipschitz one learns from scratch; those at other
-temperatures go on from it, so that what differs between them is the temperature. The recipes that end in "-full" are for
-a GPU: what the chapter trains in the profile "full", on all scenes. There each network learns from scratch, so those at
-other temperatures do not depend on the first.
+*FCOS.* All networks see the same scenes in the same order. The first 1-Lipschitz one learns from scratch; those at
+other temperatures go on from it, so that what differs between them is the temperature. The recipes that end in "-full"
+are for a GPU: what the chapter trains in the profile "full", on all scenes. There each network learns from scratch, so
+those at other temperatures do not depend on the first.
 
-*Tinier SSD*, the case study's. The four recipes whose weights ship are of its plan "cpu"; "-quick" and "-full" stand for
-its other plans, and "-svhn" at the end for the real scenes in place of their synthetic twin.
+*Tinier SSD*, the case study's. The four recipes whose weights ship are of its plan "cpu"; "-quick" and "-full" stand
+for its other plans, and "-svhn" at the end for the real scenes in place of their synthetic twin.
 
 Only the weights of `RECIPES` ship.
 """
