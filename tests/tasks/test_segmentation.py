@@ -208,6 +208,16 @@ def test_pictures_come_with_a_label_for_every_pixel():
         pictures("test", items=4, labels="boxes")
 
 
+@pytest.mark.parametrize("objective", [flipped, soft_flips])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_what_an_attack_ascends_counts_a_class_156_in_every_whole_type(objective, dtype):
+    """In eight bits without a sign -100, the label that is ignored, would be 156."""
+    logits = torch.randn(2, 160, 3, 3, generator=torch.Generator().manual_seed(0))
+    masks = torch.full((2, 3, 3), 156)
+    assert torch.equal(objective(logits, masks.to(dtype)), objective(logits, masks))
+    assert (objective(logits, masks) > 0).any()
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), classes=st.integers(2, 4), scale=st.sampled_from([1e-4, 1.0, 1e4]))
 def test_soft_flips_are_above_a_half_exactly_where_a_pixel_is_flipped(seed, classes, scale):
