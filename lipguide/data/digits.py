@@ -15,7 +15,7 @@ from lipguide.data.windows import check_dtype, cut, pictures, to_pixels
 
 __all__ = ["Digits", "digits"]
 
-SIZE = 32
+SIDE = 32
 
 
 class Digits(NamedTuple):
@@ -38,7 +38,7 @@ def _crops(scene: Scene) -> list[np.ndarray]:
     for x0, y0, x1, y1 in scene.boxes.double().numpy() * [width, height, width, height]:
         side = max(x1 - x0, y1 - y0)
         left, top = (x0 + x1 - side) / 2, (y0 + y1 - side) / 2
-        crops.append(cut(pixels, (left, top, left + side, top + side), SIZE))
+        crops.append(cut(pixels, (left, top, left + side, top + side), SIDE))
     return crops
 
 
@@ -54,7 +54,7 @@ def _labelled(item: tuple, index: int) -> tuple[np.ndarray, int]:
         if not image.is_floating_point() and image.dtype != torch.uint8:
             raise ValueError(f"item {index}: digits need bytes or floats in [0, 1], not {image.dtype}")
         pixels = to_pixels(image)
-    if pixels.shape != (SIZE, SIZE, 3):
+    if pixels.shape != (SIDE, SIDE, 3):
         raise ValueError(f"item {index} is {pixels.shape}: digits takes scenes, or pictures of 32 x 32 with a label")
     return pixels, int(label)
 
@@ -85,4 +85,4 @@ def digits(dataset: Dataset, dtype: torch.dtype = torch.float32) -> Digits:
             pixels, label = _labelled(item, index)
             crops.append(pixels)
             labels.append(label)
-    return Digits(pictures(crops, SIZE, dtype), torch.tensor(labels, dtype=torch.int64))
+    return Digits(pictures(crops, SIDE, dtype), torch.tensor(labels, dtype=torch.int64))

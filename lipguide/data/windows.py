@@ -12,8 +12,8 @@ from torch import Tensor
 __all__ = ["check_dtype", "cut", "pictures", "to_pixels"]
 
 
-def cut(pixels: np.ndarray, window: tuple[float, float, float, float], size: int, smooth: bool = True) -> np.ndarray:
-    """The window (left, top, right, bottom) of (H, W) or (H, W, 3) uint8 pixels, scaled to size x size.
+def cut(pixels: np.ndarray, window: tuple[float, float, float, float], side: int, smooth: bool = True) -> np.ndarray:
+    """The window (left, top, right, bottom) of (H, W) or (H, W, 3) uint8 pixels, scaled to side x side.
 
     Bicubic with anti-aliasing, or the nearest pixel if not `smooth` (for masks). Where the window sticks out, the
     picture's edge is repeated.
@@ -30,7 +30,7 @@ def cut(pixels: np.ndarray, window: tuple[float, float, float, float], size: int
         pixels = np.pad(pixels, edges, mode="edge")
     box = (left + before, top + above, right + before, bottom + above)
     method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((size, size), method, box=box))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((side, side), method, box=box))
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
