@@ -32,17 +32,24 @@ def exact(weight: Tensor) -> Tensor:
 
 def _working_dtype(weight: Tensor, convolves: bool) -> torch.dtype:
     """float32 or better, and float64 where products would round float32 to three digits (TF32, bfloat16)."""
-    if weight.is_cuda:
-        precisions = [torch.backends.cuda.matmul.fp32_precision]
-        if convolves:
-            precisions.append(torch.backends.cudnn.conv.fp32_precision)
-    else:
-        precisions = [torch.backends.mkldnn.matmul.fp32_precision]
-        if convolves:
-            precisions.append(torch.backends.mkldnn.conv.fp32_precision)
-    if "tf32" in precisions or "bf16" in precisions:
+    if _rounds(weight.is_cuda, convolves):
         return torch.float64
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _rounds(cuda: bool, convolves: bool) -> bool:
+    """Has torch leave to round the products of float32, of matrices or where asked for of convolutions?"""
+    matrices = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul
+    convolutions = torch.backends.cudnn.conv if cuda else torch.backends.mkldnn.conv
+    precisions = [matrices.fp32_precision]
+    if convolves:
+        precisions.append(convolutions.fp32_precision)
+    return "tf32" in precisions or "bf16" in precisions
+
+
+# The compiler cannot follow the switches: it asks once for each graph, and anew when `set_float32_matmul_precision` has
+# changed. (This mark is what torch.compiler.assume_constant_result sets, which would load the compiler to do so.)
+_rounds._dynamo_marked_constant = True
 
 
 def _nonzero(norm: Tensor) -> Tensor:
