@@ -11,9 +11,10 @@ import difflib
 import fcntl
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,23 @@ def recipe_of(name: str) -> tuple[Task, Recipe]:
     raise ValueError(f"no weights {name!r} among the {len(known)} that there are; the nearest names: {', '.join(near)}")
 
 
-def network_of(name: str) -> nn.Module:
-    """The untrained network that the weights `name` belong to, in eval mode and with plain weights.
+def network_of(name: str, folder: str | Path = WEIGHTS) -> nn.Module:
+    """The untrained network that the weights `name` belong to, in eval mode.
+
+    Its weights are plain, unless the file holds them as their constraints do.
+
+    Args:
+        name, folder: as `trained` takes them; the file need not be there.
 
     >>> len(network_of("classification-vgg"))
     17
     """
     task, recipe = recipe_of(name)
-    return without_parametrizations(task.network(recipe))
+    model = task.network(recipe).eval()
+    path = Path(folder) / f"{name}.safetensors"
+    if holds_constraints(path):
+        return model
+    return without_parametrizations(model)
 
 
 def trained(
@@ -100,10 +110,7 @@ def trained(
     >>> model.training, run["steps"]
     (False, 5000)
     """
-    task, recipe = recipe_of(name)
-    model = task.network(recipe).eval()
-    if not holds_constraints(Path(folder) / f"{name}.safetensors"):
-        model = without_parametrizations(model)
+    model = network_of(name, folder)
     run = load(name, model, folder)
     return without_parametrizations(model).requires_grad_(False).to(device), run
 
@@ -243,13 +250,15 @@ def _measured(task: Task, recipe: Recipe, model: nn.Module) -> dict[str, Any]:
 def _alone(folder: Path, name: str) -> Iterator[None]:
     """Keep the folder of an unfinished training for this process; it goes if the block ends well."""
     folder.mkdir(parents=True, exist_ok=True)
+    held = False
     with open(folder / "lock", "w") as lock:
-        try:
+        with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held = os.fstat(lock.fileno()).st_nlink > 0  # the other process may have removed it with the folder
+        if not held:
             raise ValueError(
                 f"another process is training {name} in {folder.parent}: wait for it, or name another folder"
-            ) from None
+            )
         try:
             yield
         except BaseException:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import lipguide as lip
 from lipguide.__main__ import main
-from lipguide.tasks import TEST_SEED, Data, Recipe, Task, ensure, harness, train, trained
-from lipguide.tasks.weights import TRAIN_SEED, run_of
+from lipguide.tasks import TASKS, TEST_SEED, WEIGHTS, Data, Recipe, Task, ensure, harness, network_of, train, trained
+from lipguide.tasks.weights import TRAIN_SEED, load, run_of
 from lipguide.training import Supervised
 
 ROOT = Path(__file__).parents[2]
@@ -304,3 +304,20 @@ def test_importing_the_harness_imports_no_task():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert not any(task in done.stdout for task in ("classification", "segmentation", "detection"))
+
+
+@pytest.mark.parametrize("path", sorted(WEIGHTS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_each_file_that_ships_has_a_recipe_and_loads_into_its_network(path, monkeypatch):
+    monkeypatch.undo()
+    task, recipe = harness.recipe_of(path.stem)
+    assert path.stem in task.recipes
+    load(path.stem, network_of(path.stem))
+    made = run_of(path)
+    assert made["steps"] == recipe.steps and made.get("recipe", harness.as_json(recipe)) == harness.as_json(recipe)
+
+
+def test_each_recipe_of_the_package_belongs_to_one_task_and_those_that_ship_are_there():
+    seen = [name for task in TASKS.values() for name in [*task.recipes, *task.more]]
+    assert len(seen) == len(set(seen))
+    shipped = {name for task in TASKS.values() for name in task.recipes}
+    assert shipped == {path.stem for path in WEIGHTS.glob("*.safetensors")}
