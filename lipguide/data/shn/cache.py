@@ -219,13 +219,13 @@ def _make_apart(task: dict, todo: list[tuple[int, int]], workers: int, bar: tqdm
                     processes.append(subprocess.Popen(command, stdout=output, stderr=complaints))
             for line in reports:
                 bar.update(int(line))
-            failed = any([process.wait() != 0 for process in processes])
+            statuses = [process.wait() for process in processes]
         finally:
             for process in processes:
                 if process.poll() is None:
                     process.terminate()
                     process.wait()
-        if failed:
+        if any(statuses):
             complaints.seek(0)
             last = complaints.read().strip().splitlines()[-1:] or ["it left no message"]
             raise RuntimeError(f"a process that makes synthetic house numbers ended early: {last[0]}")
