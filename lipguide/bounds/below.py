@@ -1,5 +1,8 @@
 """The Lipschitz constant of a network from below: two inputs that it pulls apart, found by a search.
 
+`lipschitz_lower_bound` searches a whole network, sample by sample. `stretch` and `most_stretched_pair` look at any
+function of one tensor, batch and all: they show that other layers have no bound.
+
 What two inputs really do is a lower bound of every constant, provided that the function pulls them apart and not the
 rounding of its values. That is why a pair is measured in float64, and what rounding may have added is taken off.
 """
@@ -41,10 +44,17 @@ def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distanc
     3.0
     """
     _check(x, distance)
-    f = without_parametrizations(model).requires_grad_(False)
-    points = x.detach().clone()
-    if distance is None:
-        distance = float(_norms(points).mean()) / 10 or 1.0
+    with torch.inference_mode(False), torch.enable_grad():
+        f = without_parametrizations(model).requires_grad_(False)
+        points = x.detach().clone()
+        if distance is None:
+            distance = float(_norms(points).mean()) / 10 or 1.0
+        a, step = _climbed(f, points, steps, distance)
+        return _measured(f, a.double(), step.double())
+
+
+def _climbed(f: nn.Module, points: Tensor, steps: int, distance: float) -> tuple[Tensor, Tensor]:
+    """For each point the pair that f stretched most on the way: where it starts, and the step to its end."""
     direction = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(points)
     direction = _unit(direction)
     found = torch.zeros(len(points), dtype=points.dtype, device=points.device)
@@ -52,16 +62,15 @@ def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distanc
     for step in range(steps):
         reach = distance * 1e-2 ** (step / max(1, steps - 1))
         a, d = points.requires_grad_(), direction.requires_grad_()
-        with torch.enable_grad():
-            apart = _norms(_flat(f(a + reach * d)) - _flat(f(a.clone())))  # f may change its input
-            towards, turn = torch.autograd.grad(apart.sum(), (a, d), materialize_grads=True)
+        apart = _norms(_flat(f(a + reach * d)) - _flat(f(a.clone())))  # f may change its input
+        towards, turn = torch.autograd.grad(apart.sum(), (a, d), materialize_grads=True)
         better = _column(apart.detach() / reach > found, a)
         found = torch.maximum(found, apart.detach() / reach)
         best_points = torch.where(better, a.detach(), best_points)
         best_steps = torch.where(better, reach * d.detach(), best_steps)
         points = (a + reach / 4 * _unit(towards)).detach()
         direction = torch.where(_column(_norms(turn) > 0, d), _unit(turn), d).detach()
-    return _measured(f, best_points.double(), best_steps.double())
+    return best_points.detach(), best_steps.detach()
 
 
 def _check(x: Tensor, distance: float | None) -> None:
@@ -180,9 +189,16 @@ def most_stretched_pair(
     >>> most_stretched_pair(nn.Linear(4, 4), torch.randn(1, 4)).stretch > 0
     True
     """
-    fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
+    with torch.inference_mode(False), torch.enable_grad():
+        fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
+        return _most_stretched(fn, start.detach().clone(), distance, steps, seed)
+
+
+def _most_stretched(
+    fn: Callable[[Tensor], Tensor], start: Tensor, distance: float, steps: int, seed: int
+) -> StretchedPair:
+    a = start.requires_grad_()
     generator = torch.Generator().manual_seed(seed)
-    a = start.detach().clone().requires_grad_()
     direction = torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device).requires_grad_()
     ascent = torch.optim.Adam([a, direction], lr=distance / 10, maximize=True)
     best = None

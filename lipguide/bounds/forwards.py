@@ -4,6 +4,10 @@ Each value in the graph has a constant with respect to the network's input: sums
 squares, reshaping keeps them. An operation that is not listed here is an error. The graph is run on inputs, so that
 shapes and the values of weights are known, and must compute what the forward itself computes.
 
+A constant is that of one sample. So samples must stay apart, along dimension 0: the graph is run on a batch and on one
+of twice the size, and whatever depends on the input must have as many entries there as the batch has samples, both
+times. No dimension of a fixed size can pass for the batch like that, and no merged or dropped one.
+
 What an operation changes in place must not be looked at again, for its constant would be that of the value before. Each
 tensor counts its changes (`_version`), together with all its views: a change is seen whichever way it came about.
 """
@@ -21,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from lipguide.bounds.torch_layers import LAYERS, NoBound
-from lipguide.layers.brick import voucher
+from lipguide.layers.brick import Through, voucher
 from lipguide.layers.export import EveryPartALeaf
 
 __all__ = ["only_shrinks", "travel", "versions"]
@@ -49,12 +53,12 @@ def only_shrinks(part: nn.Module, before: Any, after: Any) -> bool:
     return known and isinstance(after, float | int) and after <= before
 
 
-def travel(module: nn.Module, x: Tensor, constant: float, through: Callable[[nn.Module, float], Any]) -> Any:
-    """The constant of a module's output: a number, or a tuple, list or dict of them.
+def travel(module: nn.Module, x: Tensor, constant: float, through: Through) -> Any:
+    """The constant of a module's output: a number, or a tuple, list or dict of them, with None for what is no tensor.
 
     Args:
         module: its forward takes one tensor and is traced with the modules inside it as single steps.
-        x: an input.
+        x: a batch of inputs.
         constant: that of the input.
         through: takes a module and the constant of its input and returns the constant of its output.
 
@@ -65,14 +69,26 @@ def travel(module: nn.Module, x: Tensor, constant: float, through: Callable[[nn.
     2.0
     """
     graph = module.graph if isinstance(module, fx.GraphModule) else _trace(module)
+    twice = -30 * torch.cat((x, x / 2))  # twice as many samples, where what is bent is bent the other way
     traveller = _Traveller(module, graph, constant, through)
-    with torch.no_grad():
-        pairs = [(traveller.run(x.clone()), module(x.clone()))]
-        other = -30 * x  # where what is bent is bent the other way
-        pairs.append((fx.Interpreter(module, graph=graph).run(other.clone()), module(other.clone())))
-        if not all(_same_values(a, b) for a, b in pairs):
-            raise NoBound("its forward does not compute what tracing saw of it; does it change a tensor in place?")
+    again = _Again(module, graph, traveller)
+    _run_both(traveller, module, x)
+    _run_both(again, module, twice)
+    if all(leaf is None for leaf in tree_leaves(traveller.outcome)):
+        raise NoBound("its forward returns no tensor")
     return traveller.outcome
+
+
+@torch.no_grad()
+def _run_both(traveller: _Traveller, module: nn.Module, batch: Tensor) -> None:
+    """The graph and the forward that it was traced from, on the same batch."""
+    traced = traveller.run(batch.clone())
+    try:
+        computed = module(batch.clone())
+    except Exception as error:
+        raise NoBound(f"its forward fails on a batch of {len(batch)} ({error})") from error
+    if not _same_values(traced, computed):
+        raise NoBound("its forward does not compute what tracing saw of it; does it change a tensor in place?")
 
 
 def _trace(module: nn.Module) -> fx.Graph:
@@ -98,14 +114,22 @@ def _same_values(a: Any, b: Any) -> bool:
 
 
 class _Traveller(fx.Interpreter):
-    def __init__(self, module: nn.Module, graph: fx.Graph, constant: float, through: Callable) -> None:
+    """Runs the graph on a batch and gives each node its constant on the way."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, constant: float, through: Through) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False
-        self.start, self.through = constant, through
+        self.start = constant
+        self.through = through
+        self.batch = 0
         self.constants: dict[fx.Node, Any] = {}
         self.outcome: Any = None
         self.lasting = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         self.lasting |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+
+    def run(self, x: Tensor) -> Any:
+        self.batch = len(x)
+        return super().run(x)
 
     def run_node(self, node: fx.Node) -> Any:
         if node.op == "get_attr" and node.target not in self.lasting:
@@ -114,26 +138,19 @@ class _Traveller(fx.Interpreter):
                 "been made of the input; if it is a constant, register it as a buffer"
             )
         before = {other: versions(value) for other, value in self.env.items()}
-        value = super().run_node(node)
+        value = self._value(node)
         self.constants[node] = self._constant(node, value)
+        self._check_apart(node, value)
         changed = [other for other, counts in before.items() if versions(self.env[other]) != counts]
         if changed and not self._shrinks(node):
             self._check_forgotten(node, changed)
         return value
 
-    def _shrinks(self, node: fx.Node) -> bool:
-        before, after = self.of(node.args[0]) if node.args else None, self.constants[node]
-        if node.op == "call_module":
-            return only_shrinks(self.module.get_submodule(node.target), before, after)
-        return _FUNCTIONS.get(node.target) in ("relu", "iadd") and after <= before
-
-    def _check_forgotten(self, node: fx.Node, changed: list[fx.Node]) -> None:
-        for other in changed:
-            if other.op == "get_attr" or any(user is not node and user not in self.constants for user in other.users):
-                raise NoBound(
-                    f"{_name(node)} changes {other} in place, which is used elsewhere; set inplace=False, or write "
-                    "x = x + y for x += y"
-                )
+    def _value(self, node: fx.Node) -> Any:
+        try:
+            return super().run_node(node)
+        except Exception as error:
+            raise NoBound(f"{_name(node)} fails on a batch of {self.batch} ({error})") from error
 
     def _constant(self, node: fx.Node, value: Any) -> Any:
         if node.op == "placeholder":
@@ -143,36 +160,82 @@ class _Traveller(fx.Interpreter):
         if node.op == "get_attr":
             return 0.0
         if node.op == "call_module":
-            return self._part(node)
+            return self.part(node)
         if node.op == "output":
-            self.outcome = fx.node.map_arg(node.args[0], lambda n: self.constants[n])
+            self.outcome = self._outcome(node.args[0])
             return None
         if all(self.constants[n] == 0.0 for n in node.all_input_nodes):
             return 0.0
         if hasattr(node.target, "_fields"):  # a named tuple of several outputs
             return node.target(*map(self.of, node.args), **{name: self.of(part) for name, part in node.kwargs.items()})
+        return self._operation(node, value)
+
+    def _operation(self, node: fx.Node, value: Any) -> Any:
         name = node.target if node.op == "call_method" else _FUNCTIONS.get(node.target)
         rule = _RULES.get(name)
         if rule is None or not node.args:
             return self.refuse(node)
         try:
             constant = rule(self, node, value)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            self.refuse(node)  # arguments of a kind that the rule does not know
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return self.refuse(node)  # arguments of a kind that the rule does not know
         if constant and isinstance(value, Tensor) and not value.is_floating_point():
             return self.refuse(node)  # whole numbers jump
         return constant
 
-    def _part(self, node: fx.Node) -> Any:
+    def part(self, node: fx.Node) -> Any:
+        """The constant behind a module inside this one."""
         if len(node.args) != 1 or node.kwargs:
             raise NoBound(f"it calls {node.target} with other arguments than one tensor")
         return self.through(self.module.get_submodule(node.target), self.of(node.args[0]))
+
+    def _outcome(self, returned: Any) -> Any:
+        """What the forward returns, with constants in place of tensors and None in place of all else."""
+        if isinstance(returned, fx.Node):
+            tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.env[returned]))
+            return self.constants[returned] if tensors else None
+        if isinstance(returned, dict):
+            return {key: self._outcome(part) for key, part in returned.items()}
+        if hasattr(returned, "_fields"):
+            return type(returned)(*map(self._outcome, returned))
+        if isinstance(returned, list | tuple):
+            return [self._outcome(part) for part in returned]
+        return None
+
+    def _check_apart(self, node: fx.Node, value: Any) -> None:
+        constant = self.constants[node]
+        if not isinstance(constant, float) or constant == 0.0:
+            return
+        for part in tree_leaves(value):
+            if isinstance(part, Tensor) and part.shape[:1] != (self.batch,):
+                raise NoBound(
+                    f"{_name(node)} makes a tensor of shape {tuple(part.shape)} from a batch of {self.batch}: samples "
+                    "must stay apart along dimension 0; say which other dimensions are meant, as in squeeze(1), "
+                    "mean((1, 2)) or reshape(x.shape[0], -1), and use lip.Patches to apply a function to each patch"
+                )
+
+    def _shrinks(self, node: fx.Node) -> bool:
+        before = self.of(node.args[0]) if node.args else None
+        after = self.constants[node]
+        if node.op == "call_module":
+            return only_shrinks(self.module.get_submodule(node.target), before, after)
+        return _FUNCTIONS.get(node.target) in ("relu", "iadd") and after <= before
+
+    def _check_forgotten(self, node: fx.Node, changed: list[fx.Node]) -> None:
+        for other in changed:
+            needed_later = any(user is not node and user not in self.constants for user in other.users)
+            if other.op == "get_attr" or needed_later:
+                raise NoBound(
+                    f"{_name(node)} changes {other} in place, which is used elsewhere; set inplace=False, or write "
+                    "x = x + y for x += y"
+                )
 
     def of(self, argument: Any) -> Any:
         """The constant of an argument of a node: 0 for what does not depend on the input."""
         return self.constants[argument] if isinstance(argument, fx.Node) else 0.0
 
     def number(self, node: fx.Node, argument: Any) -> float:
+        """The constant of an argument that is one tensor."""
         constant = self.of(argument)
         return constant if isinstance(constant, float) else self.refuse(node)
 
@@ -180,13 +243,33 @@ class _Traveller(fx.Interpreter):
         return self.env[argument] if isinstance(argument, fx.Node) else argument
 
     def refuse(self, node: fx.Node) -> Any:
-        arguments = ", ".join([*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())])
+        arguments = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
         named = ", or not with tensors that are given by name" if not node.args else ""
-        raise NoBound(f"its forward uses {_name(node)}({arguments}), for which no constant is known{named}")
+        raise NoBound(f"its forward uses {_name(node)}({', '.join(arguments)}), for which no constant is known{named}")
+
+
+class _Again(_Traveller):
+    """A second run: what is inside has its constants already, and none may depend on the size of the batch."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, first: _Traveller) -> None:
+        super().__init__(module, graph, first.start, first.through)
+        self.first = first
+
+    def part(self, node: fx.Node) -> Any:
+        return self.first.constants[node]
+
+    def _constant(self, node: fx.Node, value: Any) -> Any:
+        constant = super()._constant(node, value)
+        if constant != self.first.constants[node]:
+            raise NoBound(f"{_name(node)} has a constant that depends on how many samples are in the batch")
+        return constant
 
 
 def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+# The rules: each takes the traveller, a node and the node's value, and returns the constant of that value.
 
 
 def _same(walk: _Traveller, node: fx.Node, value: Any) -> Any:
@@ -203,16 +286,22 @@ def _slope(slope: float) -> Callable:
     return rule
 
 
-def _mean(walk: _Traveller, node: fx.Node, value: Any) -> float:
+def _mean(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
+    """1/√n for the mean of n values."""
     whole = walk.value(node.args[0])
     return walk.number(node, node.args[0]) * math.sqrt(value.numel() / whole.numel())
 
 
-def _sum(walk: _Traveller, node: fx.Node, value: Any) -> float:
+def _sum(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
     return sum(_terms(walk, node, value))
 
 
-def _terms(walk: _Traveller, node: fx.Node, value: Any) -> list[float]:
+def _extremum(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
+    return math.hypot(*_terms(walk, node, value))
+
+
+def _terms(walk: _Traveller, node: fx.Node, value: Tensor) -> list[float]:
+    """The constants of the two arguments of a sum, neither of which may be repeated to fit the other."""
     if len(node.args) != 2 or node.kwargs:
         return walk.refuse(node)
     for argument in node.args:
@@ -221,34 +310,45 @@ def _terms(walk: _Traveller, node: fx.Node, value: Any) -> list[float]:
     return [walk.number(node, argument) for argument in node.args]
 
 
-def _extremum(walk: _Traveller, node: fx.Node, value: Any) -> float:
-    return math.hypot(*_terms(walk, node, value))
-
-
-def _scaled(walk: _Traveller, node: fx.Node, value: Any) -> float:
+def _times(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
+    """max |w| for w x."""
     left, right = node.args
-    if _FUNCTIONS.get(node.target, node.target) == "mul" and not walk.of(left):
-        left, right = right, left
-    if walk.of(right) != 0.0 or (walk.of(left) and walk.value(left).shape != value.shape):
-        return walk.refuse(node)  # a product of two tensors that both depend on the input is not Lipschitz
-    scale = torch.as_tensor(walk.value(right), dtype=torch.float64).abs()
-    divides = _FUNCTIONS.get(node.target, node.target) == "truediv"
-    return walk.number(node, left) * float(1 / scale.min() if divides else scale.max())
+    tensor, weight = (left, right) if walk.of(left) != 0.0 else (right, left)
+    largest = _sizes(walk, node, tensor, weight, value).max()
+    return walk.number(node, tensor) * float(largest)
 
 
-def _joined(walk: _Traveller, node: fx.Node, value: Any) -> float:
+def _over(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
+    """1 / min |w| for x / w."""
+    tensor, weight = node.args
+    smallest = _sizes(walk, node, tensor, weight, value).min()
+    return walk.number(node, tensor) * float(1 / smallest)
+
+
+def _sizes(walk: _Traveller, node: fx.Node, tensor: Any, weight: Any, value: Tensor) -> Tensor:
+    """|w|, if w does not depend on the input (a product of two such values is not Lipschitz) and x is not repeated."""
+    if walk.of(weight) != 0.0 or walk.value(tensor).shape != value.shape:
+        return walk.refuse(node)
+    return torch.as_tensor(walk.value(weight), dtype=torch.float64).abs()
+
+
+def _joined(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
+    """√(Σ L²) for values side by side."""
     if not isinstance(node.args[0], list | tuple):
         return walk.refuse(node)
     return math.sqrt(sum(walk.number(node, part) ** 2 for part in node.args[0]))
 
 
 def _item(walk: _Traveller, node: fx.Node, value: Any) -> Any:
+    """One of several outputs, or a slice of one."""
     whole, key = walk.of(node.args[0]), node.args[1]
     if isinstance(whole, dict | list | tuple) and isinstance(key, int | str):
         return whole[key]
     keys = key if isinstance(key, tuple) else (key,)
     slices = all(k is None or k is Ellipsis or isinstance(k, int | slice) for k in keys)
-    return whole if slices and isinstance(whole, float) else walk.refuse(node)
+    if slices and isinstance(whole, float):
+        return whole
+    return walk.refuse(node)
 
 
 def _attribute(walk: _Traveller, node: fx.Node, value: Any) -> Any:
@@ -268,7 +368,8 @@ _RULES: dict[str, Callable[[_Traveller, fx.Node, Any], Any]] = {
     "mean": _mean,
     **dict.fromkeys(("add", "sub", "iadd"), _sum),
     **dict.fromkeys(("maximum", "minimum"), _extremum),
-    **dict.fromkeys(("mul", "truediv"), _scaled),
+    "mul": _times,
+    "truediv": _over,
     **dict.fromkeys(("cat", "stack"), _joined),
     "getitem": _item,
     "getattr": _attribute,

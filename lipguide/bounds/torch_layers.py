@@ -56,6 +56,28 @@ def nonnegative_linear(layer: nn.Module, call: Call) -> float:
     return nonnegative(layer, call.input[2:])
 
 
+def circular_pad(layer: nn.CircularPad1d | nn.CircularPad2d, call: Call) -> float:
+    """As for other copies of pixels, but torch fills a circle that grows at one end and is cut at another with noise.
+
+    >>> round(circular_pad(nn.CircularPad1d(1), Call((1, 1, 4), (1, 1, 6))), 4)
+    1.4142
+    """
+    if min(layer.padding) < 0 < max(layer.padding):
+        raise NoBound(f"its padding {layer.padding} has both signs, where torch leaves values unset; crop with slices")
+    return nonnegative_linear(layer, call)
+
+
+def constant_pad(layer: nn.modules.padding._ConstantPadNd, call: Call) -> float:
+    """1: the values of the border are constants, and the batch is not among the padded axes.
+
+    >>> constant_pad(nn.ZeroPad2d(1), Call((1, 1, 4, 4), (1, 1, 6, 6)))
+    1.0
+    """
+    if len(layer.padding) // 2 >= len(call.input):
+        raise NoBound(f"it pads all axes of {call.input}, the batch too; give it an axis more")
+    return 1.0
+
+
 def max_pool(layer: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d, call: Call) -> float:
     """√(windows that share a pixel): 1 where the stride is the size.
 
@@ -95,8 +117,8 @@ def _check_maxima(layer: nn.Module, call: Call) -> None:
 def isometry(layer: nn.Module, call: Call) -> float:
     """1: it moves, keeps, drops or shifts values.
 
-    >>> isometry(nn.Identity(), Call((1, 2), (1, 2)))
-    1.0
+    >>> all(LAYERS[kind] is isometry for kind in (nn.Identity, nn.Dropout, nn.PixelShuffle))
+    True
     """
     return 1.0
 
@@ -172,13 +194,14 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), nonnegative_linear),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), nonnegative_linear),
     **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), nonnegative_linear),
-    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d, nn.CircularPad1d, nn.CircularPad2d), nonnegative_linear),
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d), nonnegative_linear),
+    **dict.fromkeys((nn.CircularPad1d, nn.CircularPad2d), circular_pad),
     **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d), nonnegative_linear),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), max_pool),
     **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d), adaptive_max_pool),
     **dict.fromkeys((nn.Identity, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), isometry),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), isometry),
-    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d), isometry),
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d), constant_pad),
     nn.Flatten: flatten,
     # Activations: the largest slope.
     **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign), _slope(1.0)),

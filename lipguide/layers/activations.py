@@ -251,7 +251,7 @@ class Householder(Brick):
         z1, z2 = x.chunk(2, 1)
         # In half precision the angle is turned into v in float32: v must have norm one, or a reflection stretches.
         half_angle = self.theta.to(torch.promote_types(self.theta.dtype, torch.float32)) / 2
-        half_angle = half_angle.view(-1, *[1] * (x.dim() - 2))
+        half_angle = half_angle.view(self.channels // 2, *[1] * (x.dim() - 2))
         v1, v2 = half_angle.sin().to(x.dtype), -half_angle.cos().to(x.dtype)
         beyond = 2 * F.relu(v1 * z1 + v2 * z2)
         return torch.cat((z1 - beyond * v1, z2 - beyond * v2), 1)

@@ -234,7 +234,7 @@ class BatchCentering(Brick):
         if x.dim() < 2 or x.shape[1] != self.channels:
             raise ValueError(f"BatchCentering({self.channels}) got an input of shape {tuple(x.shape)}")
         mean = self._batch_mean(x) if self.training else self.running_mean
-        column = (1, -1) + (1,) * (x.dim() - 2)
+        column = (1, self.channels) + (1,) * (x.dim() - 2)
         return x - mean.view(column).to(x.dtype) + self.bias.view(column).to(x.dtype)
 
     def _batch_mean(self, x: Tensor) -> Tensor:

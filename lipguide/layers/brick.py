@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Brick", "Through", "own_rule", "voucher"]
+__all__ = ["Brick", "Through", "overtaken", "own_rule", "voucher"]
 
 Through = Callable[[nn.Module, float], Any]
 """Takes a part of a module and the constant of its input, and returns the constant of its output."""
@@ -87,6 +87,30 @@ def own_rule(module: nn.Module, name: str) -> Callable[..., Any] | None:
         return None
     kind = voucher(module, lambda kind: name in vars(kind))
     return None if kind is None else MethodType(getattr(kind, name), module)
+
+
+def overtaken(module: nn.Module, name: str) -> str | None:
+    """Why the module's method of this name may not speak for it, if it has one.
+
+    >>> class Kept(nn.Module):
+    ...     def lipschitz(self, constant, through):
+    ...         return constant
+    >>> class Doubled(Kept):
+    ...     def forward(self, x):
+    ...         return 2 * x
+    >>> overtaken(Doubled(), "lipschitz")
+    'its method lipschitz is that of Kept, but Doubled redefines forward; give Doubled a lipschitz of its own'
+    """
+    line = parametrize.type_before_parametrizations(module).__mro__
+    kind = next((kind for kind in line if name in vars(kind) and kind is not Brick), None)
+    changed = _changes(line[: line.index(kind)], kind) if kind else set()
+    if not changed:
+        return None
+    child = line[0].__name__
+    return (
+        f"its method {name} is that of {kind.__name__}, but {child} redefines {', '.join(sorted(changed))}; give "
+        f"{child} a {name} of its own"
+    )
 
 
 def voucher(module: nn.Module, speaks: Callable[[type], bool]) -> type | None:

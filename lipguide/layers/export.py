@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from lipguide.layers.affine import plain_circle
 from lipguide.layers.brick import own_rule
 
-__all__ = ["EveryPartALeaf", "equation_of", "export", "without_parametrizations"]
+__all__ = ["EveryPartALeaf", "equation_of", "export", "fresh_weights", "without_parametrizations"]
 
 PACKAGE = __name__.split(".")[0]
 MARK = "lipguide_brick"
@@ -38,7 +41,6 @@ def export(model: nn.Module) -> nn.Module:
     Args:
         model: any module; it is not changed.
 
-    >>> import torch
     >>> from lipguide.layers.activations import GroupSort2
     >>> from lipguide.layers.affine import spectral
     >>> model = nn.Sequential(spectral(nn.Linear(4, 4)), GroupSort2()).eval()
@@ -56,11 +58,64 @@ def without_parametrizations(model: nn.Module) -> nn.Module:
     >>> list(without_parametrizations(spectral(nn.Linear(2, 2))).state_dict())
     ['weight', 'bias']
     """
-    twin = copy.deepcopy(model).eval()
-    for module in list(twin.modules()):
-        if parametrize.is_parametrized(module):
-            _make_plain(module)
+    with fresh_weights(model):
+        twin = copy.deepcopy(model).eval()
+        for module in list(twin.modules()):
+            if parametrize.is_parametrized(module):
+                _make_plain(module)
     return twin
+
+
+@contextmanager
+def fresh_weights(model: nn.Module) -> Iterator[None]:
+    """Within it each constrained weight is computed anew, even inside of `torch.nn.utils.parametrize.cached()`.
+
+    `cached` remembers a weight by the address of its module. The weight may be that of training mode, that of before
+    the last step of the optimizer, or that of another module which is gone and whose address was given away. Where the
+    model would compute with such a weight, that is an error here.
+
+    >>> layer = parametrize.register_parametrization(nn.Linear(2, 2), "weight", nn.ReLU())
+    >>> with parametrize.cached():
+    ...     before = layer.weight
+    ...     with fresh_weights(layer):
+    ...         layer.weight is before
+    False
+    """
+    enabled, cache = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        _check_remembered(model, cache)
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = enabled, cache
+
+
+@torch.no_grad()
+def _check_remembered(model: nn.Module, cache: dict[tuple[int, str], Any]) -> None:
+    """What the cache holds for this model must be what its constraints give in eval mode."""
+    for path, module in model.named_modules():
+        for name in getattr(module, "parametrizations", ()):
+            remembered = cache.get((id(module), name))
+            if remembered is not None and not _close(remembered, _in_eval_mode(module, name)):
+                raise ValueError(
+                    f"{path}.{name}".lstrip(".") + " is remembered by parametrize.cached() from before, and is not "
+                    "what its constraint gives in eval mode: leave the block, or enter it with the model as it is now"
+                )
+
+
+def _in_eval_mode(module: nn.Module, name: str) -> torch.Tensor:
+    constraint = module.parametrizations[name]
+    modes = {part: part.training for part in constraint.modules()}
+    constraint.eval()
+    try:
+        return getattr(module, name)
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.allclose(a, b.to(a), rtol=1e-5, atol=1e-6 * float(b.abs().max())))
 
 
 def _make_plain(module: nn.Module) -> None:

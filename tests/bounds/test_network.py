@@ -181,7 +181,7 @@ FOLLOWED = {
     "slices": (lambda m, x: x[:, 1:, None], 1.0),
     "a mild activation in place": (lambda m, x: torch.relu(nn.functional.relu(x, inplace=True) + x), 2.0),
     "sum in place": (lambda m, x: operator.iadd(m.layer(x), x), 2.0),
-    "stack": (lambda m, x: torch.stack((x, x)), math.sqrt(2)),
+    "stack": (lambda m, x: torch.stack((x, x), 1), math.sqrt(2)),
     "shape": (lambda m, x: x.reshape(x.shape[0], x.size(1) // 2, 2), 1.0),
     "negative": (lambda m, x: -torch.relu(-x), 1.0),
 }
