@@ -82,7 +82,7 @@ def test_copies_meet_no_weight_of_another_module(ask):
     with parametrize.cached():
         for size in range(8, 40):
             held = nn.Sequential(lip.spectral(nn.Linear(size, 8)), lip.MaxMin()).eval()
-            held[0].weight  # remembered, by an address that is free again
+            _ = held[0].weight  # remembered, by an address that is free again
             del held
             net = nn.Sequential(unlike_training(), lip.MaxMin()).eval()
             try:

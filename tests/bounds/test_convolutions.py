@@ -198,4 +198,6 @@ def test_sll_does_not_vouch_for_filters_out_of_a_cache(make, shape):
     with parametrize.cached():
         assert lipschitz_bound(block, shape).value == 1
         parametrize._cache[(id(block), "weight")] = 3 * block.weight
-        assert lipschitz_bound(block, shape).value > 16
+        assert block.lipschitz(1.0, None) > 16
+        with pytest.raises(ValueError, match="remembered by parametrize.cached"):
+            lipschitz_bound(block, shape)

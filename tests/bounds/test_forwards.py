@@ -4,10 +4,10 @@ from collections import namedtuple
 
 import pytest
 import torch
-from lipguide.export import export
 from torch import nn
 
 import lipguide as lip
+from lipguide.layers.export import export
 
 
 class Forward(nn.Module):
