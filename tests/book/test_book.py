@@ -164,5 +164,8 @@ def test_the_lock_satisfies_the_loose_bounds():
     for line in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
         wanted = Requirement(line)
         name = wanted.name.lower().replace("_", "-")
+        if name == "lipguide":  # a part that builds on other parts
+            assert wanted.extras <= set(project["optional-dependencies"])
+            continue
         assert name in pinned, f"{name} is not in environment.yml"
         assert wanted.specifier.contains(pinned[name], prereleases=True), line
