@@ -62,8 +62,9 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
         def lipschitz(self, constant, through):
             return through(self.head, through(self.trunk, constant))
 
-    Whatever is not known is an error that names it. The bound is about exact arithmetic with the weights at hand: the
-    rounding of a forward pass comes on top of it (TF32 above all).
+    A class speaks for a module only where no subclass has changed what the forward computes. Samples of a batch must
+    stay apart, along dimension 0. Whatever is not known is an error that names it. The bound is about exact arithmetic
+    with the weights at hand: the rounding of a forward pass comes on top of it (TF32 above all).
 
     Args:
         model: a network in eval mode.

@@ -352,3 +352,12 @@ def test_a_subclass_is_trusted_if_it_changes_nothing_that_its_forward_calls():
     patched._conv_forward = Tripled(1, 1, 3)._conv_forward
     with pytest.raises(Unbounded, match="_conv_forward was replaced"):
         bound(patched, (1, 5, 5))
+
+
+@pytest.mark.parametrize("padding", [(3, 0, 2, -2), (-1, 1, 0, 0), (0, 0, 2, -1)])
+def test_a_circle_that_grows_and_is_cut_has_no_bound(padding):
+    """torch leaves values unset there, so the layer is no function of its input."""
+    with pytest.raises(Unbounded, match="both signs"):
+        bound(nn.CircularPad2d(padding), (1, 5, 5))
+    assert bound(nn.CircularPad2d([max(0, p) for p in padding]), (1, 5, 5)) >= 1
+    assert bound(nn.CircularPad2d([min(0, p) for p in padding]), (1, 5, 5)) <= 1 + 1e-6
