@@ -83,7 +83,7 @@ OF_OBJECTS = ("vanish", "mislabel")  # which ask nothing of a scene without obje
 
 
 def objective(name: str, model: nn.Module) -> Objective:
-    """What attack ``name`` on ``model`` ascends: one number a scene from the detector's output and the targets.
+    """What attack `name` on `model` ascends: one number a scene from the detector's output and the targets.
 
     "training loss" is the case study's, as the model's method `training_loss(reduction)` gives it.
 

@@ -96,5 +96,5 @@ def standard_conv(width: int = 256) -> TinierSSD:
 
 
 def l2_normalised(width: int = 256) -> TinierSSD:
-    """As ``standard_conv``, with each filter of entry and heads divided by its L2 norm."""
+    """As `standard_conv`, with each filter of entry and heads divided by its L2 norm."""
     return TinierSSD(Parts(_normalised, _sll, _normalised, _normalised, _separate_pool), _of_width(width))

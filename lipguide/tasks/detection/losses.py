@@ -68,7 +68,7 @@ class Multibox(nn.Module):
         return self.priors.new_tensor([0.0, 0.0, 1.0, 1.0])
 
     def _hard(self, values: Tensor, positive: Tensor) -> Tensor:
-        """The ``negatives`` · positives negatives of each scene that have the largest values."""
+        """The `negatives` · positives negatives of each scene that have the largest values."""
         ranked = values.masked_fill(positive, -1.0).argsort(dim=1, descending=True, stable=True)
         count = self.negatives * positive.sum(1, keepdim=True).clamp(min=1)
         chosen = torch.zeros_like(positive)
