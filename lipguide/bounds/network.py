@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrize
 
 from lipguide.bounds.below import lipschitz_lower_bound
 from lipguide.bounds.torch_layers import NoBound
@@ -80,7 +81,8 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
     _check_shape(input_shape)
     _check(names)
     check_eval(model, "bounding it")
-    with torch.inference_mode(False), fresh_weights(model):
+    # Constrained weights are computed anew, and once for all that looks at them.
+    with torch.inference_mode(False), fresh_weights(model), parametrize.cached():
         walk = Walk(names, record(model, input_shape))
         outcome = walk(model, 1.0)
         walk.check_complete()

@@ -134,6 +134,17 @@ def flatten(layer: nn.Flatten, call: Call) -> float:
     return 1.0
 
 
+def unflatten(layer: nn.Unflatten, call: Call) -> float:
+    """1, as long as samples stay apart.
+
+    >>> unflatten(nn.Unflatten(1, (2, 3)), Call((1, 6), (1, 2, 3)))
+    1.0
+    """
+    if isinstance(layer.dim, int) and layer.dim % len(call.input) == 0:
+        raise NoBound("it cuts up the batch; use dim=1")
+    return 1.0
+
+
 def softmax(layer: nn.Softmax, call: Call) -> float:
     """½: its Jacobian diag(p) − ppᵀ has no larger eigenvalue.
 
@@ -199,10 +210,11 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
     **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d), nonnegative_linear),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), max_pool),
     **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d), adaptive_max_pool),
-    **dict.fromkeys((nn.Identity, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), isometry),
+    **dict.fromkeys((nn.Identity, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), isometry),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), isometry),
     **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d), constant_pad),
     nn.Flatten: flatten,
+    nn.Unflatten: unflatten,
     # Activations: the largest slope.
     **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign), _slope(1.0)),
     **dict.fromkeys((nn.Softshrink, nn.Tanhshrink, nn.LogSigmoid), _slope(1.0)),

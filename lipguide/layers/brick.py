@@ -86,7 +86,9 @@ def own_rule(module: nn.Module, name: str) -> Callable[..., Any] | None:
     if not callable(getattr(type(module), name, None)):
         return None
     kind = voucher(module, lambda kind: name in vars(kind))
-    return None if kind is None else MethodType(getattr(kind, name), module)
+    if kind is None or _passed_over(module, name):
+        return None
+    return MethodType(getattr(kind, name), module)
 
 
 def overtaken(module: nn.Module, name: str) -> str | None:
@@ -101,16 +103,33 @@ def overtaken(module: nn.Module, name: str) -> str | None:
     >>> overtaken(Doubled(), "lipschitz")
     'its method lipschitz is that of Kept, but Doubled redefines forward; give Doubled a lipschitz of its own'
     """
-    line = parametrize.type_before_parametrizations(module).__mro__
-    kind = next((kind for kind in line if name in vars(kind) and kind is not Brick), None)
-    changed = _changes(line[: line.index(kind)], kind) if kind else set()
-    if not changed:
+    passed = _passed_over(module, name)
+    if passed is None:
         return None
-    child = line[0].__name__
+    child, kind, changed = passed
     return (
-        f"its method {name} is that of {kind.__name__}, but {child} redefines {', '.join(sorted(changed))}; give "
-        f"{child} a {name} of its own"
+        f"its method {name} is that of {kind}, but {child} redefines {', '.join(sorted(changed))}; give {child} a "
+        f"{name} of its own"
     )
+
+
+def _passed_over(module: nn.Module, name: str) -> tuple[str, str, set[str]] | None:
+    """A class that the method of this name does not speak for, the class whose method that is, and what was changed.
+
+    A method that asks `super()` hands the word to the next class that has one, and that must not have been overtaken
+    either: a class between the two may change the forward and have no such method.
+    """
+    line = parametrize.type_before_parametrizations(module).__mro__
+    while speakers := [kind for kind in line if name in vars(kind) and kind is not Brick]:
+        kind = speakers[0]
+        place = line.index(kind)
+        if changed := _changes(line[:place], kind):
+            return line[0].__name__, kind.__name__, changed
+        method = vars(kind)[name]
+        if not isinstance(method, FunctionType) or "super" not in _names(method.__code__):
+            return None
+        line = line[place + 1 :]
+    return None
 
 
 def voucher(module: nn.Module, speaks: Callable[[type], bool]) -> type | None:

@@ -239,6 +239,8 @@ def test_an_unconstrained_sll_is_bounded_by_its_own_weight():
         (nn.BatchNorm2d(2, track_running_stats=False), (2, 4, 4), "statistics"),
         (nn.Upsample(scale_factor=2, mode="bicubic"), (1, 4, 4), "negative"),
         (nn.Flatten(0), (2, 4), "batch"),
+        (nn.Unflatten(0, (1, -1)), (4,), "batch"),
+        (nn.Unflatten(-2, (-1, 1)), (4,), "batch"),
         (nn.Softplus(threshold=1.0), (3,), "jumps"),
         (nn.Softmax(dim=0), (3,), "batch"),
         (nn.LayerNorm(4), (4,), "BatchCentering"),

@@ -63,6 +63,28 @@ class SteeperByAttribute(Calls):
     slope = 10.0
 
 
+class SpeaksThroughSuper(Steeper):
+    """Says what it does itself, and asks above for the rest, where the class between has said nothing."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+    def lipschitz(self, constant, through):
+        return 2 * super().lipschitz(constant, through)
+
+
+class SpeaksForWhatIsBehind:
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+    def lipschitz(self, constant, through):
+        return 2 * super().lipschitz(constant, through)
+
+
+class MixedInFront(SpeaksForWhatIsBehind, Steeper):
+    """Both say something of the forward, and one of them says it to nobody."""
+
+
 class SteeperMixin:
     def forward(self, x):
         return 10 * super().forward(x)
@@ -113,6 +135,8 @@ OVERTAKEN = {
     "what the forward calls": (SteeperPart, (4,)),
     "a number of the class": (SteeperByAttribute, (4,)),
     "a class beside": (Mixed, (4,)),
+    "a rule that asks above": (SpeaksThroughSuper, (4,)),
+    "a rule beside that asks above": (MixedInFront, (4,)),
     "a rule above the forward": (VouchedFromAbove, (4,)),
     "a brick": (SteeperBrick, (4,)),
     "a joint": (lambda: SteeperResidual(nn.Identity()), (4,)),
@@ -140,6 +164,23 @@ def test_an_error_says_who_was_overtaken():
 
     with pytest.raises(lip.Unbounded, match="that of Centred, but Steepest redefines forward; give Steepest a lips"):
         lip.lipschitz_bound(Steepest().eval(), (4,))
+
+    class SaysHalf(Steepest):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+        def lipschitz(self, constant, through):
+            return super().lipschitz(constant, through) / 2
+
+    with pytest.raises(lip.Unbounded, match="that of Centred, but Steepest redefines forward; give Steepest a lips"):
+        lip.lipschitz_bound(SaysHalf().eval(), (4,))
+
+
+def test_a_rule_that_asks_above_is_believed_where_everybody_has_spoken():
+    class Spoken(SpeaksForWhatIsBehind, Centred):
+        pass
+
+    assert lip.lipschitz_bound(Spoken().eval(), (4,)).value == 2
 
 
 def test_a_child_that_changes_nothing_is_spoken_for():
