@@ -86,7 +86,8 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
         walk = Walk(names, record(model, input_shape))
         outcome = walk(model, 1.0)
         walk.check_complete()
-        check_batch(model, input_shape)
+        if model not in walk.followed:
+            check_batch(model, input_shape)
     heads = dict(_leaves(outcome, ""))
     value = math.sqrt(sum(constant**2 for constant in heads.values()))
     return Bound(value, heads if len(heads) > 1 else {}, walk.rows)

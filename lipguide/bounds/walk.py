@@ -139,6 +139,7 @@ class Walk:
         self.model = next(iter(names))
         self.rows: list[LayerBound] = []
         self.accounted: set[nn.Module] = set()
+        self.followed: set[nn.Module] = set()  # traced, and so run on a batch of one and on one of two
 
     def __call__(self, module: nn.Module, constant: float) -> Any:
         self.accounted.add(module)
@@ -199,6 +200,7 @@ class Walk:
         return self.row(module, constant, constant * max(slopes))
 
     def _followed(self, module: nn.Module, constant: float) -> Any:
+        self.followed.add(module)
         inputs = [probe(call.input, module, self.model) for call in self._known_calls(module)]
         try:
             outcomes = [travel(module, x, constant, self) for x in inputs]
