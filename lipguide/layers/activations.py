@@ -249,22 +249,33 @@ class Householder(Brick):
         if x.shape[1] != self.channels:
             raise ValueError(f"Householder({self.channels}) got {x.shape[1]} channels: shape {tuple(x.shape)}")
         z1, z2 = x.chunk(2, 1)
-        # In half precision the angle is turned into v in float32: v must have norm one, or a reflection stretches.
-        half_angle = self.theta.to(torch.promote_types(self.theta.dtype, torch.float32)) / 2
-        half_angle = half_angle.view(self.channels // 2, *[1] * (x.dim() - 2))
-        v1, v2 = half_angle.sin().to(x.dtype), -half_angle.cos().to(x.dtype)
+        v = self._directions(x.dtype)
+        v1, v2 = v.view(2, self.channels // 2, *[1] * (x.dim() - 2))
         beyond = 2 * F.relu(v1 * z1 + v2 * z2)
         return torch.cat((z1 - beyond * v1, z2 - beyond * v2), 1)
 
+    def _directions(self, dtype: torch.dtype) -> Tensor:
+        """The first entries of all v, then the second ones; in half precision computed in float32 and then rounded."""
+        half_angle = self.theta.to(torch.promote_types(self.theta.dtype, torch.float32)) / 2
+        return torch.cat((half_angle.sin(), -half_angle.cos())).to(dtype)
+
     def lipschitz(self, constant: float, through: Through) -> float:
+        # In half precision a rounded v may be longer than one, and the reflection stretches.
+        if self.theta.dtype in (torch.float16, torch.bfloat16):
+            return constant * _stretch_of_reflections(self._directions(self.theta.dtype))
         return constant
 
     def plain(self) -> nn.Module:
-        half_angle = self.theta.detach() / 2
-        return _PlainHouseholder(torch.cat((half_angle.sin(), -half_angle.cos())))
+        return _PlainHouseholder(self._directions(self.theta.dtype).detach())
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
+
+
+def _stretch_of_reflections(v: Tensor) -> float:
+    """max(1, 2|v|² − 1) over the pairs."""
+    squares = v.detach().double().square().reshape(2, -1).sum(0)
+    return max(1.0, float(2 * squares.max() - 1))
 
 
 class _PlainHouseholder(nn.Module):
@@ -284,6 +295,4 @@ class _PlainHouseholder(nn.Module):
         return (z - torch.cat((beyond, beyond), -1) * self.v).movedim(-1, 1)
 
     def lipschitz(self, constant: float, through: Through) -> float:
-        """max(1, 2|v|² − 1) over the pairs."""
-        squares = self.v.detach().double().square().reshape(2, -1).sum(0)
-        return constant * max(1.0, float(2 * squares.max() - 1))
+        return constant * _stretch_of_reflections(self.v)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import lipguide as lip
 from lipguide.layers.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
 
 few = settings(deadline=None, max_examples=25, derandomize=True)
@@ -263,3 +264,19 @@ def test_sorted_pairs_pass_every_kind_of_derivative(make):
         assert torch.equal(compiled, layer(point))
         (gradient,) = torch.autograd.grad(compiled.square().sum(), again)
         assert torch.equal(gradient, torch.autograd.grad(layer(again).square().sum(), again)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_householder_in_half_precision_is_bounded_with_the_directions_that_it_has(dtype):
+    torch.manual_seed(0)
+    block = Householder(64)
+    block.theta.data.normal_()
+    block = block.to(dtype).eval()
+    half_angle = block.theta.detach().float() / 2
+    v = torch.stack((half_angle.sin(), -half_angle.cos())).to(dtype).double()
+    reflections = torch.eye(2, dtype=torch.float64) - 2 * torch.einsum("ip,jp->pij", v, v)
+    true = torch.linalg.matrix_norm(reflections, ord=2).max().item()
+    assert true > 1 + 1e-5
+    for model in (block, lip.export(block)):
+        bound = lip.lipschitz_bound(model, (64, 1, 1)).value
+        assert true * (1 - 1e-12) <= bound < true * 1.001
