@@ -271,16 +271,16 @@ def test_different_seeds_give_different_weights(uninterrupted):
 def test_write_that_fails_leaves_the_old_checkpoint_whole(uninterrupted, tmp_path, monkeypatch):
     """The disk fills up in the middle of the second checkpoint."""
     path = tmp_path / "run.pt"
-    write, calls = torch.save, []
+    write, calls = Path.write_bytes, []
 
-    def full_disk(state: dict, file) -> None:
+    def full_disk(file: Path, content: bytes) -> None:
         calls.append(1)
         if len(calls) == 2:
-            Path(file).write_bytes(b"half a checkpoint")
+            write(file, b"half a checkpoint")
             raise OSError(28, "No space left on device")
-        write(state, file)
+        write(file, content)
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space"):
         Run().fit(checkpoint=path)
     monkeypatch.undo()
@@ -305,28 +305,22 @@ def test_damaged_checkpoint_is_named_and_kept(keep, tmp_path):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-def test_flipped_byte_is_noticed_or_harmless(place, flip, tmp_path_factory, finished):
-    """torch.load alone would take a damaged weight for a good one."""
-    expected, whole = finished
+def test_flipped_byte_is_noticed(place, flip, tmp_path_factory, finished):
+    """torch.load alone would take a damaged weight for a good one, and a zip file's directory has no checksum."""
     path = tmp_path_factory.mktemp("flip") / "run.pt"
-    damaged = bytearray(whole)
-    damaged[int(place * len(whole))] ^= flip
+    damaged = bytearray(finished)
+    damaged[int(place * len(finished))] ^= flip
     path.write_bytes(damaged)
-    run = Run(steps=6)
-    try:
-        run.fit(checkpoint=path)
-    except ValueError as error:
-        assert "no readable checkpoint" in str(error) or "belongs to another run" in str(error)
-    else:
-        assert same(run, expected)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        Run(steps=6).fit(checkpoint=path)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Run, bytes]:
+def finished(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("finished") / "run.pt"
     run = Run(steps=6)
     run.fit(checkpoint=path)
-    return run, path.read_bytes()
+    return path.read_bytes()
 
 
 def test_foreign_files_and_other_runs_are_refused(tmp_path):
