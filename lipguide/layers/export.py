@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from lipguide.layers.affine import plain_circle
 from lipguide.layers.brick import own_rule
 
-__all__ = ["EveryPartALeaf", "equation_of", "export", "fresh_weights", "without_parametrizations"]
+__all__ = ["EveryPartALeaf", "equation_of", "export", "fresh_weights", "uncached", "without_parametrizations"]
 
 PACKAGE = __name__.split(".")[0]
 MARK = "lipguide_brick"
@@ -81,11 +81,25 @@ def fresh_weights(model: nn.Module) -> Iterator[None]:
     ...         layer.weight is before
     False
     """
+    with uncached() as cache:
+        _check_remembered(model, cache)
+        yield
+
+
+@contextmanager
+def uncached() -> Iterator[dict[tuple[int, str], Any]]:
+    """Puts aside what `torch.nn.utils.parametrize.cached()` remembers, and hands it out.
+
+    torch offers no such thing, so this is the one place that takes hold of its cache for a while.
+
+    >>> with parametrize.cached(), uncached() as remembered:
+    ...     remembered
+    {}
+    """
     enabled, cache = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
     try:
-        _check_remembered(model, cache)
-        yield
+        yield cache
     finally:
         parametrize._cache_enabled, parametrize._cache = enabled, cache
 

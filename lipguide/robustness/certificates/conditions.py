@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import SupportsFloat
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipguide.checks import check_eval, check_numbers, lipschitz_constant
+from lipguide.layers.export import uncached
 from lipguide.robustness.certificates.radii import slopes
 
 __all__ = ["checked_logits"]
@@ -53,7 +52,7 @@ def checked_logits(
     constant = lipschitz_constant(lipschitz)
     with torch.inference_mode(False):
         own = _own_logits(model, images[:PROBED])
-        with _uncached():
+        with uncached():  # where weights are cached, a copy is given the original's
             twin = copy.deepcopy(model).double()
             with torch.no_grad():
                 logits = torch.cat([twin(batch.double()) for batch in images.split(batch_size)])
@@ -63,17 +62,6 @@ def checked_logits(
             with torch.enable_grad():
                 _try_to_refute(twin, images[:PROBED].double(), constant, rows)
     return logits
-
-
-@contextmanager
-def _uncached() -> Iterator[None]:
-    """Constrained weights are computed anew: within `parametrize.cached()` a copy is given the original's."""
-    enabled = parametrize._cache_enabled
-    parametrize._cache_enabled = 0
-    try:
-        yield
-    finally:
-        parametrize._cache_enabled = enabled
 
 
 @torch.no_grad()
