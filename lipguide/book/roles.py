@@ -11,15 +11,17 @@ and ```` ```{run-box} ````, which says where and when the chapter last ran and h
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from lipguide.book.ledger import PROFILES, lookup, read
 
-__all__ = ["LedgerRole", "RunBox", "describe", "ledger_path", "parts", "setup"]
+__all__ = ["LedgerRole", "RunBox", "describe", "keep_units", "ledger_path", "parts", "readable", "setup"]
 
 
 class LedgerRole(SphinxRole):
@@ -33,7 +35,7 @@ class LedgerRole(SphinxRole):
             content = read(path)
             # Provenance is there for the asking too: how long a run took, say.
             source = content if key.startswith("provenance.") else content["results"]
-            text = format(lookup(source, key), form)
+            text = readable(format(lookup(source, key), form))
         except (OSError, KeyError, ValueError, TypeError) as error:
             message = self.inliner.reporter.warning(f"ledger role {self.text!r}: {error}", line=self.lineno)
             return [self.inliner.problematic(self.rawtext, self.rawtext, message)], [message]
@@ -54,6 +56,48 @@ def parts(text: str) -> tuple[str | None, str, str]:
     if len(fields) == 3:
         return fields[0], fields[1], fields[2]
     raise ValueError("it should read key:format or chapter:key:format")
+
+
+def readable(text: str) -> str:
+    """A number as people write it: no computer's exponent, and a minus that is one.
+
+    >>> readable("3e-19"), readable("3.7e+09"), readable("+5e-06"), readable("-0.25"), readable("0e+00")
+    ('3·10⁻¹⁹', '3.7·10⁹', '+5·10⁻⁶', '−0.25', '0')
+    >>> readable("1e-06"), readable("offset, rate 1e-2")
+    ('10⁻⁶', 'offset, rate 1e-2')
+    """
+    number = re.fullmatch(r"([+-]?)(\d[\d,.]*)(?:e([+-]\d+))?", text)
+    if not number:
+        return text
+    sign, digits, power = number.groups()
+    if power is not None and float(digits) == 0:
+        return "0"
+    sign = sign.replace("-", "−")
+    if power is None:
+        return sign + digits
+    raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{sign}10{raised}" if float(digits) == 1 else f"{sign}{digits}·10{raised}"
+
+
+class KeepUnits(SphinxTransform):
+    """No line breaks between a number and its unit."""
+
+    default_priority = 700
+
+    def apply(self, **kwargs: object) -> None:
+        keep_units(self.document)
+
+
+def keep_units(document: nodes.document) -> None:
+    """Put a no-break space between each number from a ledger and the unit behind it."""
+    for number in list(document.findall(nodes.inline)):
+        if "ledger" not in number["classes"]:
+            continue
+        behind = number.next_node(nodes.Text, descend=False, siblings=True)
+        if behind is None or behind.parent.index(behind) != number.parent.index(number) + 1:
+            continue
+        joined = re.sub(r"^\s(?=(%|ms|s|min|MiB|points)(\W|$))", "\u00a0", str(behind))
+        behind.parent.replace(behind, nodes.Text(joined))
 
 
 class RunBox(SphinxDirective):
@@ -100,4 +144,5 @@ def ledger_path(env, name: str | None) -> Path:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("ledger", LedgerRole())
     app.add_directive("run-box", RunBox)
+    app.add_transform(KeepUnits)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
