@@ -113,10 +113,12 @@ def _add_data(commands: Any) -> None:
     synthetic.add_argument("--split", nargs="+", choices=("train", "test"), default=["train", "test"])
     synthetic.add_argument("--size", type=int, help="scenes a split (default: as many as SVHN has)")
     _add_seed(synthetic)
-    compare = _add(sets, "compare", _compare, "train on synthetic digits, read real ones")
-    compare.add_argument("--svhn", required=True, help="folder that holds SVHN's test/")
+    compare = _add(sets, "compare", _compare, "how like SVHN the twin is: read and find real digits, compare the looks")
+    compare.add_argument("--svhn", required=True, help="folder that holds SVHN's test/, or train/ with --split train")
+    compare.add_argument("--split", choices=("train", "test"), default="test", help="of the real pictures")
     compare.add_argument("--size", type=int, help="synthetic scenes a split (default: as many as SVHN has)")
     compare.add_argument("--epochs", type=int, default=12)
+    compare.add_argument("--record", type=Path, help="a JSON file that the figures go into as well")
     _add_device(compare)
     _add_seed(compare)
 
@@ -180,15 +182,17 @@ def _synthetic(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from lipguide.book.transfer import compare
+    from lipguide.book.likeness import likeness, report
     from lipguide.distributed import choose_device
+    from lipguide.files import write_json
+    from lipguide.provenance import provenance
 
     device = choose_device(options.device)
-    found = compare(options.svhn, options.size, options.epochs, device, options.seed)
-    print(f"a small network trained on synthetic house numbers alone reads, on {device}:")
-    print(f"  synthetic test digits  {100 * found.synthetic:.2f} %  of {found.digits[0]}")
-    print(f"  SVHN test digits       {100 * found.real:.2f} %  of {found.digits[1]}")
-    print(f"trained on SYN DIGITS    {100 * found.syn_digits:.1f} %  (published, DIRT-T table 1)")
+    made_by = provenance(device, options.seed)
+    found = likeness(options.svhn, options.split, options.size, options.epochs, device, options.seed)
+    print(report(found))
+    if options.record:
+        write_json(options.record, {"provenance": made_by, "results": found})
     return 0
 
 

@@ -1,39 +1,18 @@
-"""Is SHN like SVHN? A plain small network learns to read from synthetic digits alone, then reads real ones."""
+"""A plain small network that learns to read from synthetic digits alone; `likeness` lets it read real ones."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from lipguide.data.digits import Digits, digits
-from lipguide.data.shn import SyntheticHouseNumbers
-from lipguide.data.svhn import SVHN
+from lipguide.data.digits import Digits
 from lipguide.training import Supervised, fit
 
-__all__ = ["SYN_DIGITS", "Comparison", "accuracy", "compare", "small_reader", "train_reader"]
+__all__ = ["SYN_DIGITS", "accuracy", "small_reader", "train_reader"]
 
 SYN_DIGITS = 0.869  # on real SVHN digits, of a network trained on SYN DIGITS alone (DIRT-T, table 1)
-
-
-class Comparison(NamedTuple):
-    """Accuracy of the network trained on SHN alone.
-
-    Args:
-        synthetic: on synthetic test digits.
-        real: on real test digits.
-        syn_digits: what training on SYN DIGITS reaches on real ones.
-        digits: how many digits the first two were measured on.
-    """
-
-    synthetic: float
-    real: float
-    syn_digits: float
-    digits: tuple[int, int]
 
 
 def small_reader() -> nn.Sequential:
@@ -83,20 +62,3 @@ def accuracy(model: nn.Module, data: Digits, device: torch.device | str) -> floa
     for images, labels in zip(data.images.split(500), data.labels.split(500), strict=True):
         hits.append(model(images.to(device)).argmax(dim=1).cpu() == labels)
     return float(torch.cat(hits).double().mean())
-
-
-def compare(
-    svhn: str | Path | Dataset, size: int | None = None, epochs: int = 12, device: str = "cpu", seed: int = 0
-) -> Comparison:
-    """Train on `size` synthetic scenes (all when None) and read the digits of SVHN's test split.
-
-    Args:
-        svhn: the folder that holds `test`, or a data set that `digits` takes, such as torchvision's SVHN.
-        size: scenes of each synthetic split.
-        epochs: of the training.
-    """
-    real = digits(SVHN(svhn, "test") if isinstance(svhn, str | Path) else svhn)
-    synthetic = digits(SyntheticHouseNumbers("test", size, seed))
-    model = train_reader(digits(SyntheticHouseNumbers("train", size, seed)), epochs, device, seed)
-    counts = (len(synthetic.labels), len(real.labels))
-    return Comparison(accuracy(model, synthetic, device), accuracy(model, real, device), SYN_DIGITS, counts)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lipguide.__main__ import main
-from lipguide.book.transfer import SYN_DIGITS, accuracy, compare, train_reader
+from lipguide.book.transfer import accuracy, train_reader
 from lipguide.data import DownloadError, SyntheticHouseNumbers
 from lipguide.data.digits import Digits
 
@@ -47,16 +47,6 @@ def test_accuracy_counts():
     assert accuracy(Says(), data, "cpu") == 0.25
     with pytest.raises(ValueError, match="at least one"):
         accuracy(Says(), Digits(torch.zeros(0, 3, 32, 32), torch.zeros(0)), "cpu")
-
-
-def test_compare_reads_a_real_folder(tmp_path, capsys):
-    SyntheticHouseNumbers("test", 10, seed=77, cache=False).save(tmp_path / "svhn")
-    found = compare(tmp_path / "svhn", size=12, epochs=1)
-    assert 0 <= found.synthetic <= 1 and 0 <= found.real <= 1 and found.syn_digits == SYN_DIGITS == 0.869
-    assert found.digits[1] == sum(len(n.labels) for n in SyntheticHouseNumbers("test", 10, seed=77).annotations())
-    assert run("compare", "--svhn", str(tmp_path / "svhn"), "--size", "12", "--epochs", "1", "--device", "cpu") == 0
-    printed = capsys.readouterr().out
-    assert f"{100 * found.real:.2f} %  of {found.digits[1]}" in printed and "86.9 %" in printed
 
 
 def test_commands_fail_with_a_message(tmp_path, capsys, monkeypatch):
