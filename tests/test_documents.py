@@ -52,7 +52,16 @@ def test_every_command_that_is_named_is_one():
 
 ROOMS = {"layers": "", "bounds": "", "losses": "", "data": "data", "tasks": "detection", "book": "book"}
 NAMES = {"PIL": "pillow"}
-BROUGHT = {"cycler", "docutils", "nbformat", "sphinx", "yaml"}  # by matplotlib and jupyter-book
+BROUGHT = {
+    "cycler",
+    "docutils",
+    "fontTools",
+    "matplotlib_inline",
+    "nbformat",
+    "pybtex",
+    "sphinx",
+    "yaml",
+}  # by matplotlib and jupyter-book
 
 
 def test_each_part_declares_what_its_modules_import():

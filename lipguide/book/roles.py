@@ -5,13 +5,15 @@
     {ledger}`why.full:radius:.2f`         of a profile other than the one being built
     {ledger}`why:provenance.seconds:.0f`  how long the run took
 
-and ```` ```{run-box} ````, which says where and when the chapter last ran and how long each profile takes.
+and ```` ```{run-box} ````, which says where and when the chapter last ran and how long each profile took.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from datetime import date
+from html import escape
 from pathlib import Path
 
 from docutils import nodes
@@ -20,8 +22,9 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from lipguide.book.ledger import PROFILES, lookup, read
+from lipguide.book.tables import readable
 
-__all__ = ["LedgerRole", "RunBox", "describe", "keep_units", "ledger_path", "parts", "readable", "setup"]
+__all__ = ["LedgerRole", "RunBox", "describe", "duration", "keep_units", "ledger_path", "parts", "setup"]
 
 
 class LedgerRole(SphinxRole):
@@ -58,27 +61,6 @@ def parts(text: str) -> tuple[str | None, str, str]:
     raise ValueError("it should read key:format or chapter:key:format")
 
 
-def readable(text: str) -> str:
-    """A number as people write it: no computer's exponent, and a minus that is one.
-
-    >>> readable("3e-19"), readable("3.7e+09"), readable("+5e-06"), readable("-0.25"), readable("0e+00")
-    ('3·10⁻¹⁹', '3.7·10⁹', '+5·10⁻⁶', '−0.25', '0')
-    >>> readable("1e-06"), readable("offset, rate 1e-2")
-    ('10⁻⁶', 'offset, rate 1e-2')
-    """
-    number = re.fullmatch(r"([+-]?)(\d[\d,.]*)(?:e([+-]\d+))?", text)
-    if not number:
-        return text
-    sign, digits, power = number.groups()
-    if power is not None and float(digits) == 0:
-        return "0"
-    sign = sign.replace("-", "−")
-    if power is None:
-        return sign + digits
-    raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{sign}10{raised}" if float(digits) == 1 else f"{sign}{digits}·10{raised}"
-
-
 class KeepUnits(SphinxTransform):
     """No line breaks between a number and its unit."""
 
@@ -101,36 +83,70 @@ def keep_units(document: nodes.document) -> None:
 
 
 class RunBox(SphinxDirective):
-    """The box at the head of a chapter, made from its ledger files."""
+    """What the chapter's numbers were made by. It is written at the head of a chapter and shown at its foot."""
 
     def run(self) -> list[nodes.Node]:
         chapter = Path(self.env.docname).name
-        box = nodes.container(classes=["run-box"])
+        runs = []
         for profile in PROFILES:
             path = ledger_path(self.env, f"{chapter}.{profile}")
             self.env.note_dependency(str(path))
-            text = describe(profile, read(path)["provenance"]) if path.exists() else "not yet run."
-            line = nodes.paragraph()
-            line += nodes.strong(text=profile)
-            line += nodes.Text(f"\u2002{text}")
-            box += line
+            if path.exists():
+                runs.append((profile, read(path)["provenance"]))
+        if not runs:
+            return []
+        lines = "".join(f"<p><strong>{profile}</strong>\u2002{escape(describe(run))}</p>" for profile, run in runs)
+        summary = "; ".join(summarize(profile, run) for profile, run in runs)
+        box = nodes.container(classes=["run-box"])
+        box += nodes.raw("", f"<details><summary>{escape(summary)}</summary>{lines}</details>", format="html")
         return [box]
 
 
-def describe(profile: str, run: dict) -> str:
+class RunBoxToFoot(SphinxTransform):
+    """Who reads a chapter wants its subject first; where its numbers come from stands below."""
+
+    default_priority = 710
+
+    def apply(self, **kwargs: object) -> None:
+        boxes = [n for n in self.document.findall(nodes.container) if "run-box" in n["classes"]]
+        for box in boxes:
+            box.parent.remove(box)
+            chapter = next(self.document.findall(nodes.section), self.document)
+            chapter.append(box)
+
+
+def summarize(profile: str, run: dict) -> str:
+    """The quiet line at the foot of a chapter.
+
+    >>> summarize("quick", {"seconds": 75.2, "start": "2026-11-21T01:00:00"})
+    'Numbers of the quick run: 21 Nov 2026, 1 min 15 s'
+    """
+    day = date.fromisoformat(run["start"][:10])
+    return f"Numbers of the {profile} run: {day.day} {day:%b %Y}, {duration(run['seconds'])}"
+
+
+def describe(run: dict) -> str:
     """One line about a run, from its provenance.
 
-    >>> describe("quick", {"seconds": 75.2, "device": "X (2 cores)", "torch": "2.14.1", "start": "2026-11-21T01:00:00",
-    ...                    "commit": "abc", "peak_memory_mib": 512, "data": None, "seed": 0})
+    >>> describe({"seconds": 75.2, "device": "X (2 cores)", "torch": "2.14.1", "start": "2026-11-21T01:00:00",
+    ...           "commit": "abc", "peak_memory_mib": 512, "data": None, "seed": 0})
     '1 min 15 s on X (2 cores), 512 MiB at most; last verified on 2026-11-21 with torch 2.14.1, commit abc, seed 0.'
     """
-    minutes, seconds = divmod(run["seconds"], 60)
-    took = f"{minutes:.0f} min {seconds:.0f} s" if minutes else f"{seconds:.0f} s"
     data = f", data {run['data']['name']} ({run['data']['hash'][:12]})" if run["data"] else ""
     return (
-        f"{took} on {run['device']}, {run['peak_memory_mib']} MiB at most; last verified on {run['start'][:10]} with "
-        f"torch {run['torch']}, commit {run['commit']}, seed {run['seed']}{data}."
+        f"{duration(run['seconds'])} on {run['device']}, {run['peak_memory_mib']} MiB at most; last verified on "
+        f"{run['start'][:10]} with torch {run['torch']}, commit {run['commit']}, seed {run['seed']}{data}."
     )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a clock reads them.
+
+    >>> duration(75.2), duration(8.4)
+    ('1 min 15 s', '8 s')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def ledger_path(env, name: str | None) -> Path:
@@ -145,4 +161,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("ledger", LedgerRole())
     app.add_directive("run-box", RunBox)
     app.add_transform(KeepUnits)
+    app.add_transform(RunBoxToFoot)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -4,7 +4,8 @@ import pytest
 from docutils import nodes
 from docutils.utils import new_document
 
-from lipguide.book.roles import keep_units, readable
+from lipguide.book.roles import keep_units
+from lipguide.book.tables import readable
 
 
 def rendered(*parts):
