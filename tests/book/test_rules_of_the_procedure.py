@@ -67,10 +67,22 @@ def test_dial_is_turned_towards_what_is_short(short, expected):
     assert next_setting(log) == expected
 
 
-def test_both_short_means_longer():
+def test_both_short_turns_the_dial_both_ways_and_only_then_trains_longer():
     next_setting = from_chapter("next_setting", budget={"steps": 800})["next_setting"]
     log = [{"offset": 0.7, "steps": 200, "short": ["clean", "certified"], "slack": -1.0}]
-    assert next_setting(log) == (0.7, 400)
+    moves = []
+    for _ in range(3):
+        moves.append(next_setting(log))
+        log.append({"offset": moves[-1][0], "steps": moves[-1][1], "short": ["clean", "certified"], "slack": -2.0})
+    assert moves == [(0.35, 200), (1.4, 200), (0.7, 400)]
+
+
+@EXAMPLES
+@given(wanted=st.floats(1, 90), n=st.integers(300, 3000))
+def test_the_region_that_is_drawn_is_the_one_that_the_rule_uses(wanted, n):
+    context = from_chapter("lower", "share_for", confidence=1.645, held_labels=range(n))
+    share, lower = context["share_for"](wanted), context["lower"]
+    assert lower(share, n) >= wanted > lower(share - 100 / n, n)
 
 
 @EXAMPLES
