@@ -21,6 +21,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+from lipguide.book.guidelines import Guidelines
 from lipguide.book.ledger import PROFILES, lookup, read
 from lipguide.book.tables import readable
 
@@ -160,6 +161,7 @@ def ledger_path(env, name: str | None) -> Path:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("ledger", LedgerRole())
     app.add_directive("run-box", RunBox)
+    app.add_directive("guidelines", Guidelines)
     app.add_transform(KeepUnits)
     app.add_transform(RunBoxToFoot)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
