@@ -1,8 +1,9 @@
 """The command line: `python -m lipguide` with `build`, `data`, `train` or `study`.
 
 A command is a function of its options that does its work or raises; here, and nowhere else, an error becomes one line
-and an exit status: 0 well, 1 something failed, 2 wrongly called, 130 interrupted. Each command imports what it needs
-when it runs, so that none waits for the tools of another, nor needs them installed.
+and an exit status: 0 well, 1 something failed, 2 wrongly called, 75 not finished when the time of `--minutes` was up,
+130 interrupted. Each command imports what it needs when it runs, so that none waits for the tools of another, nor needs
+them installed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,11 +20,16 @@ from typing import Any, NoReturn
 __all__ = ["main"]
 
 PROGRAM = "python -m lipguide"
-Command = Callable[[argparse.Namespace], int]  # returns 0, or 1 where it has said itself what failed
+AGAIN = 75  # what mail programs and queues know as "not now, try again"
+Command = Callable[[argparse.Namespace], int]  # returns 0, or 1 or 75 where it has said itself what failed or is left
 
 
 class WrongCall(Exception):
     """The command line asks for something that there is not."""
+
+
+class Again(Exception):
+    """The time is up, and something is left to do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,10 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        with _stopped_like_ctrl_c():
+        with _stopped_like_ctrl_c(), _within(getattr(options, "minutes", None)):
             return options.run(options)
     except KeyboardInterrupt:
         return _failed(options, 130, "interrupted; what is whole is kept, and the same command goes on from there")
+    except Again as stop:
+        return _failed(options, AGAIN, f"not finished: {stop}; the same command goes on from there")
     except WrongCall as error:
         return _failed(options, 2, error)
     except ModuleNotFoundError as error:
@@ -64,6 +72,21 @@ def _failed(options: argparse.Namespace, status: int, error: object) -> int:
 def _line(program: str, message: str) -> str:
     """One line for the terminal, however many the message has."""
     return f"{program}: {' '.join(message.split())}\n"
+
+
+@contextmanager
+def _within(minutes: float | None) -> Iterator[None]:
+    """A time limit for the block; that the time is up is raised as `Again`."""
+    if minutes is None:
+        yield
+        return
+    from lipguide import deadline
+
+    with deadline.limit(minutes):
+        try:
+            yield
+        except deadline.OutOfTime as stop:
+            raise Again(stop) from None
 
 
 @contextmanager
@@ -100,6 +123,7 @@ def _add_build(commands: Any) -> None:
     parser.add_argument("--profile", default="quick", help="quick (two CPU cores, minutes) or full (the real training)")
     _add_device(parser)
     parser.add_argument("--only", nargs="+", metavar="CHAPTER", help="execute these chapters alone")
+    _add_minutes(parser)
 
 
 def _add_data(commands: Any) -> None:
@@ -128,6 +152,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("names", nargs="+", metavar="NAME", help="the weights to make, such as classification-vgg")
     parser.add_argument("--steps", type=int, help="updates (default: as many as the recipe asks)")
     parser.add_argument("--folder", help="where the file goes (default: into the package, or study/full for NAME-full)")
+    _add_minutes(parser)
     _add_device(parser)
     _add_seed(parser)
 
@@ -138,8 +163,21 @@ def _add_study(commands: Any) -> None:
     parser.add_argument("--only", nargs="+", metavar="CONFIGURATION", help="these configurations alone")
     parser.add_argument("--data", default="house-numbers", help="svhn: the real scenes, which must lie in data/svhn")
     parser.add_argument("--folder", type=Path, help="checkpoints, weights and results (default: study/PLAN)")
+    _add_minutes(parser)
     _add_device(parser)
     _add_seed(parser)
+
+
+def _add_minutes(parser: Parser) -> None:
+    says = "stop before they are over, so that the same command goes on later"
+    parser.add_argument("--minutes", type=_minutes, metavar="N", help=f"{says} (exit status {AGAIN})")
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < float("inf"):
+        raise ValueError(text)  # argparse says which option has an invalid value
+    return minutes
 
 
 def _add_device(parser: Parser) -> None:
@@ -234,7 +272,7 @@ def _study(options: argparse.Namespace) -> int:
     folder = options.folder or Path("study", options.plan)
     ledger = Ledger("study", options.plan, device.type, options.seed, folder=folder)
     only = options.only or tuple(CONFIGURATIONS)
-    with _progress_on_stdout():
+    with _progress_on_stdout(), _what_is_left(options, folder, only):
         entries = study(options.plan, folder, device.type, options.seed, only, options.data)
     if distributed.rank_and_ranks()[0] == 0:
         data = entries[0]["run"]["data"]
@@ -245,6 +283,20 @@ def _study(options: argparse.Namespace) -> int:
         print(f"on record: {ledger.save(sum(entry['run']['seconds'] for entry in entries))}")
     distributed.finish()
     return 0
+
+
+@contextmanager
+def _what_is_left(options: argparse.Namespace, folder: Path, only: Sequence[str]) -> Iterator[None]:
+    """Where the time is up, say how many configurations are not on record yet."""
+    from lipguide.deadline import OutOfTime
+    from lipguide.tasks.detection.study import weights_of
+
+    try:
+        yield
+    except OutOfTime as stop:
+        records = {name: folder / f"{weights_of(name, options.plan, options.data)}.json" for name in only}
+        left = [name for name, record in records.items() if not record.exists()]
+        raise OutOfTime(f"{len(left)} of {len(only)} configurations left ({', '.join(left)}); {stop}") from None
 
 
 def _check_study(options: argparse.Namespace, plans: list[str], configurations: list[str], gpu: bool) -> None:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import pickle
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from lipguide.files import replacing
 
-__all__ = ["Checkpoint", "Progress", "content_of", "kind_of"]
+__all__ = ["Checkpoint", "Progress", "Tally", "content_of", "kind_of"]
 
 # What torch.load raises for a file of another kind, beside RuntimeError, OSError, KeyError, TypeError and ValueError.
 UNREADABLE = (EOFError, NotImplementedError, pickle.UnpicklingError)
@@ -33,6 +34,48 @@ class Progress(NamedTuple):
 
     step: int
     history: list[dict[str, float]]
+
+
+class Tally:
+    """What has happened since the last report; a part of the checkpoint, for a run may stop between two reports.
+
+    >>> tally = Tally(torch.device("cpu"))
+    >>> tally.add(torch.tensor(0.5)), tally.add(torch.tensor(0.25)), tally.taken()[0::2]
+    (None, None, (2, 0.75))
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._loss = torch.zeros((), device=device, dtype=torch.float64)  # the sum over the steps
+        self.steps, self._seconds = 0, 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Count seconds from now on."""
+        self._since = time.perf_counter()
+
+    def add(self, loss: Tensor) -> None:
+        self._loss += loss
+        self.steps += 1
+
+    def pause(self) -> None:
+        """Count the seconds until now."""
+        self._seconds += time.perf_counter() - self._since
+        self.begin()
+
+    def taken(self) -> tuple[int, float, float]:
+        """Steps, seconds, and the sum of the losses; all begin at 0 again."""
+        self.pause()
+        found = self.steps, self._seconds, self._loss.item()
+        self._loss.zero_()
+        self.steps, self._seconds = 0, 0.0
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self._loss.item(), "steps": self.steps, "seconds": self._seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loss.fill_(state["loss"])
+        self.steps, self._seconds = state["steps"], state["seconds"]
 
 
 class Checkpoint:

@@ -50,6 +50,7 @@ def command(request, monkeypatch):
         (ModuleNotFoundError("No module named 'papermill'"), 1, "papermill"),
         (command_line.WrongCall("unknown chapter 'x'"), 2, "unknown chapter 'x'"),
         (KeyboardInterrupt(), 130, "the same command goes on from there"),
+        (command_line.Again("two are left"), 75, "not finished: two are left; the same command goes on from there"),
     ],
 )
 def test_every_command_says_what_went_wrong_in_one_line(command, capsys, error, status, says):
@@ -80,6 +81,9 @@ def test_a_mistake_of_the_package_keeps_its_traceback(command):
         ["data", "svhn"],
         ["data", "synthetic", "--split", "extra"],
         ["study", "--fold", "x"],
+        ["study", "--minutes", "0"],
+        ["build", "--minutes", "soon"],
+        ["train", "classification-vgg", "--minutes", "inf"],
     ],
 )
 def test_a_wrong_call_is_one_line_and_exits_2(arguments, capsys):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lipguide as lip
-from lipguide import distributed, training
+from lipguide import deadline, distributed, training
+from lipguide.deadline import OutOfTime
 from lipguide.losses import MulticlassHKR, MulticlassSoftHKR
 from lipguide.training import Shifted, Supervised, fit, learning_rate_factor, supervised
 
@@ -344,6 +346,66 @@ def test_foreign_files_and_other_runs_are_refused(tmp_path):
         other.fit(checkpoint=path)
 
 
+# --- a time limit
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """The time is up when it is asked for before one of these steps, counted over all runs of a test."""
+
+    def limit(*steps: int) -> None:
+        asked = iter(range(10**6))
+        monkeypatch.setattr(deadline, "is_up", lambda: next(asked) in steps)
+
+    return limit
+
+
+@pytest.mark.parametrize("stops", [(3,), (5,), (13, 20), (1, 3, 6, 23)])
+def test_a_run_in_slices_ends_with_the_weights_and_the_records_of_one_piece(stops, uninterrupted, stopped_at, tmp_path):
+    """No step is made twice, and the mean loss of a report counts those before the stop."""
+    path = tmp_path / "run.pt"
+    stopped_at(*(stop + k for k, stop in enumerate(stops)))  # a step before which a run stops is asked for twice
+    for stop in stops:
+        run = Run()
+        with pytest.raises(OutOfTime, match=f"stopped before step {stop} of 24$"):
+            run.fit(checkpoint=path)
+    last = Run()
+    history = last.fit(checkpoint=path)
+    assert same(last, uninterrupted)
+    for ours, theirs in zip(history, uninterrupted.history, strict=True):
+        assert {**ours, "samples_per_second": 0} == {**theirs, "samples_per_second": 0}
+
+
+def test_a_run_whose_time_is_up_at_first_takes_no_step_and_one_without_a_checkpoint_says_so(stopped_at, tmp_path):
+    run, path = Run(), tmp_path / "run.pt"
+    before = [value.clone() for value in run.state()]
+    stopped_at(0)
+    with pytest.raises(OutOfTime, match="before step 0 of 24, and no checkpoint is kept"):
+        run.fit()
+    stopped_at(0)
+    with pytest.raises(OutOfTime):
+        run.fit(checkpoint=path)
+    assert all(torch.equal(a, b) for a, b in zip(run.state(), before, strict=True)) and not path.exists()
+
+
+def test_the_limit_is_an_environment_variable_which_children_inherit(monkeypatch):
+    code = f"import os; print(os.environ[{deadline.VARIABLE!r}])"
+    with deadline.limit(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert time.time() + 60 < float(done.stdout) < time.time() + 60 * 2 * (1 - deadline.KEPT)
+        assert not deadline.is_up()
+    assert deadline.left() == math.inf
+    monkeypatch.setenv(deadline.VARIABLE, str(time.time() - 1))
+    with pytest.raises(OutOfTime, match="that much"):
+        deadline.check("that much")
+
+
+@pytest.mark.parametrize("minutes", [0, -1, math.inf, math.nan])
+def test_a_limit_that_is_none_is_refused(minutes):
+    with pytest.raises(ValueError, match="minutes is"), deadline.limit(minutes):
+        pass
+
+
 # --- NaN
 
 
@@ -355,9 +417,10 @@ class Poison(nn.Module):
         self.at, self.calls, self.batch = at, 0, None
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            self.calls += 1
+        self.calls += 1
         if self.calls == self.at:
+            self.batch = x.detach().clone()
+        if self.batch is not None and torch.equal(x, self.batch):
             return x * math.nan
         return x
 
@@ -368,14 +431,20 @@ def poisoned(at: int) -> nn.Sequential:
     return nn.Sequential(plain[0], block, plain[3])
 
 
-def test_first_nan_stops_with_step_and_layer_and_the_weights_before_it():
+SKIPPING = pytest.mark.parametrize("fused", [None, True], ids=["asked each step", "asked at the report"])
+
+
+@SKIPPING
+def test_first_nan_stops_with_step_and_layer_and_the_weights_before_it(fused):
     model, twin = poisoned(at=8), poisoned(at=10**9)
     step_loss = Supervised(MulticlassHKR(2.0))
     with pytest.raises(
         FloatingPointError, match=r"step 7: the loss is nan; first not finite is layer '1.0' \(Poison\)"
     ):
-        fit(model, toy_data(), step_loss, torch.optim.SGD(model.parameters(), 0.1), 20, 9, "constant")
-    fit(twin, toy_data(), step_loss, torch.optim.SGD(twin.parameters(), 0.1), 7, 9, "constant")
+        sgd = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+        fit(model, toy_data(), step_loss, sgd, 20, 9, "constant", log_every=12)
+    assert not hasattr(sgd, "found_inf")
+    fit(twin, toy_data(), step_loss, torch.optim.SGD(twin.parameters(), 0.1, fused=fused), 7, 9, "constant")
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -390,7 +459,9 @@ def test_nan_of_the_loss_itself_is_said_to_be_that():
         fit(model, toy_data(), step_loss, torch.optim.SGD(model.parameters(), 0.1), 5)
 
 
-def test_gradient_that_is_not_finite_is_caught_before_it_reaches_the_weights():
+@SKIPPING
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_gradient_that_is_not_finite_is_caught_before_it_reaches_the_weights(optimizer, fused):
     """The square root of an output that is exactly zero: a finite loss, an infinite slope."""
     model = toy_model()
     before = [p.detach().clone() for p in model.parameters()]
@@ -401,8 +472,62 @@ def test_gradient_that_is_not_finite_is_caught_before_it_reaches_the_weights():
     with pytest.raises(
         FloatingPointError, match=r"step 0: the loss is 0, but the gradient of '0.weight', .* not finite"
     ):
-        fit(model, toy_data(), step_loss, torch.optim.SGD(model.parameters(), 0.1), 5)
+        fit(model, toy_data(), step_loss, optimizer(model.parameters(), 0.1, fused=fused), 5)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+class Once(Supervised):
+    """A loss that is not finite at one call, and finite when the same batch comes again."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(nn.CrossEntropyLoss())
+        self._calls, self._at = 0, at
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self._calls += 1
+        loss = super().forward(model, batch)
+        return loss + math.inf if self._calls == self._at else loss
+
+
+@SKIPPING
+def test_a_loss_that_is_not_finite_stops_also_where_its_gradient_is(fused):
+    model, twin = toy_model(), toy_model()
+    with pytest.raises(FloatingPointError, match=r"step 4: .* not finite, in another process or for this once"):
+        fit(model, toy_data(), Once(at=5), torch.optim.SGD(model.parameters(), 0.1, fused=fused), 20, 9, "constant")
+    sgd = torch.optim.SGD(twin.parameters(), 0.1, fused=fused)
+    fit(twin, toy_data(), Supervised(nn.CrossEntropyLoss()), sgd, 4, 9, "constant")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def numbers_read_back(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int, **options: Any) -> int:
+    """How often a run asks the device for a number; on a GPU it waits for it each time."""
+    step_loss = Supervised(nn.CrossEntropyLoss())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fit(model, toy_data(), step_loss, optimizer, steps, 9, "constant", log_every=1000, **options)
+    reads = [event for event in profile.events() if event.name == "aten::_local_scalar_dense"]
+    return sum(not inside_the_fused_kernel(event) for event in reads)
+
+
+def inside_the_fused_kernel(event: Any) -> bool:
+    """On the CPU torch's Adam reads its own count of steps, which its kernel for CUDA does on the GPU."""
+    while event is not None and not event.name.startswith("aten::_fused_adam"):
+        event = event.cpu_parent
+    return event is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": 1.0}])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_between_two_reports_nothing_is_read_back(make, options):
+    """Counted, for it holds on every device: ten steps more ask for no number more, with a fused optimizer."""
+    asked = {}
+    for fused in (True, None):
+        for steps in (2, 12):
+            model = toy_model()
+            asked[fused, steps] = numbers_read_back(
+                make(model.parameters(), 0.01, fused=fused), model, steps, **options
+            )
+    assert asked[True, 12] == asked[True, 2]
+    assert asked[None, 12] >= asked[None, 2] + 10, "the others are asked each step, so the count does count"
 
 
 def test_weights_that_were_never_finite_are_named():

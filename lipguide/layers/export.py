@@ -230,4 +230,6 @@ class EveryPartALeaf(fx.Tracer):
 def _as_graph(module: nn.Module, name: str) -> fx.GraphModule:
     graph = fx.Graph()  # a copy, for the traced one refers to the tracer, a class of lipguide
     graph.output(graph.graph_copy(EveryPartALeaf().trace(module), {}))
+    for node in graph.nodes:
+        node.type = None  # an annotation of a postponed kind is a string, which torch 2.11 cannot save
     return fx.GraphModule(module, graph, class_name=name.lstrip("_"))

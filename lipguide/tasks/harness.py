@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lipguide import distributed
+from lipguide import deadline, distributed
 from lipguide.files import write_json
 from lipguide.layers.export import without_parametrizations
 from lipguide.provenance import provenance
 from lipguide.tasks.task import Recipe, Task, as_json
 from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, holds_constraints, load, run_of, save
-from lipguide.training import fit
+from lipguide.training import adam, fit
 
 __all__ = ["FULL", "TASKS", "ensure", "network_of", "recipe_of", "train", "train_by", "trained"]
 
@@ -143,7 +143,8 @@ def train(
 ) -> Path:
     """Train by a recipe, write the weights with the run that made them, and return the file's path.
 
-    A training that was interrupted goes on where it stopped. Progress goes to the logger "lipguide".
+    A training that was interrupted goes on where it stopped, also one that `lipguide.deadline` has stopped. Progress
+    goes to the logger "lipguide".
 
     Args:
         name: of the weights, such as "classification-vgg".
@@ -158,6 +159,7 @@ def train(
     path = _path(task, name, folder)
     unfinished = path.with_name(f".{name}.unfinished")
     where = distributed.start(device)
+    deadline.check(f"{name} has not been begun")
     if distributed.rank_and_ranks()[0] == 0:
         with _alone(unfinished, name):
             made_by = _made_by(unfinished, provenance(where, seed, PRODUCTS))
@@ -197,12 +199,11 @@ def train_by(
     _, ranks = distributed.rank_and_ranks()
     if ranks > 1 and device.type == "cuda":  # torch has no batch norm over several processes on the CPU
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    adam = torch.optim.Adam(model.parameters(), recipe.rate)
     history = fit(
         model,
         data.columns,
         step,
-        adam,
+        adam(model, recipe.rate),
         steps,
         recipe.batch_size,
         "one-cycle",
@@ -261,9 +262,11 @@ def _alone(folder: Path, name: str) -> Iterator[None]:
             )
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if not (folder / "checkpoint").exists():  # nothing to go on from
                 shutil.rmtree(folder)
+            if isinstance(error, deadline.OutOfTime):
+                raise deadline.OutOfTime(f"{name} {error}") from None
             raise
         shutil.rmtree(folder)
 

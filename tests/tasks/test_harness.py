@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lipguide as lip
+from lipguide import deadline
 from lipguide.__main__ import main
 from lipguide.tasks import TASKS, TEST_SEED, WEIGHTS, Data, Recipe, Task, ensure, harness, network_of, train, trained
 from lipguide.tasks.weights import TRAIN_SEED, load, run_of
@@ -199,6 +200,33 @@ def test_an_error_of_the_scores_keeps_the_training(tmp_path, monkeypatch):
     STOP["at"] = 1  # no step is taken again
     train("toy", device="cpu", folder=tmp_path)
     assert names(tmp_path) == ["toy.safetensors"]
+
+
+# --- a time limit
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_training_in_slices_ends_with_the_weights_of_one_piece(name, tmp_path, monkeypatch, capsys):
+    """From the command line, as a queue would: stop, say what is left, and go on from the very step."""
+    whole = train(name, device="cpu", folder=tmp_path / "whole")
+    command = ["train", name, "--device", "cpu", "--folder", str(tmp_path / "cut"), "--minutes", "60"]
+    asked = iter(range(10**6))
+    monkeypatch.setattr(deadline, "is_up", lambda: next(asked) in (31, 183))
+    for step in (30, 180):  # each slice asks once before it prepares anything
+        assert main(command) == 75
+        says = f"not finished: {name} stopped before step {step} of 250; the same command goes on from there"
+        assert says in capsys.readouterr().err
+        assert names(tmp_path / "cut") == [f".{name}.unfinished"]
+    assert main(command) == 0
+    cut = tmp_path / "cut" / f"{name}.safetensors"
+    assert same(whole, cut) and run_of(whole)["loss"] == run_of(cut)["loss"]
+    assert names(tmp_path / "cut") == [f"{name}.safetensors"] and len(run_of(cut)["continued"]) == 2
+
+
+def test_a_training_for_which_no_time_is_left_does_not_begin(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(deadline, "is_up", lambda: True)
+    assert main(["train", *TOYS, "--device", "cpu", "--folder", str(tmp_path), "--minutes", "1"]) == 75
+    assert "toy has not been begun" in capsys.readouterr().err and names(tmp_path) == [] and ASKED == []
 
 
 # --- weights that are there already

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lipguide import distributed
+from lipguide import deadline, distributed
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.data import folder_of
 from lipguide.files import replacing, write_json
@@ -249,6 +249,7 @@ def _kept(path: Path, model: nn.Module, plan: Plan, scenes: Split, attack: str |
         if known["setting"] != setting:
             raise ValueError(f"{path} belongs to other weights or another study: remove {path.parent}")
         return Found(*known["found"])
+    deadline.check(f"{path.name} has not been evaluated")
     found = _found(model, plan, scenes, attack)
     if distributed.rank_and_ranks()[0] == 0:
         with replacing(path) as temporary:
@@ -263,6 +264,8 @@ def _found(model: nn.Module, plan: Plan, scenes: Split, attack: str | None) -> F
     own: dict[int, list[dict[str, Tensor]]] = {}  # by the first scene of a part
     blind = 0
     for start in range(rank * PART, len(scenes.images), ranks * PART):
+        if ranks == 1:  # several agree on it before each attack only
+            deadline.check(f"stopped in {attack or CLEAN}, at scene {start} of {len(scenes.images)}")
         part = scenes.part(slice(start, start + PART))
         images = unit_range(part.images)
         if attack is not None:
