@@ -13,7 +13,7 @@ import jupytext
 import pytest
 import torch
 
-from lipguide import tasks
+from lipguide import deadline, tasks
 from lipguide.__main__ import main
 from lipguide.book.ledger import Ledger, lookup, read
 from lipguide.bounds.network import lipschitz_bound
@@ -162,6 +162,24 @@ def test_an_interrupted_study_ends_with_the_same_numbers(where, name, call, atta
     assert measured(tiny_study(tmp_path)) == measured(entries)
     assert len(made) == attacks_left
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_study_in_slices_says_what_is_left_and_ends_with_the_same_numbers(whole, tmp_path, monkeypatch, capsys):
+    """From the command line; each slice ends when it has been asked for the time that often."""
+    command = ["study", "--plan", "quick", "--only", "standard conv", "--device", "cpu", "--folder", str(tmp_path)]
+    slices = [
+        (2, "tinier-ssd-standard-conv-quick stopped before step 1 of 3"),
+        (4, "stopped in clean, at scene 0"),
+        (2, f"{TRAINING_LOSS} has not been evaluated"),
+    ]
+    for often, stopped in slices:
+        asked = iter(range(often + 1))
+        monkeypatch.setattr(deadline, "is_up", lambda asked=asked, often=often: next(asked) == often)
+        assert main([*command, "--minutes", "60"]) == 75
+        err = capsys.readouterr().err
+        assert "1 of 1 configurations left (standard conv); " in err and stopped in err and err.count("\n") == 1
+    monkeypatch.undo()
+    assert measured(tiny_study(tmp_path)) == measured(whole[0])
 
 
 def test_what_was_found_with_other_weights_is_refused(tmp_path, monkeypatch):
