@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PROFILE ?= quick
 DEVICE ?= cpu
+MINUTES ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # Attack library used by tests only. Its declared need for a plotting server (visdom) does not build
@@ -11,7 +12,7 @@ ATTACKS := adv-lib==0.2.8
 .PHONY: book test bench setup lint clean
 
 book: setup
-	$(BIN)/python -m lipguide build --profile $(PROFILE) --device $(DEVICE)
+	$(BIN)/python -m lipguide build --profile $(PROFILE) --device $(DEVICE) $(if $(MINUTES),--minutes $(MINUTES))
 
 test: setup
 	$(BIN)/ruff check lipguide tests

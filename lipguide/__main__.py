@@ -13,9 +13,11 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
+
+from lipguide.deadline import OutOfTime, limit
 
 __all__ = ["main"]
 
@@ -26,10 +28,6 @@ Command = Callable[[argparse.Namespace], int]  # returns 0, or 1 or 75 where it 
 
 class WrongCall(Exception):
     """The command line asks for something that there is not."""
-
-
-class Again(Exception):
-    """The time is up, and something is left to do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,11 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        with _stopped_like_ctrl_c(), _within(getattr(options, "minutes", None)):
+        with _stopped_like_ctrl_c(), _limit(options):
             return options.run(options)
     except KeyboardInterrupt:
         return _failed(options, 130, "interrupted; what is whole is kept, and the same command goes on from there")
-    except Again as stop:
+    except OutOfTime as stop:
         return _failed(options, AGAIN, f"not finished: {stop}; the same command goes on from there")
     except WrongCall as error:
         return _failed(options, 2, error)
@@ -62,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _failed(options, 1, f"{error}; the README says which parts of lipguide need what")
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         return _failed(options, 1, error)
+
+
+def _limit(options: argparse.Namespace) -> AbstractContextManager[None]:
+    minutes = getattr(options, "minutes", None)
+    return nullcontext() if minutes is None else limit(minutes)
 
 
 def _failed(options: argparse.Namespace, status: int, error: object) -> int:
@@ -72,21 +75,6 @@ def _failed(options: argparse.Namespace, status: int, error: object) -> int:
 def _line(program: str, message: str) -> str:
     """One line for the terminal, however many the message has."""
     return f"{program}: {' '.join(message.split())}\n"
-
-
-@contextmanager
-def _within(minutes: float | None) -> Iterator[None]:
-    """A time limit for the block; that the time is up is raised as `Again`."""
-    if minutes is None:
-        yield
-        return
-    from lipguide import deadline
-
-    with deadline.limit(minutes):
-        try:
-            yield
-        except deadline.OutOfTime as stop:
-            raise Again(stop) from None
 
 
 @contextmanager
@@ -288,7 +276,6 @@ def _study(options: argparse.Namespace) -> int:
 @contextmanager
 def _what_is_left(options: argparse.Namespace, folder: Path, only: Sequence[str]) -> Iterator[None]:
     """Where the time is up, say how many configurations are not on record yet."""
-    from lipguide.deadline import OutOfTime
     from lipguide.tasks.detection.study import weights_of
 
     try:

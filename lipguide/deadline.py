@@ -12,9 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lipguide.distributed import gathered
-
-__all__ = ["OutOfTime", "check", "is_up", "left", "limit"]
+__all__ = ["OutOfTime", "check", "grace", "is_up", "left", "limit"]
 
 VARIABLE = "LIPGUIDE_DEADLINE"
 KEPT = 0.05  # the share of a slice that is kept for writing down what there is
@@ -38,7 +36,8 @@ def limit(minutes: float) -> Iterator[None]:
     if not 0 < minutes < math.inf:
         raise ValueError(f"minutes is {minutes}: it must be a positive number")
     before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = repr(time.time() + 60 * minutes * (1 - KEPT))
+    kept = 60 * minutes * KEPT
+    os.environ[VARIABLE] = f"{time.time() + 60 * minutes - kept} {kept}"
     try:
         yield
     finally:
@@ -53,8 +52,21 @@ def left() -> float:
     >>> left()
     inf
     """
-    moment = os.environ.get(VARIABLE)
-    return math.inf if moment is None else float(moment) - time.time()
+    if VARIABLE not in os.environ:
+        return math.inf
+    moment, _ = os.environ[VARIABLE].split()
+    return float(moment) - time.time()
+
+
+def grace() -> float:
+    """Seconds that work has from then on, before whoever started it must end it: half of what is kept.
+
+    >>> with limit(10.0):
+    ...     round(grace())
+    15
+    """
+    _, kept = os.environ[VARIABLE].split()
+    return float(kept) / 2
 
 
 def is_up() -> bool:
@@ -63,7 +75,11 @@ def is_up() -> bool:
     >>> is_up()
     False
     """
-    return VARIABLE in os.environ and any(gathered(left() <= 0))
+    if VARIABLE not in os.environ:
+        return False
+    from lipguide.distributed import gathered  # not before: the command line waits for no torch
+
+    return any(gathered(left() <= 0))
 
 
 def check(unfinished: str) -> None:

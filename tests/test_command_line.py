@@ -50,7 +50,7 @@ def command(request, monkeypatch):
         (ModuleNotFoundError("No module named 'papermill'"), 1, "papermill"),
         (command_line.WrongCall("unknown chapter 'x'"), 2, "unknown chapter 'x'"),
         (KeyboardInterrupt(), 130, "the same command goes on from there"),
-        (command_line.Again("two are left"), 75, "not finished: two are left; the same command goes on from there"),
+        (command_line.OutOfTime("two are left"), 75, "not finished: two are left; the same command goes on from there"),
     ],
 )
 def test_every_command_says_what_went_wrong_in_one_line(command, capsys, error, status, says):

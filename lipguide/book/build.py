@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -25,16 +26,16 @@ from pathlib import Path
 
 import jupytext
 import nbformat
-import papermill
 import yaml
-from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from lipguide.book.ledger import PROFILES
+from lipguide import deadline
+from lipguide.book.execution import Ended, run, write_notebook
+from lipguide.book.ledger import PROFILES, read
 from lipguide.book.staleness import chapter_key, hash_of, modules_behind, records_read
 from lipguide.distributed import choose_device
 from lipguide.files import replacing
-from lipguide.provenance import lock_hash
+from lipguide.provenance import device_name, lock_hash
 
 __all__ = ["PROFILES", "Book", "BuildError", "build"]
 
@@ -47,11 +48,13 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one chapter went; `problem` is empty when all is well."""
+    """How one chapter went; `problem` and `unfinished` are empty when all is well."""
 
     chapter: str
     seconds: float
+    state: str
     problem: str = ""
+    unfinished: str = ""
 
 
 class Book:
@@ -82,6 +85,9 @@ class Book:
     def executed(self, chapter: str, profile: str) -> Path:
         return self.notebooks / f"{chapter}.{profile}.ipynb"
 
+    def log(self, chapter: str, profile: str) -> Path:
+        return self.out / "logs" / f"{chapter}.{profile}.log"
+
     def ledger(self, chapter: str, profile: str) -> Path:
         return self.root / "book" / "results" / f"{chapter}.{profile}.json"
 
@@ -94,6 +100,8 @@ def build(book: Book, profile: str = "quick", device: str = "auto", only: list[s
         profile: "quick" for two CPU cores and two minutes a chapter, "full" for the real training.
         device: "cpu", "cuda" or "auto".
         only: the chapters to execute; all if None.
+
+    Raises `lipguide.deadline.OutOfTime` where a time limit is set and something is left when it passes.
     """
     _check(profile, PROFILES, "profile")
     for name in only or []:
@@ -110,6 +118,9 @@ def build(book: Book, profile: str = "quick", device: str = "auto", only: list[s
             for outcome in problems:
                 print(f"  {outcome.problem}")
             return 1
+        left = [f"{o.chapter} ({o.unfinished})" for o in outcomes if o.unfinished]
+        if left:
+            raise deadline.OutOfTime(f"{len(left)} of {len(outcomes)} chapters left: {', '.join(left)}")
         return _render(book, profile, device)
 
 
@@ -144,41 +155,69 @@ def _has_code(path: Path) -> bool:
 
 
 def _execute_all(book: Book, profile: str, device: str, chapters: list[str]) -> list[Outcome]:
-    outcomes = []
+    outcomes: list[Outcome] = []
     with tqdm(total=len(chapters), disable=None, unit="chapter", leave=False) as bar:
         for chapter in chapters:
             bar.set_description(chapter)
-            outcome, fresh = _execute(book, chapter, profile, device)
-            state = "FAILED" if outcome.problem else "executed" if fresh else "unchanged"
-            bar.write(f"{chapter:<16} {state:<10} {outcome.seconds:7.1f} s", file=sys.stdout)
+            is_first = not any(outcome.state == "executed" for outcome in outcomes)
+            outcome = _execute(book, chapter, profile, device, is_first)
+            log = book.log(chapter, profile)
+            said = f"   stderr: {log.relative_to(book.root)}" if outcome.state == "executed" and log.exists() else ""
+            bar.write(f"{chapter:<16} {outcome.state:<10} {outcome.seconds:7.1f} s{said}", file=sys.stdout)
             sys.stdout.flush()
             bar.update()
             outcomes.append(outcome)
     return outcomes
 
 
-def _execute(book: Book, chapter: str, profile: str, device: str) -> tuple[Outcome, bool]:
-    """Run one chapter unless its executed notebook is still true; say whether it ran."""
+def _execute(book: Book, chapter: str, profile: str, device: str, is_first: bool) -> Outcome:
+    """Run one chapter unless its executed notebook is still true, or the time that is left is too short."""
     began = time.perf_counter()
     target, ledger = book.executed(chapter, profile), book.ledger(chapter, profile)
     key = _key(book, chapter, profile, device)
     if _is_true(book, chapter, profile, device):
-        return Outcome(chapter, time.perf_counter() - began), False
+        return Outcome(chapter, time.perf_counter() - began, "unchanged")
+    waits = _waits(ledger, device, is_first)
+    if waits:
+        return Outcome(chapter, time.perf_counter() - began, "left", unfinished=waits)
     failed = book.failed / f"{chapter}.{profile}.ipynb"
     before = _LedgerBefore.of(ledger)
     try:
-        problem = _run(book.source(book.chapters[chapter]), failed, _parameters(profile, device))
-        if not problem and before.is_still_there():
+        ended = run(book.source(book.chapters[chapter]), failed, _parameters(profile, device), book.log(chapter, profile))
+        problem = ended.problem
+        if ended == Ended() and before.is_still_there():
             problem = f"it ran, but saved no {ledger.name}"
-        if not problem:
+        if not problem and not ended.unfinished:
             _keep(failed, target, {"key": key, "ledger": hash_of(ledger)})
             before = None
     finally:  # what a run that failed or was interrupted has saved must not be printed by the text of another run
         if before is not None:
             before.put_back()
+    seconds = time.perf_counter() - began
     if problem:
-        problem = f"{chapter}: {problem}; see {failed.relative_to(book.root)}"
-    return Outcome(chapter, time.perf_counter() - began, problem), True
+        return Outcome(chapter, seconds, "FAILED", f"{chapter}: {problem}; see {failed.relative_to(book.root)}")
+    if ended.unfinished:
+        failed.unlink()
+        return Outcome(chapter, seconds, "left", unfinished=ended.unfinished)
+    return Outcome(chapter, seconds, "executed")
+
+
+def _waits(ledger: Path, device: str, is_first: bool) -> str:
+    """Why a chapter is not begun in the time that is left, or nothing.
+
+    The first one is begun in any case: it has the whole time, and more there will not be. Its trainings keep what they
+    have reached.
+    """
+    left = deadline.left()
+    if math.isinf(left):
+        return ""
+    if left <= 0:
+        return "not begun"
+    run = read(ledger)["provenance"] if ledger.exists() else {}
+    takes = run["seconds"] if run.get("device") == device_name(device) else 0
+    if takes < left or is_first:
+        return ""
+    return f"takes {takes:.0f} s, and {left:.0f} s are left"
 
 
 def _keep(done: Path, target: Path, made_from: dict[str, str]) -> None:
@@ -186,9 +225,8 @@ def _keep(done: Path, target: Path, made_from: dict[str, str]) -> None:
     notebook = nbformat.read(done, as_version=4)
     _fold_parameters(notebook)
     notebook.metadata["lipguide"] = made_from
-    _write_notebook(notebook, target)
+    write_notebook(notebook, target)
     done.unlink()
-    done.with_suffix(".log").unlink(missing_ok=True)
 
 
 def _parameters(profile: str, device: str) -> dict[str, object]:
@@ -258,45 +296,6 @@ def _mark(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _run(source: Path, path: Path, parameters: dict[str, object]) -> str:
-    """Execute a chapter into the notebook `path`; return what went wrong, or nothing.
-
-    Cells are counted as in the source, without the one that papermill injects before them.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_notebook(jupytext.read(source), path)
-    try:
-        with _stderr_to(path.with_suffix(".log")):
-            papermill.execute_notebook(
-                str(path), str(path), parameters, kernel_name="python3", progress_bar=False, cwd=str(source.parent)
-            )
-    except PapermillExecutionError as error:
-        return f"code cell {error.exec_count - 1} raised {error.ename}: {_first_line(error.evalue)}"
-    for cell in nbformat.read(path, as_version=4).cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream" and output.name == "stderr":
-                return f"code cell {cell.execution_count - 1} wrote to stderr: {_first_line(output.text)}"
-    return ""
-
-
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in str(text).splitlines() if line.strip()), "(no message)")
-
-
-@contextlib.contextmanager
-def _stderr_to(path: Path) -> Iterator[None]:
-    """Send what the kernel process itself complains about to a file; what its cells print is in the notebook."""
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    try:
-        with open(path, "w") as file:
-            os.dup2(file.fileno(), 2)
-            yield
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-
-
 def _fold_parameters(notebook: nbformat.NotebookNode) -> None:
     """Show the injected parameters in the chapter's own cell instead of in a second one."""
     injected = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
@@ -307,11 +306,6 @@ def _fold_parameters(notebook: nbformat.NotebookNode) -> None:
     notebook.metadata.pop("papermill", None)  # holds absolute paths
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
-
-
-def _write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
-    with replacing(path) as temporary:
-        nbformat.write(notebook, temporary)
 
 
 def _render(book: Book, profile: str, device: str) -> int:
@@ -337,10 +331,15 @@ def _render(book: Book, profile: str, device: str) -> int:
     call = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", call, "build", str(book.stage), "-W", "-n", "--keep-going", "--all"]
     environment = {**os.environ, "LIPGUIDE_PROFILE": profile, "PYTHONWARNINGS": "ignore"}
-    with open(log, "w") as file:
-        status = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=book.root
-        ).returncode
+    deadline.check("the rendering is left")
+    seconds = None if math.isinf(deadline.left()) else deadline.left() + deadline.grace()
+    try:
+        with open(log, "w") as file:
+            status = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=book.root, timeout=seconds
+            ).returncode
+    except subprocess.TimeoutExpired:
+        raise deadline.OutOfTime("the rendering is left") from None
     if status:
         lines = [line for line in log.read_text(errors="replace").splitlines() if "WARNING" in line or "ERROR" in line]
         print(f"{'html':<16} FAILED; see {log.relative_to(book.root)}", *lines[:10], sep="\n  ")

@@ -7,11 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import jupytext
+import nbformat
 import pytest
 
+from lipguide import deadline
 from lipguide.__main__ import main
+from lipguide.book import build as build_module
+from lipguide.book import execution
 from lipguide.book.build import Book, BuildError, build
-from lipguide.book.ledger import read
+from lipguide.book.ledger import Ledger, read
+from lipguide.files import write_json
 
 CHAPTER = """---
 jupytext: {{text_representation: {{extension: .md, format_name: myst}}}}
@@ -94,13 +100,114 @@ def test_build_rebuild_change_fail_and_recover(root, capsys):
     assert "two              executed" in out, "the other chapters still run"
     assert (root / "_build/html/book/one.html").read_text() == good, "the last good HTML stays"
 
-    write(root, "one", code="import sys; print('careful', file=sys.stderr)")
-    assert build(Book(root), "quick", "cpu", only=["one"]) == 1
-    assert "stderr" in capsys.readouterr().out
-
     write(root, "one", title="Mended")
     assert build(Book(root), "quick", "cpu", only=["one"]) == 0
     assert "Mended" in (root / "_build/html/book/one.html").read_text()
+
+
+def test_a_warning_is_in_the_log_and_not_on_the_page_and_our_own_fail_under_ci(root, capsys, monkeypatch):
+    """The first chapter imports a library that warns, the second warns itself."""
+    (root / "book" / "library.py").write_text("import warnings\nwarnings.warn('IProgress not found')\n")
+    write(root, "one", code="import library, sys; print('careful', file=sys.stderr)")
+    write(root, "two", code="import warnings; warnings.warn('we are not sure')")
+    monkeypatch.setenv("CI", "true")
+    assert build(Book(root), "quick", "cpu") == 1
+    out = capsys.readouterr().out
+    one, two = out.splitlines()[:2]
+    assert "executed" in one and "stderr: _build/logs/one.quick.log" in one and "FAILED" in two
+    assert "two: a warning of our own: " in out and "UserWarning: we are not sure" in out
+
+    monkeypatch.delenv("CI")
+    assert build(Book(root), "quick", "cpu") == 0
+    log, page = (root / "_build/logs/one.quick.log").read_text(), (root / "_build/html/book/one.html").read_text()
+    assert "library.py:2: UserWarning: IProgress not found" in log and "careful" in log and "code cell 2" in log
+    assert ">42<" in page and "IProgress not found" not in page and ">careful" not in page
+    assert "we are not sure" in (root / "_build/logs/two.quick.log").read_text()
+
+    write(root, "one")
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 0
+    assert "stderr" not in capsys.readouterr().out.splitlines()[-2] and not (root / "_build/logs/one.quick.log").exists()
+
+
+def test_a_warning_that_is_laid_to_the_package_is_our_own_and_one_to_its_environment_is_not():
+    package = Path(execution.__file__).parents[1]
+    ours = [f"{package}/robustness/metrics.py:78: UserWarning: no estimate", "/tmp/ipykernel_7/12.py:3: FutureWarning: x"]
+    others = [f"{package.parent}/.venv/lib/tqdm/auto.py:21: TqdmWarning: x", f"{package}/losses/base.py:3: in forward"]
+    assert all(execution.OURS.search(f"before\n{line}\nafter") for line in ours)
+    assert not any(execution.OURS.search(line) for line in others)
+
+
+# --- a time limit
+
+
+def test_a_chapter_that_outlives_its_time_is_ended_and_named(root, capsys, monkeypatch):
+    write(root, "one", code="import time; time.sleep(600)")
+    monkeypatch.chdir(root)
+    began = time.monotonic()
+    assert status("build", "--device", "cpu", "--only", "one", "--minutes", "0.1") == 75
+    assert time.monotonic() - began < 300
+    err = capsys.readouterr().err
+    assert "1 of 1 chapters left: one (it ran when the time was up, and starts over)" in err and err.count("\n") == 1
+    assert not (root / "book/results/one.quick.json").exists()
+    write(root, "one")
+    assert status("build", "--device", "cpu", "--only", "one", "--minutes", "60") == 0
+    assert ">42<" in (root / "_build/html/book/one.html").read_text()
+
+
+def test_a_training_inside_a_chapter_hears_of_the_limit(root, monkeypatch, capsys):
+    """The time is up one minute from now; the chapter asks for it as if that were over."""
+    code = "from lipguide import deadline; deadline.left = lambda: -1\ndeadline.check('stopped before step 3 of 9')"
+    write(root, "one", code)
+    monkeypatch.chdir(root)
+    assert status("build", "--device", "cpu", "--only", "one", "--minutes", "60") == 75
+    assert "one (stopped before step 3 of 9); the same command goes on from there" in capsys.readouterr().err
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 0, "without a limit the time is never up"
+
+
+def fake_run(source: Path, path: Path, parameters: dict, log: Path) -> execution.Ended:
+    """A chapter that needs no kernel."""
+    chapter = source.stem
+    execution.write_notebook(jupytext.read(source), path)
+    notebook = nbformat.read(path, as_version=4)
+    injected = nbformat.v4.new_code_cell("profile = 'quick'", metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(1, injected)
+    execution.write_notebook(notebook, path)
+    ledger = Ledger(chapter, "quick", "cpu", 0, folder=source.parent / "results")
+    ledger["answer"] = 42
+    ledger.save(10_000)
+    return execution.Ended()
+
+
+def test_chapters_that_take_longer_than_what_is_left_wait_for_the_next_slice(root, monkeypatch, capsys):
+    monkeypatch.setattr(build_module, "run", fake_run)
+    monkeypatch.setattr(build_module, "_render", lambda *arguments: 0)
+    assert build(Book(root), "quick", "cpu") == 0
+    for chapter in ("one", "two"):
+        write(root, chapter, title="Changed")
+    with deadline.limit(5), pytest.raises(deadline.OutOfTime, match=r"1 of 2 .*two \(takes 10000 s, and 28\d s are left"):
+        build(Book(root), "quick", "cpu")
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert "one              executed" in lines[0] and "two              left" in lines[1]
+    with deadline.limit(5):  # now it is the first, and has all the time that there is
+        assert build(Book(root), "quick", "cpu") == 0
+    write(root, "one", title="Changed again")
+    monkeypatch.setenv(deadline.VARIABLE, f"{time.time() - 1} 3")
+    with pytest.raises(deadline.OutOfTime, match=r"one \(not begun\)"):
+        build(Book(root), "quick", "cpu")
+
+
+def test_seconds_on_another_device_say_nothing(root, monkeypatch):
+    monkeypatch.setattr(build_module, "run", fake_run)
+    monkeypatch.setattr(build_module, "_render", lambda *arguments: 0)
+    assert build(Book(root), "quick", "cpu") == 0
+    for chapter in ("one", "two"):
+        write(root, chapter, title="Changed")
+    ledger = root / "book/results/two.quick.json"
+    content = read(ledger)
+    content["provenance"]["device"] = "NVIDIA H100"
+    write_json(ledger, content)
+    with deadline.limit(5):
+        assert build(Book(root), "quick", "cpu") == 0
 
 
 def test_a_chapter_runs_again_when_a_record_that_it_reads_changes(root, capsys):

@@ -1,0 +1,137 @@
+"""One chapter under papermill: executed within its time, with what goes to stderr in a log instead of on the page."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import jupytext
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from lipguide import deadline
+from lipguide.files import replacing
+
+__all__ = ["Ended", "first_line", "run", "write_notebook"]
+
+# How Python writes a warning: the file that it is laid to, its line, its kind. A file of ours is one of the package or,
+# by the name that the kernel gives it, a cell.
+PACKAGE = re.escape(str(Path(__file__).resolve().parents[1]))
+OURS = re.compile(rf"^(?:{PACKAGE}/.*|\S*/ipykernel_\d+/\d+)\.py:\d+: \w*Warning: .*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a chapter ended: what went wrong, or what keeps it from being finished; both are empty if all is well."""
+
+    problem: str = ""
+    unfinished: str = ""
+
+
+def run(source: Path, path: Path, parameters: dict[str, object], log: Path) -> Ended:
+    """Execute a chapter into the notebook `path`.
+
+    A chapter fails where a cell raises. What its cells and its kernel write to stderr goes into the log; under
+    continuous integration (the variable CI is set) a warning that is laid to lipguide or to a cell fails the chapter.
+
+    Cells are counted as in the source, without the one that papermill injects before them.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_notebook(jupytext.read(source), path)
+    try:
+        with _stderr_to(log), _stopped_in_time():
+            papermill.execute_notebook(
+                str(path), str(path), parameters, kernel_name="python3", progress_bar=False, cwd=str(source.parent)
+            )
+    except PapermillExecutionError as error:
+        if error.ename == deadline.OutOfTime.__name__:
+            return Ended(unfinished=first_line(error.evalue))
+        return Ended(f"code cell {error.exec_count - 1} raised {error.ename}: {first_line(error.evalue)}")
+    except deadline.OutOfTime as stop:
+        return Ended(unfinished=str(stop))
+    ours = OURS.search(_move_stderr(path, log))
+    if ours and os.environ.get("CI"):
+        return Ended(f"a warning of our own: {ours.group()}")
+    return Ended()
+
+
+def write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Write a notebook, whole or not at all."""
+    with replacing(path) as temporary:
+        nbformat.write(notebook, temporary)
+
+
+def first_line(text: str) -> str:
+    """The first line of a message that says something.
+
+    >>> first_line(" no such file")
+    'no such file'
+    """
+    return next((line.strip() for line in str(text).splitlines() if line.strip()), "(no message)")
+
+
+def _move_stderr(path: Path, log: Path) -> str:
+    """Take what the cells wrote to stderr out of a notebook into its log; return all that is there, or has gone."""
+    notebook = nbformat.read(path, as_version=4)
+    said = [log.read_text(encoding="utf-8", errors="replace")]
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        heard = [o for o in outputs if o.output_type == "stream" and o.name == "stderr"]
+        if heard:
+            said += [f"-- code cell {(cell.execution_count or 1) - 1}\n", *(output.text for output in heard)]
+            cell.outputs = [output for output in outputs if output not in heard]
+    whole = "".join(said)
+    if len(said) > 1:
+        write_notebook(notebook, path)
+        log.write_text(whole, encoding="utf-8")
+    if not whole:
+        log.unlink()
+    return whole
+
+
+@contextlib.contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Send what the kernel process itself complains about to a file; what its cells print is in the notebook."""
+    sys.stderr.flush()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    terminal = os.dup(2)
+    try:
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), 2)
+            yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+@contextlib.contextmanager
+def _stopped_in_time() -> Iterator[None]:
+    """Stop a chapter that does not stop by itself when the time is up, as Ctrl-C would: its kernel is shut down."""
+    if deadline.left() == float("inf"):
+        yield
+        return
+    rung = []
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        rung.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(deadline.left(), 0) + deadline.grace())
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not rung:
+            raise
+        raise deadline.OutOfTime("it ran when the time was up, and starts over") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
