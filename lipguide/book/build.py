@@ -30,7 +30,7 @@ import yaml
 from tqdm import tqdm
 
 from lipguide import deadline
-from lipguide.book.execution import Ended, run, write_notebook
+from lipguide.book.execution import run, write_notebook
 from lipguide.book.ledger import PROFILES, read
 from lipguide.book.staleness import chapter_key, hash_of, modules_behind, records_read
 from lipguide.distributed import choose_device
@@ -48,13 +48,14 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one chapter went; `problem` and `unfinished` are empty when all is well."""
+    """How one chapter went; `problem` and `unfinished` are empty when all is well, `log` unless a cell used stderr."""
 
     chapter: str
     seconds: float
     state: str
     problem: str = ""
     unfinished: str = ""
+    log: str = ""
 
 
 class Book:
@@ -161,8 +162,7 @@ def _execute_all(book: Book, profile: str, device: str, chapters: list[str]) -> 
             bar.set_description(chapter)
             is_first = not any(outcome.state == "executed" for outcome in outcomes)
             outcome = _execute(book, chapter, profile, device, is_first)
-            log = book.log(chapter, profile)
-            said = f"   stderr: {log.relative_to(book.root)}" if outcome.state == "executed" and log.exists() else ""
+            said = f"   stderr: {outcome.log}" if outcome.log else ""
             bar.write(f"{chapter:<16} {outcome.state:<10} {outcome.seconds:7.1f} s{said}", file=sys.stdout)
             sys.stdout.flush()
             bar.update()
@@ -182,10 +182,11 @@ def _execute(book: Book, chapter: str, profile: str, device: str, is_first: bool
         return Outcome(chapter, time.perf_counter() - began, "left", unfinished=waits)
     failed = book.failed / f"{chapter}.{profile}.ipynb"
     before = _LedgerBefore.of(ledger)
+    log = book.log(chapter, profile)
     try:
-        ended = run(book.source(book.chapters[chapter]), failed, _parameters(profile, device), book.log(chapter, profile))
+        ended = run(book.source(book.chapters[chapter]), failed, _parameters(profile, device), log)
         problem = ended.problem
-        if ended == Ended() and before.is_still_there():
+        if not problem and not ended.unfinished and before.is_still_there():
             problem = f"it ran, but saved no {ledger.name}"
         if not problem and not ended.unfinished:
             _keep(failed, target, {"key": key, "ledger": hash_of(ledger)})
@@ -199,7 +200,7 @@ def _execute(book: Book, chapter: str, profile: str, device: str, is_first: bool
     if ended.unfinished:
         failed.unlink()
         return Outcome(chapter, seconds, "left", unfinished=ended.unfinished)
-    return Outcome(chapter, seconds, "executed")
+    return Outcome(chapter, seconds, "executed", log=str(log.relative_to(book.root)) if ended.heard else "")
 
 
 def _waits(ledger: Path, device: str, is_first: bool) -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import jupytext
 import nbformat
 import papermill
+from nbclient.exceptions import CellTimeoutError
 from papermill.exceptions import PapermillExecutionError
 
 from lipguide import deadline
@@ -30,10 +30,14 @@ OURS = re.compile(rf"^(?:{PACKAGE}/.*|\S*/ipykernel_\d+/\d+)\.py:\d+: \w*Warning
 
 @dataclass(frozen=True)
 class Ended:
-    """How a chapter ended: what went wrong, or what keeps it from being finished; both are empty if all is well."""
+    """How a chapter ended: what went wrong, or what keeps it from being finished; both are empty if all is well.
+
+    `heard` says whether a cell wrote to stderr.
+    """
 
     problem: str = ""
     unfinished: str = ""
+    heard: bool = False
 
 
 def run(source: Path, path: Path, parameters: dict[str, object], log: Path) -> Ended:
@@ -46,21 +50,23 @@ def run(source: Path, path: Path, parameters: dict[str, object], log: Path) -> E
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_notebook(jupytext.read(source), path)
+    options = {"kernel_name": "python3", "progress_bar": False, "cwd": str(source.parent)}
+    if not math.isinf(deadline.left()):
+        options["timeout_func"] = _what_is_left
     try:
-        with _stderr_to(log), _stopped_in_time():
-            papermill.execute_notebook(
-                str(path), str(path), parameters, kernel_name="python3", progress_bar=False, cwd=str(source.parent)
-            )
+        with _stderr_to(log):
+            papermill.execute_notebook(str(path), str(path), parameters, **options)
     except PapermillExecutionError as error:
         if error.ename == deadline.OutOfTime.__name__:
             return Ended(unfinished=first_line(error.evalue))
         return Ended(f"code cell {error.exec_count - 1} raised {error.ename}: {first_line(error.evalue)}")
-    except deadline.OutOfTime as stop:
-        return Ended(unfinished=str(stop))
-    ours = OURS.search(_move_stderr(path, log))
+    except CellTimeoutError:
+        return Ended(unfinished="it ran when the time was up, and starts over")
+    said = _move_stderr(path, log)
+    ours = OURS.search(said)
     if ours and os.environ.get("CI"):
         return Ended(f"a warning of our own: {ours.group()}")
-    return Ended()
+    return Ended(heard=bool(said))
 
 
 def write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
@@ -79,22 +85,23 @@ def first_line(text: str) -> str:
 
 
 def _move_stderr(path: Path, log: Path) -> str:
-    """Take what the cells wrote to stderr out of a notebook into its log; return all that is there, or has gone."""
+    """Take what the cells wrote to stderr out of a notebook into its log, and return it.
+
+    The log has what the kernel itself complains about already.
+    """
     notebook = nbformat.read(path, as_version=4)
-    said = [log.read_text(encoding="utf-8", errors="replace")]
+    said = ""
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
         heard = [o for o in outputs if o.output_type == "stream" and o.name == "stderr"]
         if heard:
-            said += [f"-- code cell {(cell.execution_count or 1) - 1}\n", *(output.text for output in heard)]
+            said += f"-- code cell {cell.execution_count - 1}\n" + "".join(output.text for output in heard)
             cell.outputs = [output for output in outputs if output not in heard]
-    whole = "".join(said)
-    if len(said) > 1:
+    if said:
         write_notebook(notebook, path)
-        log.write_text(whole, encoding="utf-8")
-    if not whole:
-        log.unlink()
-    return whole
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(said)
+    return said
 
 
 @contextlib.contextmanager
@@ -112,26 +119,6 @@ def _stderr_to(path: Path) -> Iterator[None]:
         os.close(terminal)
 
 
-@contextlib.contextmanager
-def _stopped_in_time() -> Iterator[None]:
-    """Stop a chapter that does not stop by itself when the time is up, as Ctrl-C would: its kernel is shut down."""
-    if deadline.left() == float("inf"):
-        yield
-        return
-    rung = []
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        rung.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(deadline.left(), 0) + deadline.grace())
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not rung:
-            raise
-        raise deadline.OutOfTime("it ran when the time was up, and starts over") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+def _what_is_left(cell: nbformat.NotebookNode) -> float:
+    """Seconds that a cell may take: until the time is up, and some more, for trainings stop by themselves then."""
+    return max(deadline.left() + deadline.grace(), 0.1)

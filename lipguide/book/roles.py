@@ -96,7 +96,8 @@ class RunBox(SphinxDirective):
                 runs.append((profile, read(path)["provenance"]))
         if not runs:
             return []
-        lines = "".join(f"<p><strong>{profile}</strong>\u2002{escape(describe(run))}</p>" for profile, run in runs)
+        texts = {profile: "not run on record." for profile in PROFILES} | {p: describe(run) for p, run in runs}
+        lines = "".join(f"<p><strong>{profile}</strong>\u2002{escape(text)}</p>" for profile, text in texts.items())
         summary = "; ".join(summarize(profile, run) for profile, run in runs)
         box = nodes.container(classes=["run-box"])
         box += nodes.raw("", f"<details><summary>{escape(summary)}</summary>{lines}</details>", format="html")
