@@ -10,8 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lipguide.data.crops import Cutting, stacked
 from lipguide.data.items import Scene
-from lipguide.data.windows import check_dtype, cut, pictures, to_pixels
+from lipguide.data.scenes import scene_rows
+from lipguide.data.windows import as_pictures, check_dtype, to_pixels
 
 __all__ = ["Digits", "digits"]
 
@@ -28,18 +30,6 @@ class Digits(NamedTuple):
 
     images: Tensor
     labels: Tensor
-
-
-def _crops(scene: Scene) -> list[np.ndarray]:
-    """A square around every box, as high or as wide as the box is, whichever is more: nothing is distorted."""
-    pixels = to_pixels(scene.pixels)
-    height, width = pixels.shape[:2]
-    crops = []
-    for x0, y0, x1, y1 in scene.boxes.double().numpy() * [width, height, width, height]:
-        side = max(x1 - x0, y1 - y0)
-        left, top = (x0 + x1 - side) / 2, (y0 + y1 - side) / 2
-        crops.append(cut(pixels, (left, top, left + side, top + side), SIDE))
-    return crops
 
 
 def _labelled(item: tuple, index: int) -> tuple[np.ndarray, int]:
@@ -63,6 +53,8 @@ def digits(dataset: Dataset, dtype: torch.dtype = torch.float32) -> Digits:
     """All digits of a data set of scenes, each in the square window of SVHN's format 2 (the box extended to a square
     around its middle, scaled to 32 x 32; the neighbours that it then contains are part of the task).
 
+    Those of `SyntheticHouseNumbers` are kept in a file, as those of `scenes` are.
+
     A data set of 32 x 32 pictures with labels, such as torchvision's `SVHN` or `CIFAR10`, is taken as it is.
 
     Args:
@@ -74,15 +66,21 @@ def digits(dataset: Dataset, dtype: torch.dtype = torch.float32) -> Digits:
     (torch.Size([3, 32, 32]), True)
     """
     check_dtype(dtype)
-    crops: list[np.ndarray] = []
+    cutting = Cutting("digits", SIDE)
+    kept = getattr(dataset, "cuttings", None)
+    if kept is not None:
+        rows = kept(cutting)
+        return Digits(as_pictures(rows["images"], dtype), torch.from_numpy(rows["labels"].astype(np.int64)))
+    crops: list[dict[str, np.ndarray]] = []
     labels: list[int] = []
     for index in range(len(dataset)):
         item = dataset[index]
         if isinstance(item, Scene):
-            crops += _crops(item)
+            crops.append(scene_rows(item, cutting, index))
             labels += item.labels.tolist()
         else:
             pixels, label = _labelled(item, index)
-            crops.append(pixels)
+            crops.append({"images": pixels.transpose(2, 0, 1)[None], "labels": np.zeros(1, dtype=np.uint8)})
             labels.append(label)
-    return Digits(pictures(crops, SIDE, dtype), torch.tensor(labels, dtype=torch.int64))
+    images = stacked(cutting, crops)["images"]
+    return Digits(as_pictures(images, dtype), torch.tensor(labels, dtype=torch.int64))

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BACKGROUND", "Annotation", "Scene", "make_scene"]
+from lipguide.data.crops import BACKGROUND, visible
 
-BACKGROUND = 10  # class of the pixels of no digit in the class maps of `scenes`; the digits are 0 to 9
+__all__ = ["BACKGROUND", "Annotation", "Scene", "make_scene"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +81,10 @@ def make_scene(pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, mask: 
     [[0.0, 0.25, 0.25, 0.75]]
     """
     height, width = pixels.shape[:2]
-    left, top, wide, tall = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T
-    corners = np.stack([left / width, top / height, (left + wide) / width, (top + tall) / height], axis=1)
-    corners = np.clip(corners, 0.0, 1.0)
-    inside = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
-    if mask is not None and not inside.all():
-        order = np.concatenate([[0], np.cumsum(inside) * inside]).astype(np.uint8)
-        mask = order[mask]
+    corners, labels, mask = visible(boxes, labels, mask, width, height)
     return Scene(
         torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),
-        torch.from_numpy(corners[inside].astype(np.float32)),
-        torch.from_numpy(np.asarray(labels, dtype=np.int64)[inside]),
+        torch.from_numpy(corners),
+        torch.from_numpy(np.asarray(labels, dtype=np.int64)),
         None if mask is None else torch.from_numpy(np.array(mask, dtype=np.uint8)),
     )

@@ -15,7 +15,8 @@ from torchvision.datasets import FakeData
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from lipguide.data import Scene, SyntheticHouseNumbers, digits
-from lipguide.data.windows import cut, to_pixels
+from lipguide.data.crops import cut
+from lipguide.data.windows import to_pixels
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 

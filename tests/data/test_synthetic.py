@@ -19,6 +19,7 @@ import torch
 
 from lipguide.data import SVHN, Difficulty, SyntheticHouseNumbers, contact_sheet, geometry, geometry_table, svhn_facts
 from lipguide.data.shn import cache as module
+from lipguide.data.shn import processes
 from lipguide.data.shn.cache import PACKAGE, content_hash, load_pages, sources
 from lipguide.data.shn.layout import sample_layout
 from lipguide.data.shn.pages import Pages
@@ -287,12 +288,13 @@ def test_the_key_covers_everything_a_picture_depends_on():
 
 def worker(task: dict, *options: str, **how) -> subprocess.CompletedProcess:
     """A process that makes blocks, as `load_pages` starts it."""
-    python, *rest = module._command(task)
+    python, *rest = processes.command(task)
     return subprocess.run([python, *options, *rest], capture_output=True, text=True, timeout=120, **how)
 
 
 def one_scene(folder: Path) -> dict:
-    return {"folder": str(folder), "split": "train", "seed": 0, "difficulty": {}, "blocks": [[0, 1]]}
+    what = {"split": "train", "seed": 0, "difficulty": {}, "parts": [[0, 1]]}
+    return {"make": "scenes", "folder": str(folder), "glyphs": str(folder / "glyphs"), **what}
 
 
 def test_processes_that_draw_import_nothing_that_only_networks_need(tmp_path):
@@ -301,6 +303,7 @@ def test_processes_that_draw_import_nothing_that_only_networks_need(tmp_path):
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert {"numpy", "lipguide.data.shn.rendering"} <= imported
     assert not imported & {"torch", "torchvision", "torchmetrics", "h5py", "lipguide", "lipguide.data"}
+    assert {"matplotlib.textpath", "scipy.spatial"} <= imported  # this one had to draw its glyphs
     assert Pages.load(tmp_path / "00000-001.npz")[0].picture == render("train", 0, 0, Difficulty()).picture
 
 
@@ -332,9 +335,9 @@ def test_another_layout_of_the_files_is_another_folder(monkeypatch):
 
 def test_a_failing_process_is_reported(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 2)
-    task = {"folder": "/nonexistent/folder", "split": "sideways", "seed": 0, "difficulty": {}}
+    task = {**one_scene(Path("/nonexistent/folder")), "split": "sideways"}
     with module.tqdm(total=4, disable=True) as bar, pytest.raises(RuntimeError, match="sideways"):
-        module._make_apart(task, [(0, 2), (1, 2)], 1, bar)
+        processes.share(task, [(0, 2), (1, 2)], 1, bar)
 
 
 LOADS = """
@@ -383,7 +386,7 @@ def test_a_full_disk_is_named_with_what_would_do(tmp_path, apart):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-    command = module._command(one_scene(tmp_path / "cache"))
+    command = processes.command(one_scene(tmp_path / "cache"))
     if not apart:
         command = [sys.executable, "-c", "from lipguide.data import *; SyntheticHouseNumbers('train', 1)"]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)

@@ -6,12 +6,10 @@ scene of (seed, split, index) depends on nothing else: not on the order, the num
 
 from __future__ import annotations
 
-import io
 import operator
 import os
 import shutil
 import tempfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +17,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lipguide.data.arguments import whole
+from lipguide.data.crops import Cutting
 from lipguide.data.facts import svhn_facts
 from lipguide.data.items import Annotation, Scene, make_scene
-from lipguide.data.shn.cache import BLOCK, load_pages
+from lipguide.data.shn.cache import BLOCK, content_hash, load_pages
+from lipguide.data.shn.cuttings import kept_cuttings, make_rows
 from lipguide.data.shn.difficulty import Difficulty
+from lipguide.data.shn.pages import decode
 from lipguide.data.shn.rendering import SPLITS, Encoded
 from lipguide.data.svhn.digit_struct import write_digit_struct
 
@@ -39,7 +40,7 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         size: the first so many scenes; all 33,402 or 13,068 when None.
         seed: another seed is another data set.
         difficulty: see `Difficulty`.
-        cache: keep the scenes under `cache_folder()` for the next time.
+        cache: keep the scenes, and what is cut out of them, under `cache_folder()` for the next time.
         workers: processes that make what is missing; None for one a core for large sets.
 
     >>> data = SyntheticHouseNumbers("train", size=2, seed=0, cache=False)
@@ -65,6 +66,7 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         workers = whole("workers", workers, 1)
         self.split, self.seed = split, whole("seed", seed, 0)
         self.difficulty = Difficulty() if difficulty is None else difficulty
+        self._cache, self._workers = cache, workers
         self._pages = load_pages(split, size, self.seed, self.difficulty, cache, workers)
 
     def __len__(self) -> int:
@@ -77,9 +79,16 @@ class SyntheticHouseNumbers(Dataset[Scene]):
 
     def __getitem__(self, index: int) -> Scene:
         encoded = self._encoded(index)
-        pixels = np.asarray(Image.open(io.BytesIO(encoded.picture)).convert("RGB"))
-        mask = np.frombuffer(zlib.decompress(encoded.mask), dtype=np.uint8).reshape(encoded.height, encoded.width)
+        pixels, mask = decode(encoded)
         return make_scene(pixels, encoded.boxes, encoded.labels, mask)
+
+    def cuttings(self, cutting: Cutting) -> dict[str, np.ndarray]:
+        """What `scenes` and `digits` cut out of all scenes, as arrays of `Cutting.kinds`: of a file that is mapped into
+        memory where the data set keeps its scenes."""
+        if not self._cache:
+            return make_rows(self._pages, range(len(self)), cutting)
+        key = content_hash(self.split, self.seed, self.difficulty)
+        return kept_cuttings(self._pages, key, cutting, self._workers)
 
     def annotation(self, index: int) -> Annotation:
         """What is known of a scene without decoding its picture."""
@@ -103,11 +112,9 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         temporary = Path(tempfile.mkdtemp(prefix=f".{self.split}.", suffix=".part", dir=folder.parent))
         try:
             for index in range(len(self)):
-                encoded = self._encoded(index)
-                Image.open(io.BytesIO(encoded.picture)).convert("RGB").save(temporary / f"{index + 1}.png")
-                mask = np.frombuffer(zlib.decompress(encoded.mask), dtype=np.uint8)
-                mask = Image.fromarray(mask.reshape(encoded.height, encoded.width))
-                mask.save(temporary / f"{index + 1}.mask.png")
+                pixels, mask = decode(self._encoded(index))
+                Image.fromarray(pixels).save(temporary / f"{index + 1}.png")
+                Image.fromarray(mask).save(temporary / f"{index + 1}.mask.png")
             write_digit_struct(temporary / "digitStruct.mat", self.annotations())
             temporary.chmod(0o755)
             os.rename(temporary, folder)

@@ -90,13 +90,14 @@ def fractal(
     (8, 12)
     """
     height, width = shape
-    total = np.zeros(shape, dtype=np.float32)
+    total: Array | None = None
     amplitude, power = 1.0, 0.0
     sy, sx = scale
     for _ in range(octaves):
         rows, columns = (max(2, int(n / max(s, 1.0)) + 2) for n, s in ((height, sy), (width, sx)))
         grid = rng.standard_normal((rows, columns), dtype=np.float32)
-        total += np.float32(amplitude) * _resized(grid, height, width)
+        octave = np.float32(amplitude) * _resized(grid, height, width)
+        total = octave if total is None else np.add(total, octave, out=total)
         power += amplitude**2
         amplitude *= roughness
         sy, sx = sy / 2, sx / 2

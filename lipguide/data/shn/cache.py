@@ -1,9 +1,9 @@
 """Making many scenes: in blocks, by several processes, kept in a cache that survives interruptions.
 
-A block is a file of up to BLOCK scenes. Its folder's name is a hash of everything its pictures depend on: the source
-of the generator, the figures it follows, the versions of the libraries that draw and compress, split, seed and
-difficulty. Each block is written under a temporary name and renamed, so two processes may fill the same folder, and a
-run that was interrupted goes on where it stopped.
+A block is a file of up to BLOCK scenes. Its folder's name is a hash of everything its pictures depend on: what the
+source of the generator says (its comments aside), the figures it follows, the versions of the libraries that draw and
+compress, split, seed and difficulty. Each block is written under a temporary name and renamed, so two processes may
+fill the same folder, and a run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,34 +12,44 @@ import ast
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, astuple
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-import PIL
-import scipy
 from tqdm import tqdm
 
 from lipguide.data.npz import DamagedFile
 from lipguide.data.shn.difficulty import Difficulty
+from lipguide.data.shn.glyphs import glyphs_missing
 from lipguide.data.shn.pages import FIELDS, Pages
+from lipguide.data.shn.processes import share
 from lipguide.data.shn.rendering import Encoded, render
+from lipguide.data.sources import hash_of
 from lipguide.files import cache_folder
 
-__all__ = ["BLOCK", "block_path", "content_hash", "keep", "load_pages", "make_block", "sources"]
+__all__ = [
+    "BLOCK",
+    "block_path",
+    "content_hash",
+    "keep",
+    "load_pages",
+    "make_block",
+    "prepare",
+    "sources",
+    "stored",
+    "unwritable",
+]
 
 BLOCK = 256
 PACKAGE = Path(__file__).resolve().parents[2]
 FIGURES = PACKAGE / "data" / "svhn_facts.json"
 DRAWING = PACKAGE / "data" / "shn" / "rendering.py"
-WORKER = PACKAGE / "data" / "shn" / "worker.py"
+GLYPHS = PACKAGE / "data" / "shn" / "glyphs.py"
+LIBRARIES = ("numpy", "scipy", "pillow", "matplotlib")  # that draw and compress
 
 
 # What pictures depend on
@@ -72,12 +82,7 @@ def _imports(path: Path) -> list[Path]:
 
 @lru_cache(maxsize=1)
 def _source_hash() -> str:
-    digest = hashlib.sha256()
-    for path in sources():
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
-    versions = (np.__version__, scipy.__version__, PIL.__version__, matplotlib.__version__)
-    digest.update(" ".join(versions).encode())
-    return digest.hexdigest()
+    return hash_of(sources()) + " ".join(version(name) for name in LIBRARIES)
 
 
 def content_hash(split: str, seed: int, difficulty: Difficulty) -> str:
@@ -99,7 +104,7 @@ def block_path(folder: Path, block: int, count: int) -> Path:
     return folder / f"{block:05d}-{count:03d}.npz"
 
 
-def _stored(folder: Path, block: int, count: int) -> Pages | None:
+def stored(folder: Path, block: int, count: int) -> Pages | None:
     """A stored block of at least `count` scenes; a damaged file counts as none, and is made again."""
     for path in _files(folder, block):
         try:
@@ -126,19 +131,20 @@ def keep(pages: Pages, path: Path) -> None:
     try:
         pages.save(path)
     except OSError as error:
-        raise _unwritable(path.parent, error) from error
+        raise unwritable(path.parent, error) from error
 
 
-def _prepare(folder: Path) -> None:
+def prepare(folder: Path) -> None:
     """Make the folder, and see whether it can be written to: better now than after minutes of drawing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
 
 
-def _unwritable(folder: Path, error: OSError) -> OSError:
+def unwritable(folder: Path, error: OSError) -> OSError:
+    """The error that says where nothing can be written, and what would do."""
     return OSError(
         f"scenes cannot be kept in {folder} ({error}): make room there, or set LIPGUIDE_CACHE to another folder "
         "(TMPDIR where cache=False)"
@@ -169,7 +175,7 @@ def load_pages(split: str, size: int, seed: int, difficulty: Difficulty, cache: 
             folder = cache_folder("shn", content_hash(split, seed, difficulty))
         elif workers > 1:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lipguide-")))
-        parts = {block: _stored(folder, block, count) if folder else None for block, count in counts.items()}
+        parts = {block: stored(folder, block, count) if folder else None for block, count in counts.items()}
         todo = [(block, count) for block, count in counts.items() if parts[block] is None]
         if todo:
             _make(parts, todo, folder, (split, seed, difficulty), workers)
@@ -185,13 +191,15 @@ def _make(
 ) -> None:
     """Fill in the missing parts, here or in processes of their own, and keep them in the folder if there is one."""
     if folder is not None:
-        _prepare(folder)
+        prepare(folder)
     split, seed, difficulty = which
     total = sum(count for _, count in todo)
     with tqdm(total=total, unit="scene", desc=f"house numbers ({split})", disable=None) as bar:
         if workers > 1 and len(todo) > 1:
-            task = {"folder": str(folder), "split": split, "seed": seed, "difficulty": asdict(difficulty)}
-            _make_apart(task, todo, min(workers, len(todo)), bar)
+            glyphs = _shared_glyphs(folder.parent, workers, bar)
+            task = {"make": "scenes", "folder": str(folder), "glyphs": str(glyphs)}
+            task |= {"split": split, "seed": seed, "difficulty": asdict(difficulty)}
+            share(task, todo, workers, bar)
             parts |= {block: Pages.load(block_path(folder, block, count)) for block, count in todo}
             return
         for block, count in todo:
@@ -204,33 +212,11 @@ def _make(
                 keep(parts[block], block_path(folder, block, count))
 
 
-def _make_apart(task: dict, todo: list[tuple[int, int]], workers: int, bar: tqdm) -> None:
-    """Share the blocks between processes, which report finished scenes through one pipe; end them all on any error.
-
-    They are started afresh (no fork), so it does not matter what threads or devices this process holds.
-    """
-    processes: list[subprocess.Popen] = []
-    receive, send = os.pipe()
-    with open(receive, encoding="ascii") as reports, tempfile.TemporaryFile("w+", errors="replace") as complaints:
-        try:
-            with open(send, "w", encoding="ascii") as output:
-                for share in (todo[k::workers] for k in range(workers)):
-                    command = _command({**task, "blocks": share})
-                    processes.append(subprocess.Popen(command, stdout=output, stderr=complaints))
-            for line in reports:
-                bar.update(int(line))
-            statuses = [process.wait() for process in processes]
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
-        if any(statuses):
-            complaints.seek(0)
-            last = complaints.read().strip().splitlines()[-1:] or ["it left no message"]
-            raise RuntimeError(f"a process that makes synthetic house numbers ended early: {last[0]}")
-
-
-def _command(task: dict) -> list[str]:
-    """The command line of a process that does its share of the blocks."""
-    return [sys.executable, str(WORKER), json.dumps(task)]
+def _shared_glyphs(folder: Path, workers: int, bar: tqdm) -> Path:
+    """The folder below this one that holds all typefaces, drawn by processes if they are not there."""
+    key = hashlib.sha256((_source_hash() + hash_of([GLYPHS])).encode()).hexdigest()[:24]
+    folder = folder / f"glyphs-{key}"
+    missing = glyphs_missing(folder)
+    if missing:
+        share({"make": "glyphs", "folder": str(folder)}, missing, workers, bar)
+    return folder

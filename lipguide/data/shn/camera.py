@@ -30,7 +30,8 @@ def expose(picture: Array, contrast: float, stands_out: float, rng: np.random.Ge
     kept = np.float32(max(faded, least))
     haze = HAZE * np.float32(0.8 + 0.5 * u[1])
     seen = picture * (balance * kept)[:, None, None]
-    return (seen + (haze * (1 - kept))[:, None, None]).astype(np.float32)
+    seen += (haze * (1 - kept))[:, None, None]
+    return seen.astype(np.float32, copy=False)
 
 
 def _motion(picture: Array, length: float, angle: float) -> Array:
@@ -64,7 +65,8 @@ def focus(picture: Array, unit: float, blur: float, rng: np.random.Generator) ->
         picture = _motion(picture, min(length, 25.0), math.pi * float(rng.random()))
     if u[5] < 0.35:
         edges = picture - gaussian_blur(picture, sigma + 0.4, sigma + 0.4)
-        picture = picture + np.float32(0.3 + 1.4 * u[5]) * edges
+        edges *= np.float32(0.3 + 1.4 * u[5])
+        picture = np.add(edges, picture, out=edges)
     return picture
 
 
@@ -75,13 +77,22 @@ def develop(picture: Array, difficulty: Difficulty, rng: np.random.Generator) ->
     sigma = difficulty.noise * (0.003 + 0.024 * u[0] ** 2)
     noise = rng.standard_normal(shape[1:], dtype=np.float32)[None] * np.float32(sigma)
     if u[1] < 0.5:
-        noise = noise + rng.standard_normal(shape, dtype=np.float32) * np.float32(0.6 * sigma)
+        coloured = rng.standard_normal(shape, dtype=np.float32)
+        coloured *= np.float32(0.6 * sigma)
+        noise = np.add(coloured, noise, out=coloured)
     if u[2] < 0.5:
-        noise = gaussian_blur(noise, 0.6, 0.6) * np.float32(1.7)
-    values = (picture + noise) * np.float32(255.0) + np.float32(0.5)
-    pixels = np.clip(values, 0.0, 255.0).astype(np.uint8)
+        noise = gaussian_blur(noise, 0.6, 0.6)
+        noise *= np.float32(1.7)
+    values = picture + noise
+    values *= np.float32(255.0)
+    values += np.float32(0.5)
+    np.clip(values, 0.0, 255.0, out=values)
+    pixels = np.empty((*shape[1:], 3), dtype=np.uint8)
+    for channel, level in enumerate(values):
+        pixels[:, :, channel] = level
     quality = 96.0 - difficulty.noise * (4.0 + 44.0 * float(u[3]) ** 1.3)
     file = io.BytesIO()
-    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    image.save(file, "JPEG", quality=round(min(max(quality, 20.0), 96.0)), subsampling=2 if u[3] > 0.3 else 0)
+    Image.fromarray(pixels).save(
+        file, "JPEG", quality=round(min(max(quality, 20.0), 96.0)), subsampling=2 if u[3] > 0.3 else 0
+    )
     return file.getvalue()

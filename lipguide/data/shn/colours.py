@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -97,9 +99,12 @@ def luminance(colour: np.ndarray) -> float:
     return float(LUMA[0] * colour[0] + LUMA[1] * colour[1] + LUMA[2] * colour[2])
 
 
+SHARES = {id(table): list(accumulate(row[-1] for row in table)) for table in (WALLS, NUMBERS, PLATES)}
+
+
 def _choose(table: tuple, rng: np.random.Generator) -> tuple:
-    shares = np.cumsum([row[-1] for row in table])
-    return table[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))]
+    shares = SHARES[id(table)]
+    return table[bisect_right(shares, rng.random() * shares[-1])]
 
 
 def _vary(colour: tuple[int, int, int], rng: np.random.Generator, amount: float) -> np.ndarray:

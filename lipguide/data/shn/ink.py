@@ -110,9 +110,8 @@ def _linear(hand: Hand, condense: float) -> np.ndarray:
 
 def _extent(hull: np.ndarray, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Size and centre of the bounding box of the transformed hull."""
-    x = hull[:, 0] * linear[0, 0] + hull[:, 1] * linear[0, 1]
-    y = hull[:, 0] * linear[1, 0] + hull[:, 1] * linear[1, 1]
-    low, high = np.array([x.min(), y.min()]), np.array([x.max(), y.max()])
+    points = linear[:, :1] * hull[:, 0] + linear[:, 1:] * hull[:, 1]  # (2, k)
+    low, high = points.min(axis=1), points.max(axis=1)
     return high - low, (low + high) / 2
 
 
@@ -204,8 +203,8 @@ def _write(ink: Ink, sign: int | str, owner: int, box: tuple[float, ...], hand: 
     left, top, right, bottom = tile - low
     part = slice(top, bottom), slice(left, right)
     closer = new > ink.distance[part]
-    ink.distance[part] = np.where(closer, new, ink.distance[part])
-    ink.owner[part] = np.where(closer, owner, ink.owner[part])
+    np.copyto(ink.distance[part], new, where=closer)
+    np.copyto(ink.owner[part], np.uint8(owner), where=closer)
 
 
 def _free_boxes(boxes: np.ndarray) -> np.ndarray:

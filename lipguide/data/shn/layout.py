@@ -8,6 +8,7 @@ picture and a wide number both have more margin around them, and a large picture
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache
 
@@ -51,7 +52,7 @@ class Layout:
 def _quantile(name: str, split: str, z: float, log: bool = False) -> float:
     """The value of a published figure at the normal score z: linear between the percentiles, and beyond them."""
     values = _values(name, split, log)
-    k = min(max(int(np.searchsorted(NORMAL, z)), 1), len(NORMAL) - 1)
+    k = min(max(bisect_left(NORMAL, z), 1), len(NORMAL) - 1)
     slope = (values[k] - values[k - 1]) / (NORMAL[k] - NORMAL[k - 1])
     value = values[k - 1] + slope * (z - NORMAL[k - 1])
     low, high = LIMITS.get(name, (-math.inf, math.inf))

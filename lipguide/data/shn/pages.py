@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from lipguide.data.npz import DamagedFile, load_arrays, save_arrays
 from lipguide.data.shn.rendering import Encoded
 
-__all__ = ["FIELDS", "Pages"]
+__all__ = ["FIELDS", "Pages", "decode"]
 
 # bytes: pictures and masks in turn; ends: where each of them ends; sizes: width, height; digits: where each scene's
 # digits end; boxes, labels: of all digits.
@@ -113,3 +116,10 @@ class Pages:
             and len(self.arrays["bytes"]) == ends[-1]
             and len(self.arrays["boxes"]) == len(self.arrays["labels"]) == digits[-1]
         )
+
+
+def decode(scene: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    """Picture (H, W, 3) and mask (H, W) of a scene."""
+    pixels = np.asarray(Image.open(io.BytesIO(scene.picture)).convert("RGB"))
+    mask = np.frombuffer(zlib.decompress(scene.mask), dtype=np.uint8)
+    return pixels, mask.reshape(scene.height, scene.width)

@@ -128,6 +128,12 @@ def _leaf(x: Array, y: Array, centre: tuple[float, float], size: float, angle: f
     return reach - np.sqrt(along * along + (across + lift) * (across + lift))
 
 
+def _near(centre: float, reach: float, side: int) -> slice:
+    """The pixels of a row of `side` that lie within reach of a place; there may be none."""
+    start, stop = (min(max(math.floor(centre + way), 0), side) for way in (-reach, reach + 1.0))
+    return slice(start, stop)
+
+
 def _foliage(picture: Array, box: tuple[float, ...], unit: float, rng: np.random.Generator) -> None:
     """A twig that hangs over a corner of the number, with its leaves."""
     shape = picture.shape[1:]
@@ -148,9 +154,11 @@ def _foliage(picture: Array, box: tuple[float, ...], unit: float, rng: np.random
         spot_x = start_x + t * (stop_x - start_x) + 0.12 * unit * float(rng.standard_normal())
         spot_y = start_y + t * (stop_y - start_y) + 0.12 * unit * float(rng.standard_normal())
         size = unit * (0.06 + 0.08 * float(rng.random()))
-        leaf = coverage(_leaf(x, y, (spot_x, spot_y), size, 6.28 * float(rng.random())), 1.3)
+        rows, columns = (_near(spot, size + 2.0, side) for spot, side in zip((spot_y, spot_x), shape, strict=True))
+        angle = 6.28 * float(rng.random())
+        leaf = coverage(_leaf(x[:, columns], y[rows], (spot_x, spot_y), size, angle), 1.3)
         tone = np.clip(green * (0.7 + 0.7 * rng.random()), 0.02, 0.95).astype(np.float32)
-        blend(picture, tone, np.float32(0.95) * leaf)
+        blend(picture[:, rows, columns], tone, np.float32(0.95) * leaf)
 
 
 def _bars(picture: Array, box: tuple[float, ...], unit: float, rng: np.random.Generator) -> None:

@@ -8,19 +8,14 @@ the typefaces that matplotlib carries; the drawn ones come from `strokes`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
 from PIL import Image
-from scipy.spatial import ConvexHull
 
 from lipguide.data.shn.strokes import PENS, Pen, skeleton
 
-__all__ = ["FACES", "MARGIN", "RESOLUTION", "Face", "Glyph", "glyph"]
+__all__ = ["FACES", "GLYPHS", "MARGIN", "RESOLUTION", "Face", "Glyph", "draw_glyph", "glyph"]
 
 RESOLUTION = 56  # cells of the distance field per glyph height
 MARGIN = 0.34  # of the field around the ink, in glyph heights: room for weight, outlines and shadows
@@ -99,6 +94,10 @@ FACES: tuple[Face, ...] = (
 
 def _outline(name: str, character: str) -> list[np.ndarray]:
     """Closed contours of a character, height 1, y down, first and last points equal."""
+    import matplotlib
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
     path = TextPath((0, 0), character, size=100, prop=FontProperties(fname=str(file)))
     contours = [polygon * np.array([1.0, -1.0]) for polygon in path.to_polygons()]
@@ -113,41 +112,49 @@ def _grid(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _to_segments(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance of every grid point to every segment, and where along the segment (0 to 1): (S, Y, X) each."""
-    x, y, a, b = (v.astype(np.float32) for v in (x, y, a, b))
-    ax, ay = a[:, 0, None, None], a[:, 1, None, None]  # (S, 1, 1), as all that belongs to a segment
-    run = b - a
-    run_x, run_y = run[:, 0, None, None], run[:, 1, None, None]
-    squared = run[:, :1] ** 2 + run[:, 1:] ** 2
-    u = run / np.maximum(squared, np.float32(1e-12))
-    ux, uy = u[:, 0, None, None], u[:, 1, None, None]
-    px = x[None, None, :] - ax
-    py = y[None, :, None] - ay
-    along = px * ux + py * uy
+def _to_segment(x: np.ndarray, y: np.ndarray, a: np.ndarray, run: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distance of every grid point to the segment from a to a + run, and where along it: (Y, X) each."""
+    squared = run[0] * run[0] + run[1] * run[1]
+    unit = run / np.maximum(squared, np.float32(1e-12))
+    px, py = x - a[0], (y - a[1])[:, None]
+    along = px * unit[0] + py * unit[1]
     np.clip(along, 0.0, 1.0, out=along)
-    dx = px - along * run_x
-    dy = py - along * run_y
+    dx = along * run[0]
+    dy = along * run[1]
+    np.subtract(px, dx, out=dx)
+    np.subtract(py, dy, out=dy)
     dx *= dx
     dy *= dy
     dx += dy
-    return np.sqrt(dx, out=dx), along
+    return dx, along
 
 
 def _outline_distance(contours: list[np.ndarray], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Signed distance to filled contours; the sign is the non-zero winding rule."""
     a = np.concatenate([c[:-1] for c in contours])
     b = np.concatenate([c[1:] for c in contours])
-    distance = _to_segments(x, y, a, b)[0].min(axis=0)
+    fine_x, fine_y, starts, stops = (v.astype(np.float32) for v in (x, y, a, b))
+    squared = np.full((len(y), len(x)), np.inf, dtype=np.float32)
+    for start, run in zip(starts, stops - starts, strict=True):
+        np.minimum(squared, _to_segment(fine_x, fine_y, start, run)[0], out=squared)
+    distance = np.sqrt(squared)
+    return np.where(_winding(a, b, x, y) != 0, distance, -distance)
+
+
+def _winding(a: np.ndarray, b: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How often the segments a to b turn around each grid point: (Y, X)."""
     ax, ay = a[:, :1], a[:, 1:]  # (S, 1)
     bx, by = b[:, :1], b[:, 1:]
     up = (ay <= y) & (by > y)  # (S, Y)
     down = (by <= y) & (ay > y)
     rise = np.where(by == ay, 1.0, by - ay)
     crossing = ax + (y - ay) / rise * (bx - ax)  # (S, Y): where a segment meets a row
-    turns = (up.astype(np.int8) - down.astype(np.int8))[:, :, None]
-    winding = np.sum(turns * (x[None, None, :] > crossing[:, :, None]), axis=0)
-    return np.where(winding != 0, distance, -distance)
+    turns = up.astype(np.int64) - down
+    segment, row = np.nonzero(turns)
+    column = np.searchsorted(x, crossing[segment, row], side="right")  # the first that lies beyond
+    steps = np.zeros((len(y), len(x) + 1), dtype=np.int64)
+    np.add.at(steps, (row, column), turns[segment, row])
+    return steps.cumsum(axis=1)[:, :-1]
 
 
 def _slabs(strokes: list[np.ndarray], length: float) -> list[np.ndarray]:
@@ -165,7 +172,9 @@ def _pen_distance(strokes: list[np.ndarray], pen: Pen, x: np.ndarray, y: np.ndar
         level = np.abs(run[:, 0]) / np.maximum(np.hypot(run[:, 0], run[:, 1]), 1e-9)
         half = pen.half * (1 - pen.contrast * level**2)
         ends = np.concatenate([half[:1], (half[:-1] + half[1:]) / 2, half[-1:]])
-        distance, along = _to_segments(x, y, a, b)
+        fine_x, fine_y, starts, stops = (v.astype(np.float32) for v in (x, y, a, b))
+        found = [_to_segment(fine_x, fine_y, *each) for each in zip(starts, stops - starts, strict=True)]
+        distance, along = np.sqrt([squared for squared, _ in found]), np.array([along for _, along in found])
         thick = ends[:-1, None, None] * (1 - along) + ends[1:, None, None] * along
         ink = thick - distance
         if pen.cap == "flat" and not np.allclose(stroke[0], stroke[-1]):
@@ -177,14 +186,27 @@ def _pen_distance(strokes: list[np.ndarray], pen: Pen, x: np.ndarray, y: np.ndar
     return best
 
 
-@cache
+GLYPHS: dict[tuple[int, int | str], Glyph] = {}  # that are drawn already, by face and sign
+
+
 def glyph(face: int, sign: int | str) -> Glyph:
-    """The glyph of a digit 0 to 9, or of a letter, in `FACES[face]`, computed once a process; pens draw no letters.
+    """The glyph of a digit 0 to 9, or of a letter, in `FACES[face]`, drawn once a process; pens draw no letters.
 
     >>> shape = glyph(0, 8).field.size
     >>> shape[1] > RESOLUTION
     True
     """
+    found = GLYPHS.get((face, sign))
+    if found is None:
+        found = GLYPHS[face, sign] = draw_glyph(face, sign)
+    return found
+
+
+def draw_glyph(face: int, sign: int | str) -> Glyph:
+    """What `glyph` remembers. The libraries that know outlines and hulls are imported here: who has all glyphs already
+    needs neither."""
+    from scipy.spatial import ConvexHull
+
     source = FACES[face].source
     if isinstance(source, Pen):
         digit = int(sign)

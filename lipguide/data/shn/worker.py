@@ -1,7 +1,7 @@
-"""A process that makes blocks of synthetic house numbers for another one: `python worker.py TASK`.
+"""A process that makes synthetic house numbers for another one: `python worker.py TASK`.
 
-TASK is JSON: folder, split, seed, difficulty, and blocks as pairs of number and count. After every block it prints
-the number of scenes made.
+TASK is JSON: what to `make`, from what, and `parts`, this process's own share. After every part it prints by how much
+the bar advances.
 
 It is run as a file. Were it run as a module, Python would execute the packages around it first, and these import torch:
 seconds and hundreds of megabytes for each process, and drawing needs nothing of it.
@@ -15,18 +15,44 @@ from pathlib import Path
 from types import ModuleType
 
 
-def main(task: dict) -> None:
-    """Make the blocks of a task."""
+def scenes(task: dict) -> None:
+    """Draw blocks of scenes; a part is the number of a block and how many it has."""
     from lipguide.data.shn.cache import block_path, keep, make_block
     from lipguide.data.shn.difficulty import Difficulty
+    from lipguide.data.shn.glyphs import take_glyphs
     from lipguide.data.shn.pages import Pages
 
+    take_glyphs(Path(task["glyphs"]))
     difficulty = Difficulty(**task["difficulty"])
-    for block, count in task["blocks"]:
+    for block, count in task["parts"]:
         pages = Pages.of(list(make_block(task["split"], task["seed"], difficulty, block, count)))
         keep(pages, block_path(Path(task["folder"]), block, count))
-        sys.stdout.write(f"{count}\n")
-        sys.stdout.flush()
+        report(count)
+
+
+def glyphs(task: dict) -> None:
+    """Draw the glyphs of typefaces; a part is the number of a face."""
+    from lipguide.data.shn.glyphs import keep_glyphs
+
+    for face in task["parts"]:
+        keep_glyphs(Path(task["folder"]), face)
+        report(0)
+
+
+def cuttings(task: dict) -> None:
+    """Cut squares out of blocks of scenes; for a part see `lipguide.data.shn.cuttings`."""
+    from lipguide.data.crops import Cutting
+    from lipguide.data.shn.cuttings import Part, fill_from_block
+
+    for part in task["parts"]:
+        fill_from_block(Path(task["file"]), Path(task["folder"]), Cutting(**task["cutting"]), Part(*part))
+        report(Part(*part).count)
+
+
+def report(done: int) -> None:
+    """Tell the process that waits."""
+    sys.stdout.write(f"{done}\n")
+    sys.stdout.flush()
 
 
 def enter_packages() -> None:
@@ -41,4 +67,5 @@ def enter_packages() -> None:
 
 if __name__ == "__main__":
     enter_packages()
-    main(json.loads(sys.argv[1]))
+    task = json.loads(sys.argv[1])
+    {"scenes": scenes, "glyphs": glyphs, "cuttings": cuttings}[task["make"]](task)
