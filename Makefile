@@ -9,10 +9,21 @@ BIN := $(VENV)/bin
 # with current setuptools and is not used here, hence --no-deps.
 ATTACKS := adv-lib==0.2.8
 
-.PHONY: book test bench setup lint clean
+.PHONY: book serve pdf check-pages test bench setup lint clean
 
 book: setup
 	$(BIN)/python -m lipguide build --profile $(PROFILE) --device $(DEVICE) $(if $(MINUTES),--minutes $(MINUTES))
+
+# Read it at http://localhost:8000: opened as a file, a browser refuses the excerpts of search results.
+serve:
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
+
+pdf: book
+	$(BIN)/python -m lipguide.book.pdf
+
+# What a reader would stumble over in the built pages; in a browser where Chromium is there.
+check-pages:
+	$(BIN)/python -m pytest -o addopts=-q -rs tests/book/test_html.py
 
 test: setup
 	$(BIN)/ruff check lipguide tests

@@ -393,7 +393,7 @@ def _stage(book: Book, profile: str) -> list[str]:
 def _rendering_key(folder: Path, profile: str) -> str:
     """A hash of all that the HTML depends on: the staged files, and what renders them."""
     digest = hashlib.sha256(json.dumps([profile, lock_hash()]).encode())
-    renderers = modules_behind("from lipguide.book import roles")
+    renderers = modules_behind("from lipguide.book import addresses, api, citations, pages, records, roles")
     for path in sorted(renderers) + sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(os.path.relpath(path, folder).encode() + bytes.fromhex(hash_of(path)))
     return digest.hexdigest()

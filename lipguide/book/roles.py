@@ -25,7 +25,7 @@ from lipguide.book.guidelines import Guidelines
 from lipguide.book.ledger import PROFILES, lookup, read
 from lipguide.book.tables import readable
 
-__all__ = ["LedgerRole", "RunBox", "describe", "duration", "keep_units", "ledger_path", "parts", "setup"]
+__all__ = ["LedgerRole", "RunBox", "describe", "duration", "keep_units", "ledger_path", "number", "parts", "setup"]
 
 
 class LedgerRole(SphinxRole):
@@ -33,17 +33,21 @@ class LedgerRole(SphinxRole):
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         try:
-            chapter, key, form = parts(self.text)
-            path = ledger_path(self.env, chapter)
-            self.env.note_dependency(str(path))
-            content = read(path)
-            # Provenance is there for the asking too: how long a run took, say.
-            source = content if key.startswith("provenance.") else content["results"]
-            text = readable(format(lookup(source, key), form))
+            self.env.note_dependency(str(ledger_path(self.env, parts(self.text)[0])))
+            text = number(self.env, self.text)
         except (OSError, KeyError, ValueError, TypeError) as error:
             message = self.inliner.reporter.warning(f"ledger role {self.text!r}: {error}", line=self.lineno)
             return [self.inliner.problematic(self.rawtext, self.rawtext, message)], [message]
         return [nodes.inline(text, text, classes=["ledger"])], []
+
+
+def number(env, text: str, docname: str | None = None) -> str:
+    """What a ledger role says, on the page at hand or on another one."""
+    chapter, key, form = parts(text)
+    content = read(ledger_path(env, chapter or (Path(docname).name if docname else None)))
+    # Provenance is there for the asking too: how long a run took, say.
+    source = content if key.startswith("provenance.") else content["results"]
+    return readable(format(lookup(source, key), form))
 
 
 def parts(text: str) -> tuple[str | None, str, str]:

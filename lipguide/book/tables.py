@@ -58,7 +58,9 @@ class Table:
         lines = []
         for row in [self.heads, *self.cells]:
             placed = zip(row, widths, self.numbers, strict=True)
-            lines.append("  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in placed))
+            lines.append(
+                "  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in placed)
+            )
         return "\n".join(line.rstrip() for line in lines)
 
     def _repr_html_(self) -> str:
