@@ -12,6 +12,7 @@ import copy
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,9 +22,18 @@ from torch.nn.utils import parametrize
 from lipguide.layers.affine import plain_circle
 from lipguide.layers.brick import own_rule
 
-__all__ = ["EveryPartALeaf", "equation_of", "export", "fresh_weights", "uncached", "without_parametrizations"]
+__all__ = [
+    "EveryPartALeaf",
+    "are_fresh",
+    "equation_of",
+    "export",
+    "fresh_weights",
+    "uncached",
+    "without_parametrizations",
+]
 
 PACKAGE = __name__.split(".")[0]
+_FRESH = ContextVar("fresh", default=False)
 MARK = "lipguide_brick"
 
 
@@ -83,7 +93,23 @@ def fresh_weights(model: nn.Module) -> Iterator[None]:
     """
     with uncached() as cache:
         _check_remembered(model, cache)
-        yield
+        fresh = _FRESH.set(True)
+        try:
+            yield
+        finally:
+            _FRESH.reset(fresh)
+
+
+def are_fresh() -> bool:
+    """Was each constrained weight that `torch.nn.utils.parametrize.cached()` may remember made by its constraint now?
+
+    So it is where nothing is remembered at all, and within `fresh_weights`.
+
+    >>> with parametrize.cached():
+    ...     are_fresh()
+    False
+    """
+    return not parametrize._cache_enabled or _FRESH.get()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The scale of SLL: sound for every kernel, every frequency and every precision, tight, and learned through q."""
 
+import copy
 import math
 
 import pytest
@@ -7,8 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from orthogonium.layers.conv.AOL.aol import AOLReparametrizer
+from torch import nn
+from torch.nn.utils import parametrize
 
-from lipguide.layers.sll import GramScale, between_frequencies, diagonal_bound
+from lipguide.bounds.network import lipschitz_bound
+from lipguide.layers.blocks import PadChannels
+from lipguide.layers.gram import GramScale, between_frequencies, diagonal_bound, off_centre
+from lipguide.layers.sll import SLL
 
 few = settings(deadline=None, max_examples=40, derandomize=True)
 seeds = st.integers(0, 10**6)
@@ -33,7 +39,7 @@ def zero_padded_matrix(v, height, width):
 
 
 def scaled(filters, iterations=3, log_q=None):
-    scale = GramScale(len(filters), iterations).to(filters.dtype)
+    scale = GramScale(filters.shape, iterations).to(filters.dtype).eval()
     if log_q is not None:
         with torch.no_grad():
             scale.log_q.copy_(log_q)
@@ -143,7 +149,7 @@ def test_q_has_an_effect_and_equals_a_scale_of_the_filters(shape, iterations):
     assert (v - scaled(filters, iterations)).abs().max() > 0.02
     column = log_q.exp().view(-1, *[1] * (len(shape) - 1))
     torch.testing.assert_close(v, scaled(filters * column, iterations), rtol=1e-4, atol=1e-6)
-    scale = GramScale(shape[0], iterations)
+    scale = GramScale(shape, iterations).eval()
     (scale(filters) * randn(*shape, seed=2)).sum().backward()
     assert scale.log_q.grad.abs().min() > 0
 
@@ -160,7 +166,7 @@ def test_the_public_code_lets_q_cancel():
 @pytest.mark.parametrize("iterations", [0, 2])
 def test_the_gradient_is_that_of_the_value(shape, iterations):
     """Although the gradient is taken at the few frequencies that matter."""
-    scale = GramScale(shape[0], iterations).double()
+    scale = GramScale(shape, iterations).double().eval()
     filters = randn(*shape, dtype=torch.float64).requires_grad_()
 
     def value(weight, log_q):
@@ -240,10 +246,9 @@ def test_rounded_matrix_products_are_avoided():
 def test_the_bound_holds_for_each_matrix_given():
     """diag(T) − FFᴴ has no negative eigenvalue, for complex matrices, tall and wide."""
     for n, c in [(3, 6), (6, 3), (4, 4)]:
-        real, imag = randn(5, n, c, dtype=torch.float64), randn(5, n, c, seed=1, dtype=torch.float64)
-        f = torch.complex(real, imag)
+        f = torch.complex(randn(5, n, c, dtype=torch.float64), randn(5, n, c, seed=1, dtype=torch.float64))
         for iterations in range(5):
-            t = diagonal_bound(real, imag, iterations)
+            t = diagonal_bound(f, iterations)
             slack = torch.linalg.eigvalsh(torch.diag(t) - f @ f.mH)
             assert slack.min() >= -1e-12 * t.max()
 
@@ -253,14 +258,13 @@ def test_the_bound_holds_for_each_matrix_given():
 def test_the_allowance_between_frequencies_holds_for_random_kernels(k, density, seed):
     v = randn(2, 3, k, k, seed=seed, dtype=torch.float64) * torch.rand(1, 1, k, k, dtype=torch.float64) ** 4
     on_grid = norm(v, side=density * (k - 1))
-    assert norm(v, side=8 * density * (k - 1)) <= on_grid * between_frequencies(v / on_grid, density).item() * (
-        1 + 1e-12
-    )
+    allowance = between_frequencies(off_centre(v / on_grid), density)
+    assert norm(v, side=8 * density * (k - 1)) <= on_grid * allowance.item() * (1 + 1e-12)
 
 
 def test_negative_iterations_are_an_error():
     with pytest.raises(ValueError, match="iterations is -1"):
-        GramScale(3, -1)
+        GramScale((3, 3), -1)
 
 
 def regular_hadamard(powers: int) -> torch.Tensor:
@@ -280,7 +284,7 @@ def test_roundings_that_all_point_one_way_do_not_stretch(dtype, powers):
     norms = []
     for units in range(1, 50):
         filters = (signs + units * unit).to(dtype)
-        norms.append(norm(GramScale(len(filters), 8).to(dtype)(filters)))
+        norms.append(norm(GramScale(filters.shape, 8).to(dtype).eval()(filters)))
     assert 0.97 < max(norms) <= 1
 
 
@@ -297,7 +301,7 @@ def test_half_precision_of_any_kind_keeps_the_bound(n, c, k, dtype, spread, seed
     """Filters in half precision themselves, of very different sizes: some entries lie below the smallest number."""
     filters = randn(*(n, c, k, k) if k else (n, c), seed=seed)
     filters = filters * 10 ** (-spread * torch.rand(filters.shape, generator=torch.Generator().manual_seed(seed)))
-    scale = GramScale(n, 3).to(dtype)
+    scale = GramScale(filters.shape, 3).to(dtype).eval()
     v = scale(filters.to(dtype))
     assert v.dtype == dtype and norm(v) <= 1
 
@@ -305,9 +309,130 @@ def test_half_precision_of_any_kind_keeps_the_bound(n, c, k, dtype, spread, seed
 def test_the_room_for_rounding_costs_one_unit_and_no_gradient():
     for dtype in (torch.float16, torch.bfloat16):
         filters = randn(48, 48, 3, 3).requires_grad_()
-        scale = GramScale(48, 3)
+        scale = GramScale(filters.shape, 3).eval()
         wide = scale(filters)
         half = scale.rounded(scale.constrained(filters), dtype)
         torch.testing.assert_close(half.detach().float(), wide.detach(), rtol=3 * torch.finfo(dtype).eps, atol=1e-5)
         (half.float() * randn(48, 48, 3, 3, seed=1)).sum().backward()
         assert filters.grad.isfinite().all()
+
+
+# In training a few frequencies are watched.
+
+A_TURN = 45  # steps in which all frequencies of a 3×3 kernel have been watched
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 3, 3), (24, 6, 3, 3), (12, 12, 2, 2), (8, 8, 5, 5)])
+def test_after_a_turn_training_knows_the_scale_within_a_few_per_cent(shape):
+    """Never too small a V, for what is watched is a part of the grid; and the gradient points the same way."""
+    filters = randn(*shape).requires_grad_()
+    direction = randn(*shape, seed=1)
+    scale = GramScale(shape, 3)
+    with torch.no_grad():
+        for _ in range(A_TURN if shape[-1] < 5 else 140):
+            scale.train()(filters)
+    watched, proved = scale.train()(filters), scale.eval()(filters)
+    larger = watched.flatten(1).norm(dim=1) / proved.flatten(1).norm(dim=1)
+    assert larger.min() > 1 - 1e-5 and larger.max() < 1.07 and larger.mean() < 1.015
+    near = torch.autograd.grad((watched * direction).sum(), filters)[0].flatten()
+    exact = torch.autograd.grad((proved * direction).sum(), filters)[0].flatten()
+    assert torch.cosine_similarity(near, exact, 0) > 0.99
+
+
+def test_a_peak_anywhere_on_the_grid_is_found_within_a_turn():
+    """A filter that answers to one frequency: before it is watched V is too large, later it is not."""
+    for row, column in [(5, 4), (11, 3)]:
+        t = torch.arange(5.0) * (2 * math.pi / 24)
+        filters = torch.cos(row * t[:, None] + column * t)[None, None]
+        scale = GramScale(filters.shape, 3)
+        with torch.no_grad():
+            for _ in range(160):
+                trained = scale.train()(filters)
+        assert norm(trained) < 1.02
+
+
+def test_one_tap_filters_and_matrices_are_the_same_in_training():
+    filters = torch.zeros(6, 6, 3, 3)
+    filters[torch.arange(6), :, torch.arange(6) % 3, 1] = torch.linalg.qr(randn(6, 6)).Q
+    for each in (filters, randn(5, 7), randn(5, 7, 1, 1)):
+        scale = GramScale(each.shape, 3)
+        torch.testing.assert_close(scale.train()(each), scale.eval()(each), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_watched_is_saved_and_files_without_it_load():
+    filters = randn(6, 6, 3, 3)
+    scale = GramScale(filters.shape, 3)
+    for _ in range(5):
+        scale.train()(filters)
+    state = copy.deepcopy(scale.state_dict())
+    expected = [scale(filters).detach() for _ in range(50)]
+    again = GramScale(filters.shape, 3)
+    again.load_state_dict(state)
+    assert all(torch.equal(again(filters), v) for v in expected)
+    old = {"log_q": randn(6)}
+    again.load_state_dict(old)
+    assert torch.equal(again.log_q, old["log_q"])
+    with pytest.raises(RuntimeError, match="log_q"):
+        again.load_state_dict({"watched": state["watched"]})
+
+
+def test_a_scale_in_training_does_not_vouch_for_a_bound():
+    """Even if the block itself is in eval mode: what it watches need not be the largest."""
+    t = torch.arange(5.0) * (2 * math.pi / 24)
+    block = SLL(1, 1, 5).eval()
+    block.parametrizations.weight.original.data = torch.cos(5 * t[:, None] + 4 * t)[None, None]
+    block.parametrizations.train()
+    v = block.weight
+    assert norm(v) > 1.01
+    with parametrize.cached():
+        parametrize._cache[(id(block), "weight")] = v
+        assert block.lipschitz(1.0, None) >= 2 * norm(v) ** 2 - 1
+    with pytest.raises(ValueError, match="training"):
+        lipschitz_bound(block, (1, 6, 6))
+
+
+class Exact(GramScale):
+    """The scale of eval mode, in training as well."""
+
+    def _watched_bound(self, kernel):
+        return self._proved_bound(kernel)
+
+
+def network(kind: type[GramScale], seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    blocks = [SLL(8, 8, 3) for _ in range(2)]
+    for block in blocks:
+        nn.init.normal_(block.parametrizations.weight.original)
+        block.parametrizations.weight[0].__class__ = kind
+    return nn.Sequential(PadChannels(8), *blocks, nn.AvgPool2d(3), nn.Flatten(), nn.Linear(32, 4))
+
+
+def train(model: nn.Module, rate: float, steps: int) -> float:
+    """The hinge at margin 1 on pictures of four patterns in noise; returns that of eval mode on new ones."""
+    patterns = randn(4, 3, 6, 6, seed=7)
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+
+    def hinge(seed: int) -> torch.Tensor:
+        labels = torch.randint(4, (48,), generator=torch.Generator().manual_seed(seed))
+        logits = model(0.3 * patterns[labels] + 0.5 * randn(48, 3, 6, 6, seed=seed))
+        return nn.functional.multi_margin_loss(logits, labels)
+
+    for step in range(steps):
+        optimizer.zero_grad()
+        hinge(step).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float(sum(hinge(10_000 + k) for k in range(8))) / 8 if model.eval() else math.nan
+
+
+@pytest.mark.parametrize("rate", [3e-3, 0.3])
+def test_a_network_trains_as_well_as_with_the_exact_scale_and_is_bounded_at_any_rate(rate):
+    cheap, exact = network(GramScale, 0), network(Exact, 0)
+    losses = train(cheap, rate, 60), train(exact, rate, 60)
+    if rate < 0.01:
+        assert losses[0] < 1.05 * losses[1] + 0.005
+    for block in cheap[1:3]:
+        assert norm(block.weight) <= 1
+        x = randn(1, 8, 4, 4)
+        jacobian = torch.autograd.functional.jacobian(block, x).reshape(-1, x.numel())
+        assert torch.linalg.matrix_norm(jacobian.double(), 2) <= 1 + 1e-5

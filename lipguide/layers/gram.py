@@ -1,0 +1,274 @@
+"""The scale of an SLL block: a diagonal T ⪰ WᵀW, by Gram iteration, for matrices and for convolutions.
+
+    ‖W T^(-1/2)‖ ≤ 1  ⟺  WᵀW ⪯ T
+
+A diagonal T leaves each filter a scale of its own, which one spectral norm for all of them would not.
+
+T is a diagonal matrix with T ⪰ G = (QK)(QK)ᴴ for the filters K = Wᵀ. It is found in three steps.
+
+1. *Row sums.* For a Hermitian A, diag(Σ_j |A_ij|) ⪰ A, because 2|x_i||x_j| ≤ |x_i|² + |x_j|².
+2. *Gram iteration.* With A = G^p, p = 2^iterations: G^p ⪯ D implies G ⪯ D^(1/p) (Löwner and Heinz: roots keep the
+   order of positive matrices), and D^(1/p) is diagonal as D is. The surplus of the row sums, up to a factor √n, is
+   rooted away: the larger p, the tighter.
+3. *Learned q.* Q = diag(q), q = exp(log_q) > 0, enters before the powers are taken, as QGQ. The block depends on q only
+   through Q T^(-1) Q, whose diagonal at p = 1 is 1 / Σ_j |KKᵀ|_ij q_j/q_i: the T of the SLL paper, whose public code
+   divides q out again. After the powers, q would be rooted away with the rest. q adds no function that other filters
+   could not give (q_i K_i is a filter as well); it lets the share that each filter has of the bound be learned on a
+   scale of its own.
+
+A *convolution* has one such G per frequency ω, and T must serve them all. It is computed on a grid of N = (k − 1)ρ
+frequencies an axis, with a density ρ that grows with the iterations. *Between them*: let M = sup ‖V(ω)‖, attained at ω*
+by unit vectors u, v. Along one axis, Re(uᴴV(ω)v) is a trigonometric polynomial of degree d = (k − 1)/2, with taps
+counted from the centre, and never above M in modulus: from its maximum it falls no faster than M cos(d·) (M. Riesz;
+where k is even and d a half, the polynomial is one in ω/2, of degree 2d). A grid point lies within π/N, so ‖V‖ ≥ M cosθ
+where this axis is on the grid, θ = πd/N = π/(2ρ). In the same way along the other axis, 1 ≥ ‖V‖ ≥ M cos²θ somewhere on
+the grid: M ≤ 1/cos²θ. A constant part needs no such allowance. Shift each filter so that its largest tap, its own, is
+at 0: that multiplies the rows of V(ω) by phases, which leaves ‖V(ω)‖ as it is, and at most doubles d. If the other taps
+have norm at most b together, Re(uᴴV(ω)v) stays within ±b of a constant, the same argument about its mid-range shows a
+fall of at most b(1 − cos2θ) an axis, and M ≤ 1 + 2b(1 − cos2θ): nothing is lost on filters of one tap each. V is
+divided by the smaller of the two.
+
+*At the border*: zero padding restricts the operator on the infinite lattice, circular padding samples its frequencies,
+so ‖V‖ ≤ 1 holds for pictures of every size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lipguide.layers.constraints import Constraint
+
+__all__ = ["GramScale", "between_frequencies", "diagonal_bound", "off_centre"]
+
+FLOAT32_ROOM = 2**8  # units of rounding by which V is made smaller
+LEAST_DENSITY = 4  # frequencies of the grid a wavelength
+KEPT, SCANNED = 6, 2  # frequencies that a training step looks at: those that matter, and the next ones of the grid
+
+
+class GramScale(Constraint):
+    """The parametrization of SLL: turns free filters K = Wᵀ into V with ‖V‖ ≤ 1, as V = T^(-1/2) Q K.
+
+    *Eval*: T is that of the whole grid, and ‖V‖ ≤ 1 is proved.
+
+    *Training*: T is computed on a few frequencies only, with its exact gradient: those at which the most filters have
+    their largest row sums, and two others, which go once around the grid and then begin anew. One that matters is found
+    within a turn (some 40 steps for 3×3 filters) and kept as long as it does. What is looked at is a part of the grid,
+    so T is never too large, and V may lie a little above 1 while it is trained, as under `lip.spectral`. Where a bound
+    is asked for, in eval mode, nothing of this is used.
+
+    *Rounding*: all this runs in float32 or better. V is made smaller by 2⁻¹⁵, a few hundred times that rounding, and in
+    half precision by the room that its own rounding takes (`rounded`).
+
+    Args:
+        shape: of the filters, (inner, features) or (inner, channels, k, k).
+        iterations: of the Gram iteration, 0 for plain row sums.
+    """
+
+    def __init__(self, shape: torch.Size | tuple[int, ...], iterations: int) -> None:
+        super().__init__()
+        if iterations < 0:
+            raise ValueError(f"iterations is {iterations}: 0 takes plain row sums, each one more is tighter")
+        self.iterations = iterations
+        self.density = max(LEAST_DENSITY, 2 * iterations)  # so that neither source of slack outweighs the other
+        self.log_q = nn.Parameter(torch.zeros(shape[0]))
+        self.varies = len(shape) > 2 and shape[-1] > 1  # does the symbol depend on the frequency?
+        if self.varies:
+            waves = _spread(_waves(shape[-1], self.density)).float()
+            self.register_buffer("waves", waves, persistent=False)  # (frequencies, 2, taps)
+            self.register_buffer("watched", torch.arange(KEPT + SCANNED))  # which of them, the scanned ones last
+
+    def constrained(self, filters: Tensor) -> Tensor:
+        kernel = filters * _column(self._first_scale(filters), filters)
+        t = self._watched_bound(kernel) if self.training and self.varies else self._proved_bound(kernel)
+        scale = t.rsqrt()  # (filters,)
+        if self.varies:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
+                allowance = between_frequencies(off_centre(kernel) * scale[:, None], self.density)
+            scale = scale / allowance
+        return kernel * _column(scale, kernel)
+
+    def _first_scale(self, filters: Tensor) -> Tensor:
+        """q, divided so that the largest entry of Q K is 1: V depends on directions only, and no power overflows."""
+        log_q = self.log_q.to(filters.dtype)
+        q = torch.exp(log_q - log_q.detach().amax())
+        with torch.no_grad():
+            largest = torch.linalg.vector_norm(filters.flatten(1), math.inf, 1)  # (filters,)
+            size = _nonzero((q * largest).amax()).clamp_min(torch.finfo(q.dtype).tiny)
+        return q / size
+
+    def _proved_bound(self, kernel: Tensor) -> Tensor:
+        return diagonal_bound(_symbol_on_grid(kernel, self.density), self.iterations)
+
+    def _watched_bound(self, kernel: Tensor) -> Tensor:
+        """The T of the frequencies that are watched."""
+        waves = self.waves
+        if waves.dtype != kernel.dtype:  # a layer cast to half precision has cast them as well
+            waves = _spread(_waves(kernel.shape[-1], self.density)).to(kernel)
+        symbol = _symbol(kernel, waves.index_select(0, self.watched))
+        log_bounds = _log_row_sums(symbol, self.iterations)  # (watched, filters)
+        self._watch(log_bounds.detach())
+        return log_bounds.amax(0).exp()
+
+    def _watch(self, log_bounds: Tensor) -> None:
+        """Keep the frequencies that set the T of the most filters; scan the next ones."""
+        sets = log_bounds.argmax(0)  # (filters,)
+        which = torch.arange(KEPT + SCANNED, device=sets.device)
+        filters = (sets == which[:, None]).sum(1)  # (watched,)
+        kept = self.watched.index_select(0, filters.topk(KEPT).indices)
+        next_ones = (self.watched[KEPT:] + SCANNED) % len(self.waves)
+        self.watched.copy_(torch.cat((kept, next_ones)))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        """A file from before training watched anything says nothing of it: then what is watched stays."""
+        if self.varies:
+            state_dict = {prefix + "watched": self.watched.clone(), **state_dict}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def rounded(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """V in the precision of the layer, a little smaller, so that its norm is at most 1 after rounding too."""
+        room = FLOAT32_ROOM * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        if dtype in (torch.float16, torch.bfloat16):
+            room = room + (torch.finfo(dtype).eps if self.training else self._room_for(weight, dtype))
+        return (weight / (1 + room)).to(dtype)
+
+    @torch.no_grad()
+    def _room_for(self, v: Tensor, dtype: torch.dtype) -> Tensor:
+        """By how much V must be smaller so that half precision, which adds an error E to it, leaves ‖V + E‖ ≤ 1.
+
+        One unit of rounding is enough for nearly every V: take it if the norm of the E that it brings is proved to be
+        small enough. If not, take the room that is enough for any E, with |E_ij| ≤ ½ unit |V_ij| or ½ the smallest
+        number, from Schur's bound of ‖|V|‖.
+        """
+        unit, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        smaller = v / (1 + unit + FLOAT32_ROOM * torch.finfo(torch.float32).eps)
+        error = smaller.to(dtype).to(v.dtype) - smaller
+        fits = 1 / (1 + unit) + self._norm(error) <= 1
+
+        taps = v.abs().flatten(2).sum(2) if v.dim() > 2 else v.abs()  # (filters, channels)
+        schur = (taps.sum(0).amax() * taps.sum(1).amax()).sqrt()
+        any_error = unit / 2 * schur
+        below_the_smallest = smallest / 2 * (v.numel() / v.shape[0] * v.numel() / v.shape[1]) ** 0.5
+        return torch.where(fits, unit, any_error + 2 * below_the_smallest * (1 + any_error))
+
+    def _norm(self, kernel: Tensor) -> Tensor:
+        """Upper bound of the norm of any kernel, from the same row sums."""
+        largest = _nonzero(kernel.abs().amax())
+        on_grid = self._proved_bound(kernel / largest).amax().sqrt()
+        return largest * on_grid / math.cos(math.pi / (2 * self.density)) ** 2
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _nonzero(value: Tensor) -> Tensor:
+    """A size that can be divided by: filters of zeros stay zeros."""
+    return torch.where(value == 0, 1.0, value)
+
+
+# The filters at the frequencies of a grid.
+
+
+def _waves(kernel_size: int, density: int) -> Tensor:
+    """cos⟨ω, t⟩ and sin⟨ω, t⟩ as (frequencies, 2, taps), for one of each pair ±ω of the grid: the other mirrors it."""
+    side = density * (kernel_size - 1)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side // 2 + 1))
+    rows, columns = places.unbind(1)
+    # In the first column and, of an even side, in the last one the mirror image is in the same column.
+    mirrored = (columns == 0) | (2 * columns == side)
+    places = places[~mirrored | (2 * rows <= side)]
+    omega = places.double() * (2 * math.pi / side)  # (frequencies, 2)
+    taps = torch.arange(kernel_size).double()
+    angles = omega @ torch.cartesian_prod(taps, taps).T  # (frequencies, taps)
+    return torch.stack((angles.cos(), angles.sin()), 1)
+
+
+def _spread(waves: Tensor) -> Tensor:
+    """The same frequencies in an order in which any few that follow one another lie far apart."""
+    count = len(waves)
+    stride = next(n for n in range(round(0.618 * count), count + 1) if math.gcd(n, count) == 1)
+    return waves[torch.arange(count) * stride % count]
+
+
+def _symbol(kernel: Tensor, waves: Tensor) -> Tensor:
+    """The filters (n, c, k, k) at some frequencies: complex matrices F in (frequencies, n, c)."""
+    taps = kernel.flatten(2).permute(2, 0, 1).flatten(1)  # (taps, n · c)
+    real, imag = (waves.flatten(0, 1) @ taps).view(-1, 2, *kernel.shape[:2]).unbind(1)
+    return torch.complex(real, imag)
+
+
+def _symbol_on_grid(kernel: Tensor, density: int) -> Tensor:
+    """The same on the whole grid; one real matrix if the filters are vectors."""
+    if kernel.dim() == 2 or kernel.shape[-1] == 1:
+        return kernel.flatten(1)[None]
+    return _symbol(kernel, _waves(kernel.shape[-1], density).to(kernel))
+
+
+def diagonal_bound(symbol: Tensor, iterations: int) -> Tensor:
+    """The diagonal of a T ⪰ FFᴴ for each of the matrices F in (frequencies, n, c), real or complex.
+
+    Each entry of T is set by the one frequency where it is largest, so the gradient needs only those few: the powers
+    are taken at all frequencies without a gradient, and once more with one where it matters.
+
+    >>> diagonal_bound(torch.tensor([[[1.0, 1.0], [0.0, 1.0]]]), iterations=0)
+    tensor([3., 2.])
+    """
+    has_gradient = torch.is_grad_enabled() and symbol.requires_grad
+    if len(symbol) == 1 or not has_gradient:
+        return _log_row_sums(symbol, iterations).amax(0).exp()
+    with torch.no_grad():
+        log_bound, frequency = _log_row_sums(symbol, iterations).max(0)
+    where = frequency.unique()
+    with_gradient = _log_row_sums(symbol[where], iterations).amax(0)
+    return (log_bound + (with_gradient - with_gradient.detach())).exp()
+
+
+def _log_row_sums(symbol: Tensor, iterations: int) -> Tensor:
+    """log D(ω)^(1/p) as (frequencies, n), with D the row sums of |(FFᴴ)^p|.
+
+    p = 2^iterations, or one more where F is tall: the powers of a tall F cost less on its other side, where
+    (FFᴴ)^(p + 1) = F (FᴴF)^p Fᴴ.
+    """
+    tall = iterations > 0 and symbol.shape[-2] > symbol.shape[-1]
+    power = symbol.mH @ symbol if tall else symbol @ symbol.mH
+    tiny = torch.finfo(symbol.dtype).tiny
+    log_size: Tensor | float = 0.0
+    for _ in range(iterations):
+        # The largest diagonal entry is the largest of all, and at most the largest eigenvalue: scaled by it, the
+        # next power neither overflows nor fades.
+        size = _nonzero(power.detach().diagonal(dim1=-2, dim2=-1).real.amax())
+        power = power * size.reciprocal()
+        power = power @ power
+        log_size = 2 * (log_size + size.log())
+    if tall:
+        power = symbol @ power @ symbol.mH
+    # Rows that are small, raised to a high power, can vanish below the smallest number: never count them as zero.
+    sums = power.abs().sum(-1) + tiny * 2**26
+    return (sums.log() + log_size) / (2**iterations + 1 if tall else 2**iterations)
+
+
+def off_centre(kernel: Tensor) -> Tensor:
+    """Σ |taps| but for the largest tap of each filter, as (filters, channels)."""
+    taps = kernel.abs().flatten(2)  # (filters, channels, taps)
+    own = taps.detach().sum(1).argmax(1)  # (filters,)
+    own_taps = taps.gather(2, own.view(-1, 1, 1).expand(*kernel.shape[:2], 1))[:, :, 0]
+    return taps.sum(2) - own_taps
+
+
+def between_frequencies(others: Tensor, density: int) -> Tensor:
+    """Upper bound of the norm of a convolution V whose symbol has norm at most 1 on the grid (see above).
+
+    Args:
+        others: `off_centre` of V.
+        density: of the grid.
+
+    >>> between_frequencies(off_centre(torch.ones(1, 1, 3, 3) / 9), density=6)
+    tensor(1.0718)
+    """
+    theta = math.pi / (2 * density)
+    b = (others.sum(0).amax() + others.sum(1).amax()) / 2  # Schur's bound, ‖A‖² ≤ ‖A‖₁ ‖A‖_∞, and means
+    around_a_constant = 1 + 2 * b * (1 - math.cos(2 * theta))
+    return around_a_constant.clamp_max(1 / math.cos(theta) ** 2)
