@@ -19,6 +19,7 @@ from lipguide.layers.norms import conv_norm, matrix_norm
 __all__ = ["AOL", "Clip", "Constraint", "Scaled", "Spectral", "UnitRows", "at_scale_one", "exact"]
 
 WARM_UP = 20  # power steps when a layer is made
+LEAST, LARGEST = 2.0**-100, 2.0**100  # norms that a weight is divided by in float32 as it is
 
 
 def exact(weight: Tensor) -> Tensor:
@@ -30,21 +31,17 @@ def exact(weight: Tensor) -> Tensor:
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
-def _working_dtype(weight: Tensor, convolves: bool) -> torch.dtype:
+def _working_dtype(weight: Tensor) -> torch.dtype:
     """float32 or better, and float64 where products would round float32 to three digits (TF32, bfloat16)."""
-    if _rounds(weight.is_cuda, convolves):
+    if _rounds(weight.is_cuda):
         return torch.float64
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _rounds(cuda: bool, convolves: bool) -> bool:
-    """Has torch leave to round the products of float32, of matrices or where asked for of convolutions?"""
+def _rounds(cuda: bool) -> bool:
+    """Has torch leave to round the products of matrices in float32?"""
     matrices = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul
-    convolutions = torch.backends.cudnn.conv if cuda else torch.backends.mkldnn.conv
-    precisions = [matrices.fp32_precision]
-    if convolves:
-        precisions.append(convolutions.fp32_precision)
-    return "tf32" in precisions or "bf16" in precisions
+    return matrices.fp32_precision in ("tf32", "bf16")
 
 
 # The compiler cannot follow the switches: it asks once for each graph, and anew when `set_float32_matmul_precision` has
@@ -80,16 +77,15 @@ def at_scale_one(weight: Tensor, dim: int | tuple[int, ...] | None = None) -> Te
 class Constraint(nn.Module):
     """W ↦ the constrained W, computed in float32 or better whatever the precision around it.
 
-    A subclass writes `constrained`. Autocast is kept out of it; where torch has leave to round the products of float32
-    (TF32 on a GPU, bfloat16 on a CPU), it is handed float64. No switch of torch is moved for that, so threads do not
-    meet and `torch.compile` can follow.
+    A subclass writes `constrained`, without convolutions, which a GPU rounds by default. Autocast is kept out of it;
+    where torch has leave to round the matrix products of float32 (TF32 on a GPU, bfloat16 on a CPU), it is handed
+    float64. No switch of torch is moved for that, so threads do not meet and `torch.compile` can follow.
     """
 
-    convolves = False  # whether it calls convolutions, which have a precision of their own and round on GPUs by default
     projects = True  # whether `constrained(right_inverse(W))` is W where W obeys the constraint
 
     def forward(self, *raw: Tensor) -> Tensor:
-        given, wide = raw[0].dtype, _working_dtype(raw[0], self.convolves)
+        given, wide = raw[0].dtype, _working_dtype(raw[0])
         with torch.autocast(raw[0].device.type, enabled=False):
             return self.rounded(self.constrained(*(part.to(wide) for part in raw)), given)
 
@@ -148,8 +144,6 @@ class AOL(Constraint):
         geometry: of a convolution; None for a dense layer.
     """
 
-    convolves = True
-
     def __init__(self, geometry: Geometry | None) -> None:
         super().__init__()
         self.geometry = geometry
@@ -160,16 +154,33 @@ class AOL(Constraint):
             gram = weight.mT @ weight
             return weight / _nonzero(gram.abs().sum(1)).sqrt()
         # A stride or a dilation is undone first: the same kernel on interleaved pictures.
-        kernel = self.geometry.polyphase(weight)
-        scaled = [group / _nonzero(self._gram_rows(group)).sqrt()[:, None, None] for group in kernel]
-        return self.geometry.merged(torch.stack(scaled))
+        kernel = self.geometry.polyphase(weight)  # (groups, outputs, inputs, k₁, k₂)
+        d = _nonzero(self._gram_rows(kernel)).sqrt()  # (groups, inputs)
+        return self.geometry.merged(kernel / d[:, None, :, None, None])
 
     @staticmethod
     def _gram_rows(kernel: Tensor) -> Tensor:
-        """Σ_j Σ_t |K ⋆ K|_ij(t) over the channels j and the shifts t, for each input channel i."""
-        columns = kernel.transpose(0, 1)  # (inputs, outputs, k₁, k₂)
-        reach = kernel.shape[2] - 1, kernel.shape[3] - 1
-        return F.conv2d(columns, columns, padding=reach).abs().sum((1, 2, 3))
+        """Σ_j Σ_l |K ⋆ K|_ij(l) over the channels j and the shifts l, for each input channel i: (groups, inputs).
+
+        (K ⋆ K)_ij(l) is the sum of K_si · K_tj over the pairs of taps with s − t = l. Products of matrices have all
+        pairs. The shifts −l hold the same numbers with i and j exchanged.
+        """
+        groups, outputs, inputs, height, width = kernel.shape
+        left = kernel.permute(0, 2, 4, 3, 1).contiguous()  # (groups, inputs, width, height, outputs)
+        right = left.flip(2)  # column t stands at place −t
+        products = []
+        for down in range(height):  # l = (down, across)
+            s = left[:, :, :, down:].reshape(groups, inputs * width, -1)
+            t = right[:, :, :, : height - down].reshape(groups, inputs * width, -1)
+            products.append(s @ t.mT)  # (groups, inputs · width, inputs · width)
+
+        # Block s at place −t of a row, overlapping blocks added up, is what `fold` makes of (…, s, −t).
+        pairs = torch.stack(products).view(height * groups * inputs, width, inputs, width)
+        pairs = pairs.transpose(1, 2).flatten(1, 2)  # (height · groups · i, j · s, −t)
+        lags = F.fold(pairs, (1, 2 * width - 1), (1, width))  # (height · groups · i, j, 1, across)
+        gram = lags.abs().sum((2, 3)).view(height, groups, inputs, inputs)
+        mirrored = gram[1:].sum((0, 2))  # the shifts with down < 0
+        return gram.sum((0, 3)) + mirrored
 
 
 class Spectral(Constraint):
@@ -192,7 +203,7 @@ class Spectral(Constraint):
         super().__init__()
         self.geometry = geometry
         self.proof: tuple[Tensor, float] | None = None
-        kernel = self._kernel(at_scale_one(exact(weight.detach())))
+        kernel = self._kernel(exact(weight.detach()))
         waves = self._waves(kernel)
         groups, inputs, frequencies = len(kernel), kernel.shape[2], waves.shape[-1]
         generator = torch.Generator().manual_seed(0)
@@ -204,21 +215,24 @@ class Spectral(Constraint):
                 self._power_step(kernel)
 
     def constrained(self, weight: Tensor) -> Tensor:
-        weight = at_scale_one(weight)
         if self.training:
-            return self._divided(weight, self._power_step(self._kernel(weight)))
-        return self._divided(weight, self._proved_norm(weight.detach()))
+            return weight * self._power_step(self._kernel(weight))
+        norm = self._proved_norm(weight.detach())
+        if not LEAST < norm < LARGEST:
+            weight = at_scale_one(weight)
+            norm = self._proved_norm(weight.detach())
+        return self._divided(weight, norm)
 
     @staticmethod
-    def _divided(weight: Tensor, sigma: Tensor) -> Tensor:
-        return weight * _nonzero(sigma).reciprocal()
+    def _divided(weight: Tensor, norm: float) -> Tensor:
+        return weight * (1 / norm if norm else 1.0)
 
     def vouches_for(self, weight: Tensor) -> bool:
         """Is this very weight the one that its proof has made? Another may come out of a cache, or of training."""
         if self.proof is None or self.proof[0].device != weight.device:
             return False
         proved, sigma = self.proof
-        return torch.equal(self._divided(proved, proved.new_tensor(sigma)).to(weight.dtype), weight)
+        return torch.equal(self._divided(proved, sigma).to(weight.dtype), weight)
 
     def _kernel(self, weight: Tensor) -> Tensor:
         """The same map as a convolution of stride 1: taps (groups, outputs, inputs, k₁, k₂). Dense layers have one."""
@@ -242,25 +256,30 @@ class Spectral(Constraint):
         return torch.complex(angles.cos(), angles.sin())
 
     def _power_step(self, kernel: Tensor) -> Tensor:
-        """σ = Re(uᴴ Ŵ(ω) v) at the frequency where it is largest; then v ← Ŵᴴ u at every frequency."""
+        """1/σ with σ = Re(uᴴ Ŵ(ω) v) at the frequency where it is largest; then v ← Ŵᴴ u at every frequency.
+
+        The kernel may be of any size: u and v, which are small, are divided by the root of its largest entry, so that
+        Ŵ appears in all products as if that were 1.
+        """
         rows = kernel.flatten(2)  # (groups, outputs, inputs · taps)
         with torch.no_grad():
+            root = _nonzero(torch.linalg.vector_norm(kernel, math.inf)).rsqrt()
             waves = self._waves_in(kernel)  # (taps, frequencies)
             # contiguous: in channels_last the pairs would lie apart
             old = self.v.to(kernel.dtype, memory_format=torch.contiguous_format)
-            v = old / _tiny(torch.linalg.vector_norm(old, dim=(1, 3), keepdim=True))
+            v = old * (root / _tiny(torch.linalg.vector_norm(old, dim=(1, 3), keepdim=True)))
             v = torch.view_as_complex(v)  # (groups, inputs, frequencies)
 
             # u ← Ŵ(ω) v, a product of real numbers: complex columns are twice as many real ones.
             shifted = v[:, :, None] * waves  # (groups, inputs, taps, frequencies)
             columns = torch.view_as_real(shifted.flatten(1, 2)).flatten(2)
-            u = (rows @ columns).unflatten(2, (-1, 2))  # (groups, outputs, frequencies, 2)
+            u = root * (rows @ columns).unflatten(2, (-1, 2))  # (groups, outputs, frequencies, 2)
             norms = torch.linalg.vector_norm(u, dim=(1, 3), keepdim=True)
-            u = u / _tiny(norms)
+            u = u * (root / _tiny(norms))
 
             # v ← Ŵ(ω)ᴴ u
             back = torch.view_as_complex((rows.mT @ u.flatten(2)).view(*shifted.shape, 2))
-            back = torch.view_as_real((back * waves.conj()).sum(2))
+            back = root * torch.view_as_real((back * waves.conj()).sum(2))
             self.v.copy_(torch.where(norms > 0, back, old))  # a kernel of zeros leaves v as it is
 
             # σ is linear in the kernel; its gradient is Re(ū_o v_i e^{i⟨ω, t⟩}), a scalar product of pairs.
@@ -271,7 +290,8 @@ class Spectral(Constraint):
             right = v.transpose(0, 1).flatten(1).index_select(1, best) * wave
             direction = left.flatten(1) @ torch.view_as_real(right.flatten()).mT
         chosen = rows if len(rows) == 1 else rows.index_select(0, best // frequencies)
-        return chosen.flatten().dot(direction.flatten())
+        at_scale_one = chosen.flatten().dot(direction.flatten())  # the σ of the kernel with a largest entry of 1
+        return root / _nonzero(at_scale_one) * root
 
     def _waves_in(self, kernel: Tensor) -> Tensor:
         """The waves as made, or in another precision: a layer cast to half precision has cast them as well."""
@@ -279,14 +299,14 @@ class Spectral(Constraint):
             return torch.view_as_complex(self.waves)
         return self._waves(kernel)
 
-    def _proved_norm(self, weight: Tensor) -> Tensor:
+    def _proved_norm(self, weight: Tensor) -> float:
         known = self.proof is not None and self.proof[0].device == weight.device
         if not known or not torch.equal(self.proof[0], weight):
             # Nothing here is worth compiling; without the compiler loaded there is nothing to keep out, and loading it
             # would take a second.
             prove = torch.compiler.disable(self._prove) if "torch._dynamo" in sys.modules else self._prove
             self.proof = (weight.clone(), prove(weight))
-        return weight.new_tensor(self.proof[1])
+        return self.proof[1]
 
     def _prove(self, weight: Tensor) -> float:
         if self.geometry is None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from deel.torchlip import SpectralConv2d
 from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
 from torch import nn
@@ -12,6 +13,7 @@ from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import aol, clip, frobenius, l2_normalized, orthogonal, spectral, unit_rows
 from lipguide.layers.export import export, without_parametrizations
 from lipguide.layers.pooling import ScaledL2NormPool2d
+from lipguide.layers.sll import SLL
 
 OURS = {
     "spectral": spectral,
@@ -35,6 +37,27 @@ def layers(channels: int, device: str) -> dict[str, nn.Module]:
     return {name: layer.to(device) for name, layer in made.items()}
 
 
+class ResidualBlock(nn.Module):
+    """x + f(x) with two free convolutions: what an SLL block stands beside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(F.relu(self.first(x)))
+
+
+def blocks(channels: int, device: str) -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    made = {name: ResidualBlock(channels) for name in ("plain residual", "plain residual, again")}
+    made["SLL"] = SLL(channels, channels, 3)
+    made["SLL, random filters"] = SLL(channels, channels, 3)  # whose norm depends on the frequency
+    nn.init.normal_(made["SLL, random filters"].parametrizations.weight.original)
+    return {name: block.to(device) for name, block in made.items()}
+
+
 def exported(made: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """What each library hands over for inference; orthogonium has no export, so its weight is made plain here."""
     return {
@@ -47,7 +70,7 @@ def exported(made: dict[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-def training_step(layer: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+def training_step(layer: nn.Module, x: torch.Tensor, precision: torch.dtype = torch.float32) -> Callable[[], None]:
     """Forward, backward and an update, with a gradient for the input as every layer but the first needs one."""
     layer.train()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
@@ -57,7 +80,9 @@ def training_step(layer: nn.Module, x: torch.Tensor) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad()
         x.grad = None
-        layer(x).backward(direction)
+        with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
+            y = layer(x)
+        y.backward(direction.to(y.dtype))
         optimizer.step()
 
     return step

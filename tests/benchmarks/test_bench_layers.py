@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lipguide.book.cost import Cost, compare
-from tests.benchmarks.candidates import exported, inference_step, layers, training_step
-from tests.benchmarks.conftest import PROFILE
+from tests.benchmarks.candidates import blocks, exported, inference_step, layers, training_step
+from tests.benchmarks.conftest import DEVICE, PROFILE
 
 # Pictures shrink as channels grow, as they do in a network.
 SIDES = {16: 32, 64: 32, 128: 16, 256: 8}
@@ -38,6 +38,29 @@ def test_training_step(benchmark, record, device, channels, batch):
     plain = costs["plain"].mebibytes
     assert all(costs[name].mebibytes <= costs["orthogonium AOC"].mebibytes + 1 for name in ("spectral", "orthogonal"))
     assert costs["spectral"].mebibytes <= 1.1 * plain + 16
+
+
+# Channels, batch and side: the block alone is dear where channels are many and pictures few.
+BLOCKS = [(64, 16, 32), (64, 64, 32), (128, 64, 16), (256, 64, 8)]
+
+
+@pytest.mark.parametrize("channels, batch, side", BLOCKS)
+def test_training_step_of_a_block(benchmark, record, device, channels, batch, side):
+    x = torch.randn(batch, channels, side, side, device=device)
+    steps = {name: training_step(block, x) for name, block in blocks(channels, device).items()}
+    costs = benchmark.pedantic(compare, args=(steps, rounds_within(8, steps)), rounds=1, iterations=1)
+    record(f"training, block/channels {channels}/batch {batch}/side {side}", rows(costs))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="half precision, and batches of a GPU's size")
+@pytest.mark.parametrize("kind", ["layers", "blocks"])
+def test_training_step_in_half_precision(benchmark, record, device, kind):
+    """Layers beside a plain one, and blocks beside one of two plain ones, with the weights in float32."""
+    x = torch.randn(256, 256, 16, 16, device=device)
+    made = layers(256, device) if kind == "layers" else blocks(256, device)
+    steps = {name: training_step(layer, x, torch.bfloat16) for name, layer in made.items()}
+    costs = benchmark.pedantic(compare, args=(steps, 31), rounds=1, iterations=1)
+    record(f"training in bfloat16, {kind}/channels 256/batch 256/side 16", rows(costs))
 
 
 @pytest.mark.parametrize("channels, batch", GRID)

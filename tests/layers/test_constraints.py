@@ -100,7 +100,7 @@ def with_weight(layer: nn.Module, weight: torch.Tensor) -> nn.Module:
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_products_that_are_rounded_leave_the_scale_of_sll_alone(kind, tensor_float_32):
     torch.manual_seed(0)
-    block = BLOCKS[kind]()
+    block = BLOCKS[kind]().eval()
     block.parametrizations.weight.original.data.normal_()
     with torch.no_grad():
         found = block.weight.clone()
@@ -109,25 +109,22 @@ def test_products_that_are_rounded_leave_the_scale_of_sll_alone(kind, tensor_flo
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("convolves", [False, True])
-def test_on_a_gpu_the_switches_of_a_gpu_count(convolves):
-    """torch rounds convolutions there unless it is told not to, and matrix products only if it is told to."""
+def test_on_a_gpu_the_switches_of_a_gpu_count():
+    """Those of matrix products; convolutions, which torch rounds there by default, have no say."""
     weight = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert _working_dtype(weight, convolves) == (torch.float64 if convolves else torch.float32)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    assert _working_dtype(weight) == torch.float32
     try:
-        assert _working_dtype(weight, convolves) == torch.float32
         torch.set_float32_matmul_precision("high")
-        assert _working_dtype(weight, convolves) == torch.float64
+        assert _working_dtype(weight) == torch.float64
     finally:
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
 
 
 @pytest.mark.parametrize("fn", ALL)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_only_what_says_so_convolves(fn, kind):
-    """Else its products could be rounded on a GPU, where convolutions are by default."""
+def test_no_constraint_convolves(fn, kind):
+    """Its products would be rounded on a GPU, where convolutions are by default."""
 
     class Seen(TorchDispatchMode):
         convolved = False
@@ -140,7 +137,7 @@ def test_only_what_says_so_convolves(fn, kind):
     for mode in (layer.train(), layer.eval()):
         with Seen() as seen:
             mode.weight.sum().backward()
-        assert layer.parametrizations.weight[0].convolves or not seen.convolved
+        assert not seen.convolved
 
 
 def test_every_constraint_has_the_one_base():

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lipguide.layers import orthogonal as orthogonal_layer
 from lipguide.layers.affine import orthogonal
-from lipguide.layers.orthogonal import orthonormal, polar
+from lipguide.layers.orthogonal import orthonormal, orthonormal_by_products, polar
 from tests.kernels import WEIGHTS, fill_
 from tests.oracles import singular_values
 
@@ -86,3 +87,54 @@ def test_the_nearest_weight_is_taken_where_the_kernel_is_its_own_block():
     before = layer.weight.detach().clone()
     layer.weight = before
     torch.testing.assert_close(layer.weight, before)
+
+
+@SETTINGS
+@given(
+    groups=st.integers(1, 3),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    decades=st.sampled_from([0, 1, 2]),
+    size=st.sampled_from([1e-30, 1.0, 1e30]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 10**6),
+)
+def test_products_find_the_factor_of_qr_and_its_gradient(groups, rows, columns, decades, size, dtype, seed):
+    torch.manual_seed(seed)
+    longer, shorter = max(rows, columns), min(rows, columns)
+    singular = torch.logspace(0, -decades, shorter, dtype=torch.float64)
+    v = torch.linalg.qr(torch.randn(groups, longer, shorter, dtype=torch.float64)).Q * singular
+    v = v @ torch.linalg.qr(torch.randn(groups, shorter, shorter, dtype=torch.float64)).Q
+    v = (size * (v if rows >= columns else v.mT)).to(dtype)
+    direction = torch.randn(v.shape, dtype=torch.float64)
+    found = []
+    for function, raw in ((orthonormal, v.double()), (orthonormal_by_products, v)):
+        raw = raw.clone().requires_grad_()
+        q = function(raw)
+        (size * q.double() * direction).sum().backward()
+        found.append((q.detach().double(), raw.grad.double()))
+    (q, gradient), (near_q, near_gradient) = found
+    torch.testing.assert_close(near_q, q, rtol=0, atol=4 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(near_gradient, gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("n, rank", [(6, 1), (64, 1), (64, 20), (200, 150)])
+def test_products_of_dependent_columns_stay_finite_and_near_norm_1(n, rank):
+    torch.manual_seed(0)
+    for v in (torch.randn(n, rank) @ torch.randn(rank, n), torch.ones(n, n)):
+        q = orthonormal_by_products(v)
+        assert q.isfinite().all() and torch.linalg.matrix_norm(q, 2) < 1.1
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 9), lambda: nn.Conv2d(4, 12, 3, padding=1, groups=2)])
+def test_only_training_goes_by_products(make, monkeypatch):
+    layer = orthogonal(make())
+    with torch.no_grad():
+        for raw in layer.parametrizations.weight.parameters():
+            raw.normal_()
+    proved = layer.eval().weight.detach()
+    monkeypatch.setattr(orthogonal_layer, "BY_PRODUCTS", {"cpu"})
+    assert torch.equal(layer.eval().weight, proved)
+    trained = layer.train().weight.detach()
+    assert not torch.equal(trained, proved)
+    torch.testing.assert_close(trained, proved, rtol=0, atol=1e-5)
