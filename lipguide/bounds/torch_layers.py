@@ -53,6 +53,8 @@ def nonnegative_linear(layer: nn.Module, call: Call) -> float:
     if getattr(layer, "mode", "nearest") == "bicubic":
         raise NoBound("bicubic interpolation has negative weights; use 'bilinear' or 'nearest'")
     check_batched(layer, call)
+    if 0 in call.output:  # a scale factor so small that no pixel is left
+        return 0.0
     return nonnegative(layer, call.input[2:])
 
 

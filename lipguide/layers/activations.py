@@ -273,7 +273,9 @@ class Householder(Brick):
 
 
 def _stretch_of_reflections(v: Tensor) -> float:
-    """max(1, 2|v|² − 1) over the pairs."""
+    """max(1, 2|v|² − 1) over the pairs, of which the first half of v holds the first entries."""
+    if v.dim() != 1 or len(v) % 2:
+        raise ValueError(f"directions of shape {tuple(v.shape)} are not one vector of two numbers for each pair")
     squares = v.detach().double().square().reshape(2, -1).sum(0)
     return max(1.0, float(2 * squares.max() - 1))
 
@@ -288,11 +290,13 @@ class _PlainHouseholder(nn.Module):
         self.register_buffer("v", v)
 
     def forward(self, x: Tensor) -> Tensor:
-        # `unflatten` fails where there are more or fewer channels: a product would repeat values.
+        # A product would repeat values where there are more or fewer channels: `unflatten` fails there, with the shape
+        # of the trace, and `expand_as` with that of now.
         z = x.movedim(1, -1).unflatten(-1, self.v.shape)
-        z1, z2 = (z * self.v).chunk(2, -1)
+        v = self.v.expand_as(z)
+        z1, z2 = (z * v).chunk(2, -1)
         beyond = 2 * F.relu(z1 + z2)
-        return (z - torch.cat((beyond, beyond), -1) * self.v).movedim(-1, 1)
+        return (z - torch.cat((beyond, beyond), -1) * v).movedim(-1, 1)
 
     def lipschitz(self, constant: float, through: Through) -> float:
         return constant * _stretch_of_reflections(self.v)

@@ -268,9 +268,10 @@ class _PlainBatchCentering(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        # `unflatten` fails where there are more or fewer channels: adding would repeat values.
+        # Adding would repeat values where there are more or fewer channels: `unflatten` fails there, with the shape of
+        # the trace, and `expand_as` with that of now.
         channels_last = x.movedim(1, -1).unflatten(-1, self.shift.shape)
-        return (channels_last + self.shift).movedim(-1, 1)
+        return (channels_last + self.shift.expand_as(channels_last)).movedim(-1, 1)
 
     def lipschitz(self, constant: float, through: Through) -> float:
         return constant

@@ -363,3 +363,8 @@ def test_a_circle_that_grows_and_is_cut_has_no_bound(padding):
         bound(nn.CircularPad2d(padding), (1, 5, 5))
     assert bound(nn.CircularPad2d([max(0, p) for p in padding]), (1, 5, 5)) >= 1
     assert bound(nn.CircularPad2d([min(0, p) for p in padding]), (1, 5, 5)) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("layer", [nn.Upsample(scale_factor=0.2, mode="area"), nn.Upsample(size=(0, 2), mode="area")])
+def test_a_picture_without_pixels_does_not_move(layer):
+    assert lipschitz_bound(nn.Sequential(layer).eval(), (2, 3, 3)).value == 0

@@ -284,9 +284,20 @@ def resized_sll(kernel: int) -> nn.Module:
     return block
 
 
+def with_buffer(brick: nn.Module, name: str, *shape: int) -> nn.Module:
+    graph = export(brick.eval())
+    setattr(graph, name, torch.rand(shape))
+    return graph
+
+
 @pytest.mark.parametrize(
     "graph, shape",
     [
+        (with_buffer(BatchCentering(1), "shift", 3), (1, 2, 2)),
+        (with_buffer(BatchCentering(1), "shift", 9, 1), (1, 2, 1)),
+        (with_buffer(Householder(2), "v", 9, 2), (2, 1, 1)),
+        (with_buffer(Householder(2), "v", 2, 2), (2, 2, 2)),
+        (with_buffer(Householder(2), "v", 1), (2, 2, 2)),
         (export(MaxMin()), (3,)),
         (export(Householder(4)), (1,)),
         (export(BatchCentering(4).eval()), (1,)),
