@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ __all__ = ["BlindAttack", "pgd_l2", "pgd_linf"]
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers of so many bytes
 WITHIN = 1 - 1e-12  # of the radius is used: the rest is room for the rounding of float64
+PAUSE = 5  # steps between two looks at which samples are done, for each of which a GPU waits
 
 
 def pgd_l2(
@@ -46,6 +47,7 @@ def pgd_l2(
     loss: Objective | None = None,
     score: Objective | None = None,
     generator: torch.Generator | None = None,
+    enough: Tensor | None = None,
 ) -> Tensor:
     """Projected gradient ascent of `loss` within L2 distance `eps`.
 
@@ -59,6 +61,9 @@ def pgd_l2(
         loss: `loss(model(x), y)` gives one number a sample (or one a pixel, which are averaged).
         score: decides which of the visited points to keep: for class labels it is `margin` (a score of theirs must be
             positive once it succeeds), for other tasks the loss, unless given.
+        enough: (N,), the largest score that there is, for a task that is no classification and has one. A sample that
+            has reached it leaves the batch: nothing is left to gain. `y` must then be a tensor, or have a method
+            `part(indices)`.
 
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False))
     >>> _ = model[1].weight.data.copy_(torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]]))
@@ -66,7 +71,7 @@ def pgd_l2(
     >>> [(model(pgd_l2(model, x, y, eps)).argmax(1) != y).item() for eps in (0.19, 0.21)]  # exact: 0.2
     [False, True]
     """
-    return _pgd(_Search(_L2, model, steps, restarts, loss, score, generator or default_generator(x)), x, y, eps)
+    return _pgd(_Search(_L2, model, steps, restarts, loss, score, generator or default_generator(x)), x, y, eps, enough)
 
 
 def pgd_linf(
@@ -163,7 +168,7 @@ class _Search:
         return self.ball.project(normal(x, self.generator).double(), eps)
 
 
-def _pgd(search: _Search, x: Tensor, y: Any, eps: float | Tensor) -> Tensor:
+def _pgd(search: _Search, x: Tensor, y: Any, eps: float | Tensor, enough: Tensor | None = None) -> Tensor:
     check_pictures(x, eps, unbounded=True)
     if search.steps < 1 or search.restarts < 1:
         raise ValueError(f"steps and restarts must be at least 1, not {search.steps} and {search.restarts}")
@@ -177,13 +182,18 @@ def _pgd(search: _Search, x: Tensor, y: Any, eps: float | Tensor) -> Tensor:
         best = torch.full_like(reach, -math.inf)
         blind = torch.zeros_like(best, dtype=torch.bool)
         for restart in range(search.restarts):
-            todo = (best <= 0).nonzero().squeeze(1) if classification else torch.arange(len(x), device=x.device)
+            todo = torch.arange(len(x), device=x.device)
+            if classification:
+                todo = (best <= 0).nonzero().squeeze(1)
+            elif enough is not None:
+                todo = (best < enough).nonzero().squeeze(1)
             if len(todo) == 0:
                 break
-            target = y[todo] if classification else y
+            target = y if len(todo) == len(x) else _some(y, todo)
             radius = like(reach[todo], x)
             aim = search.objective(x[todo], target, restart, classification)
-            run = _Run(search, aim, search.judge(classification), x[todo], radius)
+            most = None if enough is None else enough[todo]
+            run = _Run(search, aim, search.judge(classification), x[todo], radius, most)
             moved, value, unseen = run.ascend(target, search.start(x[todo], radius, restart))
             better = value > best[todo]
             worst[todo] = torch.where(like(better, x), moved, worst[todo])
@@ -202,6 +212,24 @@ def _reach(search: _Search, x: Tensor, eps: float | Tensor) -> Tensor:
     return radii.clamp(max=search.ball.widest(x[:1].numel())).expand(len(x)) * WITHIN
 
 
+@dataclass
+class _State:
+    """Where a run stands, sample by sample."""
+
+    delta: Tensor  # (N, …), in float64
+    worst: Tensor  # (N, …), the worst picture met
+    best: Tensor  # (N,), its score
+    blind: Tensor  # (N,), whether there never was a gradient
+    bad: Tensor  # (N,), whether the model said NaN
+
+    def part(self, todo: Tensor) -> _State:
+        return _State(*(getattr(self, field.name)[todo] for field in fields(self)))
+
+    def put(self, todo: Tensor, part: _State) -> None:
+        for field in fields(self):
+            getattr(self, field.name)[todo] = getattr(part, field.name)
+
+
 @dataclass(frozen=True)
 class _Run:
     """One run of an attack: what it ascends, what it keeps, from which pictures and how far."""
@@ -211,32 +239,54 @@ class _Run:
     score: Objective
     x: Tensor
     eps: Tensor  # (N, 1, 1, 1)
+    enough: Tensor | None = None  # (N,)
 
     def ascend(self, y: Any, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From x + delta: the worst pictures met, their scores, and which samples never had a gradient."""
-        x, ball, steps = self.x, self.search.ball, self.search.steps
-        worst = x
-        best = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
-        blind = torch.ones_like(best, dtype=torch.bool)
-        bad = torch.zeros_like(blind)
-        for step in range(steps + 1):
-            moved = _displaced(x, delta).requires_grad_()
+        least = torch.full((len(self.x),), -math.inf, dtype=torch.float64, device=self.x.device)
+        blind = torch.ones_like(least, dtype=torch.bool)
+        state = _State(delta, self.x, least, blind, torch.zeros_like(blind))
+        if self.enough is None:
+            self._climb(y, state, range(self.search.steps + 1))
+        else:
+            self._climb_while_it_pays(y, state)
+            state.blind &= state.best < self.enough
+        raise_undefined(state.bad)
+        return state.worst, state.best, state.blind
+
+    def _climb_while_it_pays(self, y: Any, state: _State) -> None:
+        """All steps, without the samples that have reached what is enough for them."""
+        state.worst = state.worst.clone()
+        todo = torch.arange(len(self.x), device=self.x.device)
+        for first in range(0, self.search.steps + 1, PAUSE):
+            some = state.part(todo)
+            run = _Run(self.search, self.loss, self.score, self.x[todo], self.eps[todo])
+            run._climb(_some(y, todo), some, range(first, min(first + PAUSE, self.search.steps + 1)))
+            state.put(todo, some)
+            todo = todo[some.best < self.enough[todo]]
+            if len(todo) == 0:
+                break
+
+    def _climb(self, y: Any, state: _State, steps: range) -> None:
+        """Some of the steps, which bring the state up to date."""
+        x, last = self.x, self.search.steps
+        for step in steps:
+            moved = _displaced(x, state.delta).requires_grad_()
             output = self.search.model(moved)
             scored = per_sample(self.score(output, y), x)
             value = scored.detach().double()
-            better = value > best
-            worst = torch.where(like(better, x), moved.detach(), worst)
-            best = torch.maximum(value, best)
-            bad = bad | undefined(output, value)
-            if step == steps:
+            better = value > state.best
+            state.worst = torch.where(like(better, x), moved.detach(), state.worst)
+            state.best = torch.maximum(value, state.best)
+            state.bad = state.bad | undefined(output, value)
+            if step == last:
                 break
             climbed = scored if self.loss is self.score else per_sample(self.loss(output, y), x)
             direction, dead = self._direction(climbed, moved)
-            blind &= dead
-            size = self.eps * (1 + math.cos(math.pi * step / steps))
-            delta = ball.project(moved.detach().double() - x.double() + size * direction, self.eps)
-        raise_undefined(bad)
-        return worst, best, blind
+            state.blind = state.blind & dead
+            size = self.eps * (1 + math.cos(math.pi * step / last))
+            further = moved.detach().double() - x.double() + size * direction
+            state.delta = self.search.ball.project(further, self.eps)
 
     def _direction(self, climbed: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """Where to go, and which samples have no gradient and go anywhere."""
@@ -247,6 +297,11 @@ class _Run:
         anywhere = normal(moved, self.search.generator).double()
         gradient = torch.where(like(dead, moved), anywhere, gradient / like(largest, moved))
         return self.search.ball.direction(gradient), dead
+
+
+def _some(y: Any, todo: Tensor) -> Any:
+    """What belongs to some of the samples."""
+    return y[todo] if isinstance(y, Tensor) else y.part(todo)
 
 
 def _displaced(x: Tensor, delta: Tensor) -> Tensor:

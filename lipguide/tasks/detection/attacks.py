@@ -32,6 +32,10 @@ TRAINING_LOSS = "training loss"  # the attack that the case study knows, beside 
 FAR = -1e4  # stands in for a logarithm of 0: it must not win a maximum, nor turn a sum into NaN
 MATCHES, REACHES = 0.5, 0.4  # overlap at which a box matches an object, and from which a little push may make it
 FEW = 3  # alarms that "fabricate" raises at once
+# An object whose class scores a quarter of what counts is lost, and so is one that a wrong class outscores by as much
+# as that leaves: the attack turns to the objects that are left, and lets go of a scene that has none.
+LOST = math.log(MIN_SCORE / 4)
+ROUNDING = 1e-4  # of a sum of a few such numbers
 
 Objective = Callable[[tuple[Tensor, ...], Targets], Tensor]
 
@@ -60,7 +64,7 @@ class _Margins:
 def _vanish(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> Tensor:
     margins = _Margins(output, targets, model)
     best = margins.on_object(margins.of_class(), REACHES)
-    return -torch.where(margins.there, best, 0.0).clamp(min=-20.0).sum(1)
+    return -torch.where(margins.there, best, 0.0).clamp(min=LOST).sum(1)
 
 
 def _fabricate(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> Tensor:
@@ -72,14 +76,15 @@ def _fabricate(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -
 
 def _mislabel(output: tuple[Tensor, ...], targets: Targets, model: nn.Module) -> Tensor:
     margins = _Margins(output, targets, model)
-    one_hot = nn.functional.one_hot(margins.labels, margins.log_p.shape[2]).bool()
-    wrong = margins.log_p[:, :, None].masked_fill(one_hot[:, None], FAR).amax(3)
+    classes = torch.arange(margins.log_p.shape[2], device=margins.labels.device)
+    own = margins.labels[..., None] == classes  # (N, M, C)
+    wrong = margins.log_p[:, :, None].masked_fill(own[:, None], FAR).amax(3)
     lead = margins.on_object(margins.of_class() - wrong, REACHES)
-    return -torch.where(margins.there, lead, 0.0).clamp(min=-20.0, max=20.0).sum(1)
+    return -torch.where(margins.there, lead, 0.0).clamp(min=LOST, max=20.0).sum(1)
 
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {"vanish": _vanish, "fabricate": _fabricate, "mislabel": _mislabel}
-OF_OBJECTS = ("vanish", "mislabel")  # which ask nothing of a scene without objects
+OF_OBJECTS = ("vanish", "mislabel")  # which ask nothing of a scene without objects, and have done when all are lost
 
 
 def objective(name: str, model: nn.Module) -> Objective:
@@ -111,8 +116,9 @@ def attack_l2(
 ) -> Tensor:
     """Pictures within `eps` of `images` that one attack finds, batch by batch.
 
-    A scene without objects stays as it is under "vanish" and "mislabel": there is nothing to vanish. More `restarts`
-    never find a weaker attack: each picture keeps the best of all.
+    A scene without objects stays as it is under "vanish" and "mislabel": there is nothing to vanish. One whose objects
+    are all lost leaves the search, for these attacks can gain nothing more there; the others go on to the last step.
+    More `restarts` never find a weaker attack: each picture keeps the best of all.
 
     >>> from lipguide.tasks.detection.boxes import pad_targets
     >>> from lipguide.tasks.detection.configurations import naive
@@ -128,24 +134,26 @@ def attack_l2(
     check_number("eps", eps, 0, math.inf)
     whole("steps", steps, "an attack takes one step or more")
     whole("restarts", restarts, "an attack starts once or more")
-    boxes, labels = check_targets(targets, classes=None)
-    if len(labels) != len(images):
-        raise ValueError(f"pictures of {len(images)} scenes, but targets of {len(labels)}")
+    known = check_targets(targets, classes=None)
+    if len(known.labels) != len(images):
+        raise ValueError(f"pictures of {len(images)} scenes, but targets of {len(known.labels)}")
+    objects = (known.labels != NOTHING).sum(1)
     moved = images.detach().clone()
-    chosen = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    chosen = torch.arange(len(images), device=images.device)
     if name in OF_OBJECTS:
-        chosen = (labels != NOTHING).any(1)
-    for part in chosen.nonzero().squeeze(1).split(batch_size):
+        chosen = objects.nonzero().squeeze(1)
+    for part in chosen.split(batch_size):
         if len(part):  # many a model refuses an empty batch
-            some = Targets(boxes[part], labels[part])
-            moved[part] = pgd_l2(model, images[part], some, eps, steps, restarts, loss=aim)
+            enough = -LOST * objects[part] - ROUNDING if name in OF_OBJECTS else None
+            some = known.part(part)
+            moved[part] = pgd_l2(model, images[part], some, eps, steps, restarts, loss=aim, enough=enough)
     return moved
 
 
 def attacked(
     model: nn.Module, images: Tensor, targets: Targets, eps: float, name: str, steps: int
 ) -> tuple[Tensor, int]:
-    """What `attack_l2` finds, and for how many scenes it was blind: never met a gradient that was not zero.
+    """What `attack_l2` finds in all scenes at once, and for how many it was blind: met no gradient that was not zero.
 
     That such scenes stand says nothing about the detector. A run of hours puts their number on record; elsewhere a
     warning says it.
@@ -158,7 +166,7 @@ def attacked(
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        moved = attack_l2(model, images, targets, eps, name, steps)
+        moved = attack_l2(model, images, targets, eps, name, steps, batch_size=max(len(images), 1))
     blind = 0
     for warning in caught:
         if isinstance(warning.message, BlindAttack):
@@ -172,6 +180,9 @@ def strongest(
     model: nn.Module, images: Tensor, targets: Targets, candidates: dict[str, Tensor], min_score: float = MIN_SCORE
 ) -> Tensor:
     """For each picture the candidate with the fewest objects found, and of those the one with the most false alarms.
+
+    No candidate leaves a lower recall than this mixture. A lower mAP it may leave, for mAP ranks the detections of all
+    pictures together: a figure called the strongest is the lower of the mixture's mAP and of each candidate's.
 
     Args:
         candidates: attacked pictures by the name of the attack, such as `attack_l2` gives.

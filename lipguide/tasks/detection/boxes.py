@@ -7,16 +7,17 @@ that matching and suppression run over the whole batch at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_convert, box_iou
+from torchvision.ops import box_convert, box_iou
 
 from lipguide.layers.arguments import whole
 
 __all__ = [
+    "Checked",
     "Matches",
     "Targets",
     "check_finite",
@@ -26,6 +27,7 @@ __all__ = [
     "detect",
     "encode",
     "match",
+    "offsets",
     "pad_targets",
     "prior_boxes",
     "single",
@@ -35,9 +37,6 @@ __all__ = [
 CENTRE, SIZE = 10.0, 5.0  # how finely offsets of centres and of logarithms of sizes are told apart
 NOTHING = -1  # the label of padding
 MIN_SCORE = 0.2  # above which a box counts as a detection
-# Boxes that one suppression takes, on a CPU and elsewhere: of more, torchvision loops over the classes, and takes four
-# times as long.
-AT_ONCE_CPU, AT_ONCE_GPU = 1000, 25_000
 
 
 class Targets(NamedTuple):
@@ -46,6 +45,28 @@ class Targets(NamedTuple):
 
     boxes: Tensor
     labels: Tensor
+
+
+class Checked(Targets):
+    """Targets that `check_targets` has let pass. Nobody need look at them again, which on a GPU means: wait for it.
+
+    Only who has checked, or takes a part of what is checked, makes one.
+
+    Args:
+        boxes, labels: as of all targets.
+        classes: above all labels.
+    """
+
+    classes: int
+
+    def __new__(cls, boxes: Tensor, labels: Tensor, classes: int) -> Checked:
+        made = super().__new__(cls, boxes, labels)
+        made.classes = classes
+        return made
+
+    def part(self, where: Tensor | slice) -> Checked:
+        """Those of some scenes."""
+        return Checked(self.boxes[where], self.labels[where], self.classes)
 
 
 class Matches(NamedTuple):
@@ -104,13 +125,21 @@ def check_finite(scores: Tensor, boxes: Tensor, first: int = 0) -> None:
 
     >>> check_finite(torch.rand(2, 5, 3), torch.rand(2, 5, 4))
     """
-    good = scores.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1)
+    good = _finite(scores) & _finite(boxes)
     if not good.all():
         bad = ~good
         raise ValueError(
             f"scene {first + int(bad.nonzero()[0])}: the detector's scores or boxes are not finite, in "
             f"{int(bad.sum())} of {len(bad)} scenes: its weights have diverged, or the pictures are not"
         )
+
+
+def _finite(values: Tensor) -> Tensor:
+    """(N,): whether all of a scene's values are; by their extremes, which costs a fraction of asking each."""
+    rows = values.flatten(1)
+    if not rows.shape[1]:
+        return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    return rows.amin(1).isfinite() & rows.amax(1).isfinite()
 
 
 def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], classes: int = 10) -> Targets:
@@ -157,7 +186,7 @@ def _check_scene(index: int, boxes: Tensor, labels: Tensor, classes: int | None)
         raise ValueError(f"scene {index}: labels must be 0 to {limit - 1}, not {labels.tolist()}")
 
 
-def check_targets(targets: Targets, classes: int | None = 10) -> Targets:
+def check_targets(targets: Targets, classes: int | None = 10) -> Checked:
     """The targets, with labels in int64; ValueError, which names the scene, for what `pad_targets` would not have made.
 
     A label out of range would pass for background, and a box without area makes the loss infinite. In a type without
@@ -171,6 +200,8 @@ def check_targets(targets: Targets, classes: int | None = 10) -> Targets:
     """
     if classes is not None:
         _check_classes(classes)
+    if isinstance(targets, Checked) and (classes is None or targets.classes <= classes):
+        return targets
     boxes, labels = targets
     whole_numbers = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
     if labels.ndim != 2 or not whole_numbers or boxes.shape != (*labels.shape, 4):
@@ -190,7 +221,7 @@ def check_targets(targets: Targets, classes: int | None = 10) -> Targets:
         index = int(wrong.nonzero()[0])
         real = there[index]
         _check_scene(index, boxes[index, real], labels[index, real], classes)
-    return Targets(boxes, labels)
+    return Checked(boxes, labels, int(labels.amax()) + 1 if labels.numel() else 0)
 
 
 def prior_boxes(sides: Sequence[int], scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
@@ -223,10 +254,20 @@ def encode(boxes: Tensor, priors: Tensor) -> Tensor:
     >>> encode(torch.tensor([[0.1, 0.1, 0.5, 0.5]]), torch.tensor([[0.3, 0.3, 0.4, 0.4]])).abs().max() < 1e-5
     tensor(True)
     """
-    centre, size = box_convert(boxes, "xyxy", "cxcywh").split(2, -1)
-    centre0, size0 = priors.split(2, -1)
+    size, size0 = boxes[..., 2:] - boxes[..., :2], priors[..., 2:]
     if not ((size > 0).all() and (size0 > 0).all()):
         raise ValueError("a box or a prior has no area, or is NaN: no finite offset leads to it")
+    return offsets(boxes, priors)
+
+
+def offsets(boxes: Tensor, priors: Tensor) -> Tensor:
+    """As `encode`, of boxes and priors that are known to have an area: nothing is read back from the device.
+
+    >>> offsets(torch.tensor([[0.1, 0.1, 0.5, 0.5]]), torch.tensor([[0.3, 0.3, 0.4, 0.4]])).shape
+    torch.Size([1, 4])
+    """
+    centre, size = box_convert(boxes, "xyxy", "cxcywh").split(2, -1)
+    centre0, size0 = priors.split(2, -1)
     return torch.cat([CENTRE * (centre - centre0) / size0, SIZE * (size / size0).log()], -1)
 
 
@@ -285,8 +326,8 @@ def _one_prior_each(overlaps: Tensor) -> Tensor:
         thing = pair // priors
         prior = pair % priors
         owner[rows, prior] = torch.where(value >= 0, thing, owner[rows, prior])
-        rest[rows, thing] = -1.0
-        rest[rows, :, prior] = torch.where(value[:, None] >= 0, -1.0, rest[rows, :, prior])
+        rest[rows, thing] = -1.0  # where no object is left, all of a scene is -1 already
+        rest[rows, :, prior] = -1.0
     return owner
 
 
@@ -322,44 +363,63 @@ def detect(
     check_finite(scores, boxes, first)
     scenes, _, classes = scores.shape
     scene, prior, label = (scores > min_score).nonzero(as_tuple=True)
-    values = scores[scene, prior, label]
-    found = boxes[scene, prior]
-    counts = torch.bincount(scene, minlength=scenes).tolist()
-    kept = _suppressed(found, values, scene * classes + label, counts, overlap)
+    order = scores[scene, prior, label].argsort(descending=True, stable=True)
+    scene, prior, label = scene[order], prior[order], label[order]
+    kept = _suppressed(boxes[scene, prior], scene * classes + label, scenes * classes, overlap, most)
     kept = kept[scene[kept].argsort(stable=True)]  # by scene, and within one by falling score
-    left = torch.bincount(scene[kept], minlength=scenes).tolist()
-    columns = {"boxes": found[kept], "scores": values[kept], "labels": label[kept]}
-    by_scene = {name: column.split(left) for name, column in columns.items()}
-    return [{name: parts[index][:most] for name, parts in by_scene.items()} for index in range(scenes)]
+    kept = kept[_places(scene[kept], scenes) < most]
+    scene, prior, label = scene[kept], prior[kept], label[kept]
+    columns = {"boxes": boxes[scene, prior], "scores": scores[scene, prior, label], "labels": label}
+    counts = torch.bincount(scene, minlength=scenes).tolist()
+    by_scene = (column.split(counts) for column in columns.values())
+    return [dict(zip(columns, parts, strict=True)) for parts in zip(*by_scene, strict=True)]
 
 
-def _suppressed(boxes: Tensor, scores: Tensor, groups: Tensor, counts: list[int], overlap: float) -> Tensor:
-    """Which of K boxes no better one of their group overlaps, within each part of the scenes by falling score.
+def _suppressed(boxes: Tensor, groups: Tensor, number: int, overlap: float, most: int) -> Tensor:
+    """Which of K boxes no better one of their group overlaps; of each group the `most` first ones, in rising order.
+
+    In each turn the best box that a group has left is kept and silences those that it overlaps, in all groups of all
+    scenes at once. So there are as many turns as the fullest group keeps boxes, however many scenes there are.
 
     Args:
-        boxes, scores, groups: (K, 4), (K,) and (K,), scene after scene.
-        counts: how many of the K are of each scene.
+        boxes: (K, 4), by falling score.
+        groups: (K,), one for each scene and class: only within one do boxes silence each other.
+        number: of groups.
     """
-    at_once = AT_ONCE_CPU if boxes.device.type == "cpu" else AT_ONCE_GPU
-    kept = [groups[:0]]
-    for start, stop in _parts(counts, at_once):
-        part = slice(start, stop)
-        # In double precision: torchvision tells groups apart by moving their boxes, and far from 0 floats are sparse.
-        kept.append(start + batched_nms(boxes[part].double(), scores[part].double(), groups[part], overlap))
-    return torch.cat(kept)
+    boxes = boxes.double()
+    rest = torch.arange(len(boxes), device=boxes.device)
+    kept = [rest[:0]]
+    for _ in range(most):
+        if not len(rest):
+            break
+        own = groups[rest]
+        best = rest.new_full((number,), len(boxes)).scatter_reduce(0, own, rest, "amin")
+        leader = best[own]
+        kept.append(rest[rest == leader])
+        silenced = _overlaps(boxes[rest], boxes[leader]) > overlap
+        rest = rest[~silenced & (rest != leader)]
+    return torch.cat(kept).sort().values
 
 
-def _parts(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """Start and stop of runs of whole scenes that hold at most `most` boxes, or one scene.
+def _overlaps(boxes: Tensor, others: Tensor) -> Tensor:
+    """(K,): intersection over union of each box with the one beside it."""
+    low = torch.maximum(boxes[:, :2], others[:, :2])
+    high = torch.minimum(boxes[:, 2:], others[:, 2:])
+    both = (high - low).clamp(min=0).prod(1)
+    areas = [(b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, others)]
+    return both / (areas[0] + areas[1] - both)
 
-    >>> list(_parts([2, 1, 5, 0, 1], 3))
-    [(0, 3), (3, 8), (8, 9)]
+
+def _places(groups: Tensor, number: int) -> Tensor:
+    """The place of each within its group, from 0.
+
+    Args:
+        groups: (K,), rising.
+        number: of groups.
+
+    >>> _places(torch.tensor([0, 0, 2]), 3)
+    tensor([0, 1, 0])
     """
-    start = stop = 0
-    for count in counts:
-        if stop > start and stop + count - start > most:
-            yield start, stop
-            start = stop
-        stop += count
-    if stop > start:
-        yield start, stop
+    counts = torch.bincount(groups, minlength=number)
+    first = counts.cumsum(0) - counts
+    return torch.arange(len(groups), device=groups.device) - first[groups]

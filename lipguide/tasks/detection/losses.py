@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lipguide.distributed import mean_over_ranks
 from lipguide.layers.arguments import whole
-from lipguide.tasks.detection.boxes import Targets, encode, match, single, unit_range
+from lipguide.tasks.detection.boxes import Checked, Targets, encode, match, offsets, single, unit_range
 
 __all__ = ["DetectionStep", "Multibox", "check_output"]
 
@@ -41,6 +41,7 @@ class Multibox(nn.Module):
         self, priors: Tensor, negatives: int = 3, per_prior: nn.Module | None = None, reduction: str = "mean"
     ) -> None:
         super().__init__()
+        encode(priors.new_tensor([0.0, 0.0, 1.0, 1.0]), priors)  # refuses priors without area, once for all
         if reduction not in ("mean", "none"):
             raise ValueError(f'reduction must be "mean" or "none", not {reduction!r}')
         self.register_buffer("priors", priors.clone(), persistent=False)
@@ -49,15 +50,15 @@ class Multibox(nn.Module):
         self.per_prior = per_prior or nn.CrossEntropyLoss(reduction="none")
 
     def forward(self, output: tuple[Tensor, Tensor], targets: Targets) -> Tensor:
-        logits, offsets = output  # (N, P, C + 1) and (N, P, 4)
+        logits, said = output  # (N, P, C + 1) and (N, P, 4)
         check_output(logits, len(self.priors), targets)
         background = logits.shape[2] - 1
         classes, boxes = match(targets, self.priors, background)
         positive = classes != background
         values = self.per_prior(single(logits).mT, classes)
         kept = positive | self._hard(values.detach(), positive)
-        wanted = encode(torch.where(positive[..., None], boxes, self._anything), self.priors)
-        distance = F.l1_loss(single(offsets), wanted, reduction="none").mean(2)
+        wanted = offsets(torch.where(positive[..., None], boxes, self._anything), self.priors)
+        distance = F.l1_loss(single(said), wanted, reduction="none").mean(2)
         scene = (values * kept + distance * positive).sum(1)
         if self.reduction == "none":
             return scene / positive.sum(1).clamp(min=1)
@@ -94,12 +95,21 @@ class DetectionStep(nn.Module):
     """The step of `lipguide.training.fit` for columns (images, boxes, labels), the latter two from `pad_targets`.
 
     Images may be bytes, which are brought to [0, 1] batch by batch.
+
+    Args:
+        loss: of the detector's output and targets.
+        known: the targets of all scenes, where `check_targets` has seen them: then it does not look at those of each
+            batch again, for which a GPU would wait.
     """
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: nn.Module, known: Checked | None = None) -> None:
         super().__init__()
         self.loss = loss
+        self.classes = None if known is None else known.classes
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         images, boxes, labels = batch
-        return self.loss(model(unit_range(images)), Targets(boxes, labels))
+        output = model(unit_range(images))
+        if self.classes is None:
+            return self.loss(output, Targets(boxes, labels))
+        return self.loss(output, Checked(boxes, labels, self.classes))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.ops import box_convert, box_iou, nms
+from torchvision.ops import batched_nms, box_convert, box_iou, nms
 
 from lipguide.tasks.detection.boxes import (
+    Checked,
     Targets,
     check_targets,
     decode,
@@ -18,6 +19,8 @@ from lipguide.tasks.detection.boxes import (
     pad_targets,
     prior_boxes,
 )
+from lipguide.tasks.detection.losses import DetectionStep, Multibox
+from tests.tasks.detection.counts import counts
 
 SEEDS = st.integers(0, 10_000)
 PRIORS = prior_boxes((6, 3), (0.25, 0.6), (0.85, 0.4))
@@ -206,6 +209,49 @@ def test_many_scenes_at_once_are_those_of_one_at_a_time():
         (alone,) = detect(scores[scene : scene + 1], boxes[scene : scene + 1])
         assert all(torch.equal(found[key], alone[key]) for key in alone)
     assert not len(together[32]["labels"]) and len(together[69]["labels"])
+
+
+@pytest.mark.parametrize("most", [3, 20, 200])
+def test_suppression_of_a_crowd_is_torchvisions(most):
+    """More boxes of a class than are kept, and scores that tie: of equals the first prior is the better one."""
+    g = torch.Generator().manual_seed(0)
+    boxes = torch.stack([random_boxes(150, g) for _ in range(6)])
+    scores = (20 * torch.rand(6, 150, 2, generator=g)).ceil() / 20
+    for scene, found in enumerate(detect(scores, boxes, 0.2, 0.3, most)):
+        prior, label = (scores[scene] > 0.2).nonzero(as_tuple=True)
+        value = scores[scene, prior, label]
+        kept = batched_nms(boxes[scene, prior].double(), value.double(), label, 0.3)[:most]
+        assert torch.equal(found["scores"], value[kept]) and torch.equal(found["labels"], label[kept])
+        assert torch.equal(found["boxes"], boxes[scene, prior[kept]])
+
+
+def test_suppression_costs_as_many_operators_for_many_scenes_as_for_few():
+    """A GPU is not asked scene by scene. In parts of a thousand boxes, as torchvision likes them, it was."""
+    g = torch.Generator().manual_seed(0)
+    boxes, scores = random_boxes(60, g).expand(4, -1, -1), torch.rand(60, 3, generator=g).expand(4, -1, -1)
+    few, many = (counts(lambda n=n: detect(scores.repeat(n, 1, 1), boxes.repeat(n, 1, 1))) for n in (1, 32))
+    assert few == many and many.synchronisations < 60
+
+
+def test_targets_are_looked_at_once_and_not_in_every_step_of_a_training():
+    """What is read back from a GPU stops it: three times a step, for checks that had been made."""
+    boxes, labels = random_scenes(3)
+    known = check_targets(pad_targets(boxes, labels))
+    assert check_targets(known) is known and check_targets(known.part(slice(2)), 10).labels.shape[0] == 2
+    images = torch.zeros(len(boxes), 3, 2, 2)
+    output = torch.zeros(len(boxes), len(PRIORS), 11, requires_grad=True), torch.zeros(len(boxes), len(PRIORS), 4)
+    waits = []
+    for checked in (None, known):
+        step = DetectionStep(Multibox(PRIORS), checked)
+        waits.append(counts(lambda step=step: step(lambda x: output, (images, *known))).synchronisations)
+    assert waits[0] > 0 and waits[1] == 0
+
+
+def test_what_was_checked_for_more_classes_is_looked_at_again():
+    known = check_targets(targets_by_hand([0.1, 0.1, 0.5, 0.5], 12), classes=None)
+    assert isinstance(known, Checked) and known.classes == 13 and check_targets(known, 13) is known
+    with pytest.raises(ValueError, match="scene 1: labels must be 0 to 9"):
+        check_targets(known, 10)
 
 
 def test_no_detection_at_all_is_an_empty_result():

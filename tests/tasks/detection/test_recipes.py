@@ -16,6 +16,7 @@ from lipguide.tasks.detection.boxes import unit_range
 from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.fcos import FCOS, Brightless, fcos
 from lipguide.tasks.detection.recipes import LARGE, RECIPES, TASK, Recipe, _take_over, build, load, measure
+from lipguide.tasks.detection.tinier_ssd import TinierSSD
 
 CHAPTER = Path(__file__).resolve().parents[3] / "book" / "detection.md"
 SHORT = Recipe("fcos", steps=3, batch_size=4, width=4, items=12, test_items=6)
@@ -109,8 +110,39 @@ def test_all_scenes_are_asked_for_by_none(items, monkeypatch):
         return load_split(split, 12, seed, device)
 
     monkeypatch.setattr(training, "load_split", few)
+    training._scenes.cache_clear()
     train_by(TASK, replace(SHORT, items=items, test_items=items), torch.device("cpu"), steps=1)
+    training._scenes.cache_clear()  # these are not all scenes
     assert asked == [("train", items), ("test", items)]
+
+
+def test_configurations_that_train_one_after_the_other_share_their_scenes(monkeypatch):
+    """To decode and cut all of them takes a minute of one core, and each training did it anew."""
+    asked = []
+
+    def few(split, count, seed, device, svhn):
+        asked.append((split, count, svhn))
+        return load_split("train", 2, seed, device)
+
+    monkeypatch.setattr(training, "load_split", few)
+    training._scenes.cache_clear()
+    for name in ("naive", "spectral-norm"):
+        load(replace(training.CaseStudy(name), items=2), "train", 0)
+    load(replace(training.CaseStudy("naive", data="svhn"), items=2), "train", 0)
+    training._scenes.cache_clear()
+    assert asked == [("train", 2, None), ("train", 2, (Path("data") / "svhn").resolve())]
+
+
+def test_both_kinds_of_recipes_answer_the_same_questions():
+    """Nothing asks which kind it has before it; what they say is not in the file of weights, but what they are is."""
+    for recipe, network, fact in (
+        (SHORT, FCOS, "trunk"),
+        (training.CaseStudy("spectral-norm"), TinierSSD, "lipschitz_bound"),
+    ):
+        model = build(recipe).eval()
+        assert isinstance(model, network) and list(recipe.bound(model)) == [fact]
+        assert recipe.data in training.DATA and TASK.precision_of(recipe) == torch.bfloat16
+    assert not {"data", "precision"} & set(asdict(SHORT)) and "start" not in asdict(training.CaseStudy("naive"))
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -1,6 +1,7 @@
 """Scores of detections, and attacks on detectors, on cases that can be told by hand."""
 
 import math
+import time
 import warnings
 
 import pytest
@@ -8,13 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from lipguide.tasks.detection.attacks import ATTACKS, OF_OBJECTS, _Margins, attack_l2, objective, strongest
+from lipguide.robustness.attacks import pgd
+from lipguide.tasks.detection.attacks import (
+    ATTACKS,
+    OF_OBJECTS,
+    TRAINING_LOSS,
+    _Margins,
+    attack_l2,
+    objective,
+    strongest,
+)
 from lipguide.tasks.detection.boxes import Targets, decode, encode, pad_targets, prior_boxes
 from lipguide.tasks.detection.fcos import ordinary_fcos
 from lipguide.tasks.detection.scores import detections, hits, score
 from lipguide.tasks.detection.tinier_ssd import Output, TinierSSD
+from tests.tasks.detection.counts import counts
 from tests.tasks.detection.test_boxes import PRIORS, random_scenes
 
 BOXES = torch.tensor([[0.0, 0.0, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]])
@@ -133,6 +145,73 @@ def test_offsets_of_the_toy_detector_leave_the_priors_where_they_are():
     assert torch.allclose(encode(torch.tensor([[0.0, 0.0, 0.5, 0.5]]), model.priors[:1]), torch.zeros(1, 4), atol=1e-6)
 
 
+# --- mAP is that of torchmetrics
+
+
+def drawn(g, scenes, classes, objects, made, grid=None):
+    """Random scenes, and detections of which many lie on an object. On a grid, overlaps and scores tie all the time."""
+
+    def boxes(count):
+        corners = torch.rand(count, 2, 2, generator=g).sort(1).values
+        if grid is not None:
+            corners = (corners * (grid - 1)).floor()
+        corners[:, 1] += 1.0 if grid else 0.02
+        return (corners / (grid or 1.02)).flatten(1)
+
+    found, truth = [], []
+    for _ in range(scenes):
+        n, m = (int(torch.randint(0, most + 1, (), generator=g)) for most in (objects, made))
+        true, labels = boxes(n), torch.randint(classes, (n,), generator=g)
+        own, names, sure = boxes(m), torch.randint(classes, (m,), generator=g), torch.rand(m, generator=g)
+        if n:
+            on = torch.rand(m, generator=g) < 0.7
+            which = torch.randint(n, (int(on.sum()),), generator=g)
+            own[on], names[on] = true[which], labels[which]
+            if grid is None:
+                own[on] *= 1 - 0.2 * torch.rand(len(which), 1, generator=g)
+        if grid is not None:
+            sure = (4 * sure).ceil() / 4
+        found.append({"boxes": own, "scores": sure, "labels": names})
+        truth.append({"boxes": true, "labels": labels})
+    return found, truth
+
+
+SCENES = {
+    "few": {"scenes": 30, "classes": 3, "objects": 3, "made": 6},
+    "crowded": {"scenes": 10, "classes": 2, "objects": 12, "made": 40},
+    "more detections than count": {"scenes": 3, "classes": 1, "objects": 8, "made": 260},
+    "many classes": {"scenes": 30, "classes": 60, "objects": 6, "made": 12},
+    "ties": {"scenes": 30, "classes": 2, "objects": 4, "made": 12, "grid": 4},
+    "ties beyond what counts": {"scenes": 3, "classes": 1, "objects": 5, "made": 240, "grid": 5},
+    "nothing found": {"scenes": 5, "classes": 3, "objects": 3, "made": 0},
+    "nothing there": {"scenes": 5, "classes": 3, "objects": 0, "made": 9},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Encountered more than 100 detections")
+@pytest.mark.parametrize("kind", SCENES)
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(seed=st.integers(0, 10_000))
+def test_map_is_that_of_torchmetrics(kind, seed):
+    found, truth = drawn(torch.Generator().manual_seed(seed), **SCENES[kind])
+    metric = MeanAveragePrecision(iou_thresholds=[0.5])
+    metric.update(found, truth)
+    theirs = max(float(metric.compute()["map_50"]), 0.0)  # -1 where there is no object
+    targets = pad_targets(*([scene[name] for scene in truth] for name in ("boxes", "labels")), classes=60)
+    assert score(found, targets).map50 / 100 == pytest.approx(theirs, abs=1e-6)
+
+
+def test_as_many_scenes_as_svhn_has_are_rated_while_one_waits():
+    """On one core. Scene by scene and class by class it took 24 seconds."""
+    found, truth = drawn(torch.Generator().manual_seed(0), scenes=1089, classes=10, objects=3, made=8)
+    targets = pad_targets(*([scene[name] for scene in truth] for name in ("boxes", "labels")))
+    targets = Targets(targets.boxes.repeat(12, 1, 1), targets.labels.repeat(12, 1))
+    began = time.process_time()
+    result = score(12 * found, targets)
+    assert time.process_time() - began < 5
+    assert result.recall == score(found, Targets(*(part[:1089] for part in targets))).recall > 30
+
+
 # --- what is broken is told from what is merely bad
 
 
@@ -239,6 +318,50 @@ def test_a_scene_without_objects_is_left_alone_without_a_warning_and_changes_no_
     assert torch.equal(moved[0], three[0]) and torch.equal(moved[2], three[2]) and torch.equal(nothing, three[:1])
     torch.testing.assert_close(moved[1:2], attack_l2(model, x, targets, 0.5, name, steps=4))
     assert not torch.equal(moved[1], three[1])
+
+
+class Sure(Brightness):
+    """The same without doubts: what is lost for it is lost for good."""
+
+    def forward(self, x):
+        logits, offsets = super().forward(x)
+        return Output(3 * logits, offsets)
+
+
+def lit(count):
+    """Scenes whose object is bright, each a little darker than the one before."""
+    light = torch.linspace(0.9, 0.35, count)[:, None, None, None]
+    x = torch.zeros(count, 3, 8, 8)
+    x[..., :4, :4] = light
+    return x, pad_targets([torch.tensor([[0.0, 0.0, 0.5, 0.5]])] * count, [torch.tensor([1])] * count)
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+@pytest.mark.parametrize("name", OF_OBJECTS)
+def test_scenes_whose_objects_are_lost_leave_and_nothing_is_found_less_for_it(name, restarts, monkeypatch):
+    """The others go through all steps: what comes out is what a search of all scenes to the end finds."""
+    model, (x, targets) = Sure(), lit(9)
+    batches = []
+    model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    moved = attack_l2(model, x, targets, 0.8, name, 20, restarts)
+    short = list(batches)
+    monkeypatch.setattr(pgd, "PAUSE", 100)
+    batches.clear()
+    whole = attack_l2(model, x, targets, 0.8, name, 20, restarts)
+    if restarts == 1:  # a further start draws from as many random numbers as there are scenes left
+        torch.testing.assert_close(moved, whole)
+        assert len(short) == len(batches) and 1 < min(short) < max(short) == 9
+    assert sum(short) < sum(batches)
+    assert hits(detections(model, moved), targets) == hits(detections(model, whole), targets)
+    assert 0 < sum(hits(detections(model, moved), targets)) < 9
+
+
+@pytest.mark.parametrize("name", [TRAINING_LOSS, *ATTACKS])
+def test_an_attack_does_not_wait_for_the_device_at_every_step(name):
+    """It looked at the targets again, and read a number back, at every step; now at most every fifth one."""
+    model, (x, targets) = Brightness(), lit(3)
+    few, many = (counts(lambda n=n: attack_l2(model, x, targets, 0.1, name, n)).synchronisations for n in (4, 19))
+    assert many - few <= (3 if name in OF_OBJECTS else 0)
 
 
 def test_an_attack_that_finds_no_gradient_on_an_object_still_says_so():
