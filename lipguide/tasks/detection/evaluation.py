@@ -103,20 +103,23 @@ def evaluate(model: nn.Module, plan: Plan, test: Split, folder: Path, name: str 
     """
     few = test.part(slice(plan.attacked_scenes))
     every = test if plan.pgd_everywhere else few
+    truth = Targets(*(part.cpu() for part in test.targets))  # what is rated beside a search must not wait for it
+    searched = Targets(*(part[: len(few.images)] for part in truth))
     with ThreadPoolExecutor(1) as beside:
 
-        def rate(scenes: list[dict[str, Tensor]], split: Split) -> Future[Rated]:
-            return beside.submit(_rated, lambda: scenes[: len(split.images)], split.targets)
+        def rate(scenes: list[dict[str, Tensor]], targets: Targets) -> Future[Rated]:
+            number = len(targets.labels)
+            return beside.submit(_rated, lambda: scenes[:number], targets)
 
         clean = _kept(folder / CLEAN, model, plan, test, None)
-        whole, of_attacked = rate(clean.scenes, test), rate(clean.scenes, few)
+        whole, of_attacked = rate(clean.scenes, truth), rate(clean.scenes, searched)
         found = {TRAINING_LOSS: _kept(folder / TRAINING_LOSS, model, plan, every, TRAINING_LOSS)}
-        everywhere = rate(found[TRAINING_LOSS].scenes, every)
-        rated = {TRAINING_LOSS: rate(found[TRAINING_LOSS].scenes, few)}
+        everywhere = rate(found[TRAINING_LOSS].scenes, Targets(*(part[: len(every.images)] for part in truth)))
+        rated = {TRAINING_LOSS: rate(found[TRAINING_LOSS].scenes, searched)}
         for attack in ATTACKS:
             found[attack] = _kept(folder / attack, model, plan, few, attack)
-            rated[attack] = rate(found[attack].scenes, few)
-        rated["mixture"] = beside.submit(_rated, lambda: _mixture(found, few.targets), few.targets)
+            rated[attack] = rate(found[attack].scenes, searched)
+        rated["mixture"] = beside.submit(_rated, lambda: _mixture(found, searched), searched)
     ratings = [future.result() for future in (whole, of_attacked, everywhere, *rated.values())]
     stages = {CLEAN: stage(len(test.images), clean.seconds)}
     stages |= {attack: stage(len(one.scenes), one.seconds) for attack, one in found.items()}

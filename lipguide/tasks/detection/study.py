@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -118,7 +117,7 @@ def study(
                 load(recipe_of(weights[name])[1], "train", TRAIN_SEED)
     seconds = time.perf_counter() - began
     logger.info("data: %.1f s, %s", seconds, test.name)
-    entries = [_one(name, weights[name], PLANS[plan], test, folder, where, seed) for name in names]
+    entries = [_one(name, weights[name], PLANS[plan], test, folder, where, seed, seconds) for name in names]
     logger.info("%s", budget(entries, seconds))
     return entries
 
@@ -147,7 +146,14 @@ def budget(entries: Sequence[dict[str, Any]], data_seconds: float) -> str:
 
 
 def _one(
-    name: str, weights: str, plan: Plan, test: Split, folder: Path, device: torch.device, seed: int
+    name: str,
+    weights: str,
+    plan: Plan,
+    test: Split,
+    folder: Path,
+    device: torch.device,
+    seed: int,
+    data_seconds: float,
 ) -> dict[str, Any]:
     """The entry of one configuration: read, or trained, attacked and scored now."""
     _, recipe = recipe_of(weights)
@@ -155,8 +161,6 @@ def _one(
     record = folder / f"{weights}.json"
     if record.exists():
         return _read(record, setting)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     path = ensure(weights, device.type, seed, folder)
     model, made = trained(weights, device, path.parent)
     entry = {"name": name, "parameters": sum(p.numel() for p in build(recipe).parameters())}
@@ -166,6 +170,7 @@ def _one(
     found = evaluate(model.to(memory_format=torch.channels_last), plan, test, unfinished, name)
     entry |= training | found | {"stages": training["stages"] | found["stages"]}
     entry["peak_memory_mib"] = _peak(device)
+    entry["data_seconds"] = data_seconds
     entry["test"] = {"name": test.name, "hash": test.hash, "seed": TEST_SEED}
     entry["run"] = _run(made, entry, device, seed)
     logger.info("%s: clean %.2f, PGD %.2f mAP", name, entry["clean_map50"], entry["pgd_map50"])
@@ -195,11 +200,9 @@ def _training(made: dict[str, Any], batch_size: int) -> dict[str, Any]:
     }
 
 
-def _peak(device: torch.device) -> int:
-    """The most memory that a configuration took, in MiB: of the GPU, or of the process so far."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+def _peak(device: torch.device) -> int | None:
+    """The most memory of a GPU that the process has held, in MiB; that of a process on a CPU the ledger knows."""
+    return round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else None
 
 
 def _run(made: dict[str, Any], entry: dict[str, Any], device: torch.device, seed: int) -> dict[str, Any]:
