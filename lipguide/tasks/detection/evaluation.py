@@ -211,6 +211,8 @@ def _found(model: nn.Module, plan: Plan, scenes: Split, attack: str | None) -> F
     for start in range(rank * size, len(scenes.images), ranks * size):
         own[start], unseen = _found_in(model, plan, scenes.part(slice(start, start + size)), attack)
         blind += unseen
+    if ranks > 1:  # to pickle one scene's part of a column is to pickle the column
+        own = {start: [{k: v.clone() for k, v in scene.items()} for scene in part] for start, part in own.items()}
     every: dict[int, list[dict[str, Tensor]]] = {}
     for share in distributed.gathered(own):
         every |= share
