@@ -7,6 +7,7 @@ that matching and suppression run over the whole batch at once.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,12 +55,12 @@ class Checked(Targets):
 
     Args:
         boxes, labels: as of all targets.
-        classes: above all labels.
+        classes: above all labels. Who makes a copy of the two without it, as torch does, has checked nothing.
     """
 
-    classes: int
+    classes: float
 
-    def __new__(cls, boxes: Tensor, labels: Tensor, classes: int) -> Checked:
+    def __new__(cls, boxes: Tensor, labels: Tensor, classes: float = math.inf) -> Checked:
         made = super().__new__(cls, boxes, labels)
         made.classes = classes
         return made
@@ -200,7 +201,7 @@ def check_targets(targets: Targets, classes: int | None = 10) -> Checked:
     """
     if classes is not None:
         _check_classes(classes)
-    if isinstance(targets, Checked) and (classes is None or targets.classes <= classes):
+    if isinstance(targets, Checked) and targets.classes <= (sys.maxsize if classes is None else classes):
         return targets
     boxes, labels = targets
     whole_numbers = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool

@@ -1,6 +1,8 @@
 """Boxes: offsets, matching and suppression against brute force and torchvision."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -250,8 +252,14 @@ def test_targets_are_looked_at_once_and_not_in_every_step_of_a_training():
 def test_what_was_checked_for_more_classes_is_looked_at_again():
     known = check_targets(targets_by_hand([0.1, 0.1, 0.5, 0.5], 12), classes=None)
     assert isinstance(known, Checked) and known.classes == 13 and check_targets(known, 13) is known
-    with pytest.raises(ValueError, match="scene 1: labels must be 0 to 9"):
-        check_targets(known, 10)
+    copies = pickle.loads(pickle.dumps(known)), copy.deepcopy(known)
+    assert [one.classes for one in copies] == [13, 13]
+    for one in (known, Checked(*known), *copies):  # who makes one of two tensors has checked nothing
+        with pytest.raises(ValueError, match="scene 1: labels must be 0 to 9"):
+            check_targets(one, 10)
+    wrong = targets_by_hand([0.1, 0.1, 0.1, 0.5], 1)
+    with pytest.raises(ValueError, match="scene 1: a box has no area"):
+        check_targets(Checked(*wrong), None)
 
 
 def test_no_detection_at_all_is_an_empty_result():
