@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lipguide import distributed
+from lipguide import deadline, distributed
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.files import replacing
 from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attacked, most_harmful
@@ -194,6 +194,7 @@ def _kept(path: Path, model: nn.Module, plan: Plan, scenes: Split, attack: str |
         if known["setting"] != setting:
             raise ValueError(f"{path} belongs to other weights or another study: remove {path.parent}")
         return Found(*known["found"])
+    deadline.check(f"{path.name} has not been evaluated")
     found = _found(model, plan, scenes, attack)
     if distributed.rank_and_ranks()[0] == 0:
         with replacing(path) as temporary:
@@ -209,6 +210,8 @@ def _found(model: nn.Module, plan: Plan, scenes: Split, attack: str | None) -> F
     own: dict[int, list[dict[str, Tensor]]] = {}  # by the first scene of a part
     blind = 0
     for start in range(rank * size, len(scenes.images), ranks * size):
+        if ranks == 1:  # several agree on it before each attack only
+            deadline.check(f"stopped in {attack or CLEAN}, at scene {start} of {len(scenes.images)}")
         own[start], unseen = _found_in(model, plan, scenes.part(slice(start, start + size)), attack)
         blind += unseen
     if ranks > 1:  # to pickle one scene's part of a column is to pickle the column

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lipguide import deadline, distributed
+from lipguide import distributed
 from lipguide.data import folder_of
 from lipguide.files import write_json
 from lipguide.provenance import provenance
