@@ -5,6 +5,8 @@ other temperatures go on from it, so that what differs between them is the tempe
 are for a GPU: what the chapter trains in the profile "full", on all scenes. There each network learns from scratch, so
 those at other temperatures do not depend on the first.
 
+*The reader*, which carries certificates: its trunk begins with what the classifier of single digits knows.
+
 *Tinier SSD*, the case study's. The four recipes whose weights ship are of its plan "cpu"; "-quick" and "-full" stand
 for its other plans, and "-svhn" at the end for the real scenes in place of their synthetic twin.
 
@@ -32,6 +34,7 @@ from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
+from lipguide.tasks.detection.reader import WINDOW, Detector, ReaderStep, detector, take_over
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.tinier_ssd import PICTURE, TinierSSD
 from lipguide.tasks.harness import trained
@@ -67,6 +70,27 @@ class Recipe(task.Recipe):
     def bound(self, model: FCOS) -> dict[str, float]:
         """The bound of the trunk of a 1-Lipschitz network, which is what its certificates go by."""
         return {"trunk": lipschitz_bound(model.trunk, (3, PICTURE, PICTURE)).value} if self.lipschitz else {}
+
+
+@dataclass(frozen=True)
+class Reading(Recipe):
+    """How the reader of a pyramid is trained, on what, and for how long."""
+
+    batch_size: int = 16
+    rate: float = 2e-3
+    width: int = 16
+    tau: float = 5.0
+    start: str | None = "classification-vgg"
+    items: int | None = None
+    precision: ClassVar[str] = "float32"
+
+    def networks(self) -> dict[str, Callable[[], Detector]]:
+        """The networks that such a recipe can train, by their names."""
+        return {"reader": partial(detector, self.width, tau=self.tau)}
+
+    def bound(self, model: Detector) -> dict[str, float]:
+        """The bound of a window's features, which is what the certificates go by."""
+        return {"window": lipschitz_bound(model.window(), (3, WINDOW, WINDOW)).value}
 
 
 @dataclass(frozen=True)
@@ -132,6 +156,8 @@ def _scenes(split: str, items: int | None, seed: int, svhn: Path | None) -> Spli
 
 def step(model: FCOS | TinierSSD, recipe: Recipe | CaseStudy, data: task.Data) -> DetectionStep:
     """The training step of a recipe."""
+    if isinstance(model, Detector):
+        return ReaderStep(model.training_loss())
     _, boxes, labels = data.columns
     return DetectionStep(model.training_loss(), check_targets(Targets(boxes, labels)))
 
@@ -140,7 +166,11 @@ def begin(model: FCOS | TinierSSD, recipe: Recipe | CaseStudy) -> None:
     """Give a network the weights that its recipe goes on from, and the memory format that trains fastest."""
     model.to(memory_format=torch.channels_last)
     if recipe.start is not None:
-        _take_over(model, trained(recipe.start, next(model.parameters()).device)[0])
+        weights = trained(recipe.start, next(model.parameters()).device)[0]
+        if isinstance(model, Detector) and not isinstance(weights, Detector):
+            take_over(model, weights)
+        else:
+            _take_over(model, weights)
 
 
 @torch.no_grad()
@@ -196,6 +226,7 @@ _FULL = Recipe("fcos", steps=12_000, batch_size=128, width=96, items=None, test_
 LARGE: dict[str, Recipe | CaseStudy] = {
     "detection-fcos-full": _FULL,
     **{f"detection-fcos-tau-{tau}-full": replace(_FULL, tau=float(tau)) for tau in (5, 80)},  # the first one has 20
+    "detection-reader": Reading("reader", steps=6000),
     "detection-ordinary-fcos-full": replace(_FULL, network="ordinary-fcos", steps=6000, rate=1e-2),
 }
 # How often the plan "full" sees all scenes. Two configurations pay for SLL layers of 256 channels with many times the

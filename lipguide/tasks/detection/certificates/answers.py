@@ -1,0 +1,60 @@
+"""What a detector answers to pictures, each answer with the constant that bounds how it moves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lipguide.tasks.detection.boxes import check_finite
+from lipguide.tasks.detection.decision import peaks
+from lipguide.tasks.detection.scores import check_call
+
+__all__ = ["ROUNDING", "Answers", "answers"]
+
+ROUNDING = 1e-4  # of scores, in float32: so much is added to how far an attack moves them
+
+
+class Answers(NamedTuple):
+    """Scores and boxes of P windows in N pictures, of a detector whose decision is `peaks`.
+
+    Args:
+        scores: (N, P, C).
+        boxes: (N, P, 4) xyxy, not cut at the picture's edge.
+        graph: (P, P), the rivals.
+        steepness: each score is so Lipschitz in the picture.
+        reach: (P,), the four sides of a window's box are, as one vector.
+    """
+
+    scores: Tensor
+    boxes: Tensor
+    graph: Tensor
+    steepness: float
+    reach: Tensor
+
+    def detections(self, least: float = 0.0) -> list[dict[str, Tensor]]:
+        """What the detector reports above `least`."""
+        return peaks(self.scores, self.boxes, self.graph, least)
+
+    def moves(self, eps: float) -> tuple[float, Tensor]:
+        """How far a score, and each window's box (P,), may move while the picture moves by `eps`."""
+        return self.steepness * eps + ROUNDING, self.reach * eps + ROUNDING / 10
+
+
+@torch.no_grad()
+def answers(model: nn.Module, images: Tensor, batch_size: int = 64) -> Answers:
+    """What `model`, such as `lipguide.tasks.detection.reader.detector`, answers to pictures (N, 3, 74, 74) in [0, 1].
+
+    >>> from lipguide.tasks.detection.reader import Detector
+    >>> given = answers(Detector((8, 8, 8), 16).eval(), torch.rand(2, 3, 74, 74))
+    >>> tuple(given.scores.shape), round(given.steepness, 3)
+    ((2, 343, 10), 1.0)
+    """
+    check_call(model, images, batch_size)
+    outputs = [model(part) for part in images.split(batch_size)]
+    scores = torch.cat([model.scores(output) for output in outputs])
+    boxes = torch.cat([model.boxes(output) for output in outputs])
+    check_finite(scores, boxes)
+    steepness, reach = model.constants()
+    return Answers(scores, boxes, model.rivals(), steepness, reach)

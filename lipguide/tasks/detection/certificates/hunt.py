@@ -1,0 +1,156 @@
+"""Attacks aimed at certificates: each certified object is hunted inside its ball, in four ways.
+
+A certificate that falls is wrong. That none falls proves nothing, but a hunt that catches certificates with a known
+mistake in them is worth something against an unknown one.
+
+* *label*: lower the object's class at every window that is right for it;
+* *box*: push the box of the best of them off the object;
+* *suppressor*: raise a rival that is not right over the right ones;
+* *alarm*: raise whatever speaks, or nearly does, anywhere in the scene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lipguide.layers.arguments import whole
+from lipguide.robustness.attacks import pgd_l2
+from lipguide.tasks.detection.boxes import NOTHING, Targets
+from lipguide.tasks.detection.certificates.answers import answers
+from lipguide.tasks.detection.certificates.objects import needed, right
+from lipguide.tasks.detection.certificates.overlap import overlap
+from lipguide.tasks.detection.certificates.summary import Certificate
+
+__all__ = ["AIMS", "Hunted", "hunt"]
+
+SHARP = 30.0  # of soft maxima
+
+
+class Hunted(NamedTuple):
+    """hunted: certified objects; fallen: how many of them some attack loses, by its aim; overrun: how many attacked
+    scenes have more detections of a class than the bound allows."""
+
+    hunted: int
+    fallen: dict[str, int]
+    overrun: int
+
+
+class _Prey(NamedTuple):
+    """One row for each object that is hunted. labels: (K,); good, beside: (K, P), the windows that are right for it
+    and the others that are their rivals; truth: (K, 4)."""
+
+    labels: Tensor
+    good: Tensor
+    beside: Tensor
+    truth: Tensor
+
+
+def _label(scores: Tensor, boxes: Tensor, prey: _Prey) -> Tensor:
+    return -_soft_maximum(_own(scores, prey), prey.good)
+
+
+def _box(scores: Tensor, boxes: Tensor, prey: _Prey) -> Tensor:
+    best = _own(scores, prey).masked_fill(~prey.good, -torch.inf).argmax(1)
+    return -overlap(boxes[torch.arange(len(best)), best], prey.truth)
+
+
+def _suppressor(scores: Tensor, boxes: Tensor, prey: _Prey) -> Tensor:
+    own = _own(scores, prey)
+    return _soft_maximum(own, prey.beside) - _soft_maximum(own, prey.good)
+
+
+def _alarm(scores: Tensor, boxes: Tensor, prey: _Prey) -> Tensor:
+    return (SHARP / 3 * scores).sigmoid().sum((1, 2))
+
+
+AIMS: dict[str, Callable[[Tensor, Tensor, _Prey], Tensor]] = {
+    "label": _label,
+    "box": _box,
+    "suppressor": _suppressor,
+    "alarm": _alarm,
+}
+
+
+def _own(scores: Tensor, prey: _Prey) -> Tensor:
+    """(K, P): the scores of each object's class."""
+    return scores[torch.arange(len(prey.labels)), :, prey.labels]
+
+
+def _soft_maximum(values: Tensor, among: Tensor) -> Tensor:
+    """(K,): of each row the largest value among some, smoothed; far below all where there is none."""
+    return (SHARP * values).masked_fill(~among, -1e4).logsumexp(1) / SHARP
+
+
+def hunt(
+    model: nn.Module,
+    images: Tensor,
+    targets: Targets,
+    certificate: Certificate,
+    steps: int = 20,
+    batch_size: int = 32,
+) -> Hunted:
+    """Attack every object that is certified above threshold 0, within the certificate's `eps`.
+
+    Args:
+        model: as `lipguide.tasks.detection.certificates.answers` takes it.
+        images, targets: the scenes that were certified.
+        certificate: what is put to the test.
+        steps: of each of the four attacks.
+    """
+    whole("steps", steps, "an attack takes one step or more")
+    rows = (certificate.heights > 0).nonzero().squeeze(1)
+    fallen = dict.fromkeys(AIMS, 0)
+    overrun = 0
+    for part in rows.split(batch_size):
+        scenes = certificate.scene[part]
+        prey = _prey(model, images, targets, certificate, part)
+        for aim, function in AIMS.items():
+
+            def ascend(output: Any, some: _Prey, function: Callable[..., Tensor] = function) -> Tensor:
+                return function(model.scores(output), model.boxes(output), some)
+
+            moved = pgd_l2(model, images[scenes], prey, certificate.eps, steps, loss=ascend)
+            found = answers(model, moved).detections()
+            wanted = _wanted(targets, certificate, part)
+            for scene, detections, label, truth, least in zip(scenes.tolist(), found, *wanted, strict=True):
+                there = (detections["labels"] == label) & (overlap(detections["boxes"], truth) > least)
+                fallen[aim] += not bool(there.any())
+                overrun += _overrun(detections["labels"], certificate, scene)
+    return Hunted(len(rows), fallen, overrun)
+
+
+def _wanted(targets: Targets, certificate: Certificate, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Label, box and needed overlap of the objects in some rows of a certificate."""
+    labels, truths, least = [], [], []
+    for row in part.tolist():
+        scene = int(certificate.scene[row])
+        there = targets.labels[scene] != NOTHING
+        boxes, classes = targets.boxes[scene, there], targets.labels[scene, there]
+        number = row - int((certificate.scene < scene).sum())  # objects stand scene after scene
+        labels.append(classes[number])
+        truths.append(boxes[number])
+        least.append(needed(boxes, classes)[number])
+    return torch.stack(labels), torch.stack(truths), torch.stack(least)
+
+
+def _prey(model: nn.Module, images: Tensor, targets: Targets, certificate: Certificate, part: Tensor) -> _Prey:
+    labels, truths, _ = _wanted(targets, certificate, part)
+    given = answers(model, images[certificate.scene[part]])
+    _, radius = given.moves(certificate.eps)
+    good = []
+    for boxes, truth, label in zip(given.boxes, truths, labels, strict=True):
+        good.append(right(boxes, radius, truth[None], label[None])[0])
+    good = torch.stack(good)
+    beside = (good.float() @ given.graph.float() > 0) & ~good
+    return _Prey(labels, good, beside, truths)
+
+
+def _overrun(labels: Tensor, certificate: Certificate, scene: int) -> int:
+    """Whether a scene has more detections of some class than its certificate allows above threshold 0."""
+    allowed = certificate.alarm_label[(certificate.alarm_scene == scene) & (certificate.births > 0)]
+    classes = 1 + max([int(part.max()) for part in (labels, allowed) if len(part)], default=0)
+    return int((labels.bincount(minlength=classes) > allowed.bincount(minlength=classes)).any())

@@ -1,0 +1,152 @@
+r"""Certified recall, precision and average precision: what no attack within ε brings a detector below.
+
+At threshold t let R(t) be the share of objects that are surely found, and P(t) their number over the largest possible
+number of detections. On every attacked copy of the scenes, recall at t is R(t) or more. Precision is true detections
+over all: there are as many true ones as P(t)'s numerator or more, and all together no more than its denominator, so it
+is P(t) or more.
+
+*Lemma.* The attacked average precision of a class is at least
+
+.. math:: \mathrm{AP} = \frac1{101} \sum_{k=0}^{100} \max\{P(t) : R(t) \ge k / 100\},
+
+whatever the attack, another one for each scene. *Proof.* Interpolated precision at recall r is the best precision at
+any threshold with recall r or more. For every t with R(t) ≥ r the attacked recall at t is r or more and the attacked
+precision P(t) or more; take the best such t. ∎
+
+Between two thresholds at which nothing changes, nothing is gained, so t runs over those just below each height.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lipguide.tasks.detection.boxes import NOTHING, Targets, check_number, check_targets
+from lipguide.tasks.detection.certificates.alarms import births
+from lipguide.tasks.detection.certificates.answers import Answers
+from lipguide.tasks.detection.certificates.objects import heights, right
+
+__all__ = ["Certificate", "certified_ap", "certified_precision", "certified_recall", "certify", "object_radii"]
+
+MOST = 100  # detections of a scene that COCO's evaluator takes
+
+
+class Certificate(NamedTuple):
+    """What holds for every picture within `eps` of N scenes. All objects and all alarms stand in one row.
+
+    Args:
+        eps: L2 norm.
+        scene, label: (n,) of each object.
+        before: (n,), a right window of the object surely speaks below this threshold; −∞: none does.
+        heights: (n,), the object is surely found, after suppression, below this threshold.
+        births: (K,), below this threshold one more detection is possible.
+        alarm_scene, alarm_label: (K,) of each of these.
+    """
+
+    eps: float
+    scene: Tensor
+    label: Tensor
+    before: Tensor
+    heights: Tensor
+    births: Tensor
+    alarm_scene: Tensor
+    alarm_label: Tensor
+
+
+@torch.no_grad()
+def certify(given: Answers, targets: Targets, eps: float) -> Certificate:
+    """The certificates of all scenes at `eps`.
+
+    A scene in which more than 100 detections are possible certifies no object: an evaluator might cut one off.
+
+    >>> from lipguide.tasks.detection.boxes import pad_targets
+    >>> box = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
+    >>> given = Answers(torch.tensor([[[0.9]]]), box[None], torch.ones(1, 1).bool(), 1.0, torch.tensor([0.1]))
+    >>> certificate = certify(given, pad_targets([box], [torch.tensor([0])]), eps=0.25)
+    >>> [round(float(part), 2) for part in (certificate.heights, certificate.births)]
+    [0.65, 1.15]
+    """
+    check_number("eps", eps, 0)
+    boxes, labels = check_targets(targets, classes=None)
+    drift, radius = given.moves(eps)
+    objects: list[tuple[Tensor, ...]] = []
+    alarms: list[tuple[Tensor, Tensor]] = []
+    for scene in range(len(labels)):
+        there = labels[scene] != NOTHING
+        truth, classes = boxes[scene, there], labels[scene, there]
+        good = right(given.boxes[scene], radius, truth, classes)
+        before, after = heights(given.scores[scene], good, classes, given.graph, drift)
+        alarms.append(births(given.scores[scene], given.graph, drift))
+        if len(alarms[-1][0]) > MOST:
+            after = torch.full_like(after, -torch.inf)
+        objects.append((classes, before, after))
+    label, before, after = (torch.cat(parts) for parts in zip(*objects, strict=True))
+    born, alarm_label = (torch.cat(parts) for parts in zip(*alarms, strict=True))
+    scenes = torch.arange(len(labels))
+    of_objects = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in objects]))
+    of_alarms = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in alarms]))
+    return Certificate(eps, of_objects, label, before, after, born, of_alarms, alarm_label)
+
+
+def certified_recall(certificate: Certificate, least: float = 0.0) -> float:
+    """The share of objects, in per cent, that are found above threshold `least` on every picture within eps: with
+    their label, an overlap above a half, and after suppression. This says nothing about false alarms."""
+    check_number("least", least, 0)  # below, no alarms are counted
+    return 100 * float((certificate.heights > least).double().mean()) if len(certificate.heights) else 0.0
+
+
+def certified_precision(certificate: Certificate, least: float = 0.0) -> float:
+    """The share of true ones among all detections above `least`, in per cent, that no attack within eps undercuts."""
+    check_number("least", least, 0)
+    found = int((certificate.heights > least).sum())
+    return 100 * found / max(int((certificate.births > least).sum()), found, 1)
+
+
+def certified_ap(certificate: Certificate) -> float:
+    """Mean over the classes that occur of the average precision, in per cent, that no attack within eps undercuts.
+
+    >>> alone, height, birth = torch.tensor([0]), torch.tensor([0.5]), torch.tensor([0.7])
+    >>> certified_ap(Certificate(0.1, alone, alone, height, height, birth, alone, alone))
+    100.0
+    """
+    classes = certificate.label.unique().tolist()
+    values = []
+    for c in classes:
+        own = certificate.heights[certificate.label == c]
+        alarms = certificate.births[certificate.alarm_label == c]
+        values.append(_average(own, alarms))
+    return 100 * sum(values) / max(len(values), 1)
+
+
+def _average(own: Tensor, alarms: Tensor) -> float:
+    """Of one class: heights (n,) of its objects, −∞ where lost, and births (K,) of its possible detections."""
+    levels = own[own > -torch.inf].sort(descending=True).values
+    levels = levels[levels > 0]  # no window speaks below
+    if not len(levels):
+        return 0.0
+    found = (own[None] >= levels[:, None]).sum(1).double()
+    possible = (alarms[None] >= levels[:, None]).sum(1).double()
+    precision = found / torch.maximum(possible, found)
+    recall = found / len(own)
+    total = 0.0
+    for k in range(101):
+        enough = recall >= k / 100
+        total += float(precision[enough].max()) if enough.any() else 0.0
+    return total / 101
+
+
+def object_radii(given: Answers, targets: Targets, grid: list[float]) -> Tensor:
+    """The largest ε of a grid at which each object is surely found, (n,); 0 where it is at none.
+
+    What is found within a ball is found within a smaller one, so the certificate may come from any ε.
+    """
+    radii = None
+    for eps in sorted(grid):
+        found = certify(given, targets, eps).heights > 0
+        radii = torch.zeros(len(found)) if radii is None else radii
+        radii[found] = eps
+    if radii is None:
+        raise ValueError("the grid of eps is empty: give one or more")
+    return radii

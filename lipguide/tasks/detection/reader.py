@@ -1,0 +1,339 @@
+"""A detector that is 1-Lipschitz in every answer: one reader of one window, slid over a pyramid.
+
+Each window of 32×32 pixels sees its digit at one size. The trunk runs over a whole level at once, so that neighbouring
+windows share their convolutions; behind it a window is a patch of 4×4 cells, read by one dense layer and two heads. Of
+the picture, as a function of which all norms here are taken:
+
+* the picture minus its mean, a level, and the trunk's map of it are 1-Lipschitz (`Level`, orthogonal convolutions and
+  GroupSort);
+* the features of one window are 1-Lipschitz: a patch of that map, an orthogonal matrix and GroupSort;
+* so is each logit, a unit row of the features, and so is the *vector* of a window's four sides over `reach`: its four
+  rows are orthonormal. The difference of two logits of a window moves by ‖w_k − w_j‖ at most.
+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lipguide.bounds.network import lipschitz_bound
+from lipguide.distributed import mean_over_ranks
+from lipguide.layers.activations import GroupSort2
+from lipguide.layers.affine import orthogonal, unit_rows
+from lipguide.tasks.detection.boxes import NOTHING, Targets, check_targets, single, unit_range
+from lipguide.tasks.detection.decision import radii, rivals
+from lipguide.tasks.detection.fcos import Brightless
+from lipguide.tasks.detection.losses import check_output
+from lipguide.tasks.detection.pyramid import Canvas, Level
+from lipguide.tasks.detection.tinier_ssd import PICTURE
+
+__all__ = ["CANVASES", "ReaderLoss", "ReaderOutput", "ReaderStep", "Detector", "detector"]
+
+WINDOW, CELL, PATCH = 32, 8, 4  # pixels of a level that a window sees, pixels of a cell, cells of a window
+HEIGHT, WIDTH = 28.0, 13.0  # of the digit that a window expects, in pixels of the level
+# Digits of 61, 43 and 30 pixels of 74 are 28 high; the zeros are there for windows whose digit stands at the edge.
+# Rivals: how far apart in x and y, in heights, and in octaves. Two windows that speak of one digit are 8.6 pixels apart
+# on a level, a third of the height, and at most one level.
+RIVALS = (0.36, 0.5, 0.6)
+CANVASES = (Canvas(34, 48, 64, 7, 15), Canvas(48, 56, 72, 4, 12), Canvas(68, 80, 96, 6, 14))
+
+
+class ReaderOutput(NamedTuple):
+    """logits: (N, P, classes + 1), background last; sides: (N, P, 4), how far left, top, right and bottom stand from
+    those of a digit in the middle of the window, in units of `reach` pixels of the level."""
+
+    logits: Tensor
+    sides: Tensor
+
+
+class Detector(nn.Module):
+    """The reader over the pyramid. Windows are listed level by level, row by row.
+
+    Args:
+        widths: channels at each size, layer by layer those of `lipguide.tasks.classification.networks.vgg`; the halving
+            doubles them.
+        features: of a window.
+        reach: pixels of a level that one unit of the box head stands for.
+        tau: temperature of the loss and of the scores.
+        canvases: the levels.
+
+    >>> output = Detector((8, 8, 8), 16)(torch.rand(2, 3, 74, 74))
+    >>> [tuple(part.shape) for part in output]
+    [(2, 343, 11), (2, 343, 4)]
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (16, 32, 64),
+        features: int = 128,
+        reach: float = 3.0,
+        tau: float = 5.0,
+        classes: int = 10,
+        canvases: Sequence[Canvas] = CANVASES,
+    ) -> None:
+        super().__init__()
+        self.reach, self.tau, self.canvases = reach, tau, tuple(canvases)
+        self.brightless = Brightless()
+        self.levels = nn.ModuleList(Level(PICTURE, canvas) for canvas in canvases)
+        first, second, third = widths
+        self.trunk = nn.Sequential(
+            *_layer(nn.Conv2d(3, first, 3, padding=1)),
+            *_layer(nn.Conv2d(first, 2 * first, 2, 2)),
+            *_layer(nn.Conv2d(2 * first, second, 3, padding=1)),
+            *_layer(nn.Conv2d(second, 2 * second, 2, 2)),
+            *_layer(nn.Conv2d(2 * second, third, 3, padding=1)),
+        )
+        self.halve = orthogonal(nn.Conv2d(third, 2 * third, 2, 2))
+        self.read = orthogonal(nn.Conv2d(2 * third, features, PATCH, PATCH))
+        self.sort = GroupSort2()
+        self.class_head = unit_rows(nn.Linear(features, classes + 1))
+        self.box_head = orthogonal(nn.Linear(features, 4))
+
+    def forward(self, x: Tensor) -> ReaderOutput:
+        x = self.brightless(x)
+        with parametrize.cached():  # the weights are those of all levels
+            features = torch.cat([self.features(x, level) for level in range(len(self.levels))], 1)
+            return ReaderOutput(self.class_head(features), self.box_head(features))
+
+    def features(self, x: Tensor, level: int, dense: bool = True, moved: tuple[int, int] = (0, 0)) -> Tensor:
+        """(N, windows, features) of one level of a picture without its mean.
+
+        Args:
+            dense: a window at every fourth pixel, not at every eighth.
+            moved: pixels by which the picture is moved down and right on its canvas of zeros.
+        """
+        x = self.trunk(self.levels[level](x).roll(moved, (2, 3)))
+        # The same two layers at every place: between two windows a stride of 8 pixels, or of 4.
+        x = self.sort(F.conv2d(x, self.halve.weight, self.halve.bias, stride=1 if dense else 2))
+        x = F.conv2d(x, self.read.weight, self.read.bias, dilation=2 if dense else 1)
+        return self.sort(x).flatten(2).mT
+
+    def window(self) -> nn.Sequential:
+        """The reader of one window (3, 32, 32) of a level up to its features: what slides over a level.
+
+        Its constant is that of the features of each window, for the trunk's constant does not depend on the size.
+        """
+        return nn.Sequential(self.trunk, self.halve, self.sort, self.read, self.sort).train(self.training)
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Centres (P, 2) of the windows, x and y in pictures, and (P,) pixels of the level that a picture has."""
+        parts = [places(canvas, CELL // 2) for canvas in self.canvases]
+        centres, sides = (torch.cat(part).to(self.class_head.weight.device) for part in zip(*parts, strict=True))
+        return centres, sides
+
+    def log_scores(self, output: ReaderOutput) -> Tensor:
+        """(N, P, classes): logarithms of the tempered probabilities, without background."""
+        return (self.tau * output.logits).log_softmax(2)[..., :-1]
+
+    def boxes(self, output: ReaderOutput) -> Tensor:
+        """(N, P, 4) xyxy, which may stick out of the picture."""
+        centres, sides = self.places()
+        return centres.repeat(1, 2) + (self.reach * output.sides + _expected(output.sides)) / sides[:, None]
+
+    def scores(self, output: ReaderOutput) -> Tensor:
+        """(N, P, classes): signed distances to where a class stops being the answer, each 1-Lipschitz in the features;
+        see `lipguide.tasks.detection.decision.radii`."""
+        return radii(output.logits, self.class_head.weight.detach())
+
+    def rivals(self) -> Tensor:
+        """(P, P): which windows could look at the same digit."""
+        centres, sides = self.places()
+        return rivals(centres, HEIGHT / sides, *RIVALS)
+
+    def constants(self) -> tuple[float, Tensor]:
+        """How Lipschitz each score is in the picture, and (P,) the box of each window as one vector."""
+        level = max(float(level.lipschitz(1.0, None)) for level in self.levels)
+        features = level * lipschitz_bound(self.window(), (3, WINDOW, WINDOW)).value
+        of_head = float(torch.linalg.matrix_norm(self.box_head.weight.detach().double(), 2))
+        return features, features * of_head * self.reach / self.places()[1]
+
+    def training_loss(self, reduction: str = "mean") -> ReaderLoss:
+        """The loss of all windows at temperature tau."""
+        return ReaderLoss(self, reduction)
+
+
+def places(canvas: Canvas, step: int, moved: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
+    """Centres (P, 2) of the windows of one level, and (P,) its side; see `Detector.places`."""
+    down, right = moved
+    y = torch.arange(0, canvas.height - WINDOW + 1, step) + WINDOW / 2 - canvas.above - down
+    x = torch.arange(0, canvas.width - WINDOW + 1, step) + WINDOW / 2 - canvas.before - right
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    centres = torch.stack([x, y], -1).flatten(0, 1) / canvas.side
+    return centres, torch.full((len(centres),), float(canvas.side))
+
+
+def _layer(convolution: nn.Conv2d) -> list[nn.Module]:
+    return [orthogonal(convolution), GroupSort2()]
+
+
+def _expected(like: Tensor) -> Tensor:
+    return like.new_tensor([-WIDTH / 2, -HEIGHT / 2, WIDTH / 2, HEIGHT / 2])
+
+
+class Assigned(NamedTuple):
+    """What each window is to say. labels: (N, P), of the nearest object, -1 without one; distance: (N, P), at most 1
+    where a window speaks of it; sides: (N, P, 4), that object's, in units of `reach`."""
+
+    labels: Tensor
+    distance: Tensor
+    sides: Tensor
+
+
+SHIFT, RATIO = 4.3, 0.265  # pixels off the middle, and octaves off the height, at which a window still speaks
+RING = 1.7  # times that is where it may not speak any more; between, it may say the digit or nothing
+
+
+def assign(targets: Targets, centres: Tensor, sides: Tensor, reach: float) -> Assigned:
+    """Which object each window is nearest to, and how far off it is. The nearest one to an object speaks, if it is as
+    near as the ring."""
+    boxes, labels = check_targets(targets)
+    if labels.shape[1] == 0:
+        nothing = labels.new_full((len(labels), len(sides)), NOTHING)
+        return Assigned(nothing, boxes.new_full(nothing.shape, torch.inf), boxes.new_zeros(*nothing.shape, 4))
+    middle = (boxes[..., :2] + boxes[..., 2:]) / 2  # (N, M, 2)
+    height = (boxes[..., 3] - boxes[..., 1]).clamp(min=1e-6)
+    shift = ((middle[:, None] - centres[:, None]) * sides[:, None, None]).abs().amax(-1)  # (N, P, M)
+    octaves = (height[:, None] * sides[:, None] / HEIGHT).log2().abs()
+    far = torch.maximum(shift / SHIFT, octaves / RATIO).masked_fill((labels == NOTHING)[:, None], torch.inf)
+    nearest = (far == far.amin(1, keepdim=True)) & (far <= RING)
+    far = torch.where(nearest, far.clamp(max=1.0), far)
+    distance, owner = far.min(2)
+    own = boxes.gather(1, owner[..., None].expand(-1, -1, 4))
+    wanted = (own - centres.repeat(1, 2)) * sides[:, None]
+    return Assigned(labels.gather(1, owner), distance, (wanted - _expected(wanted)) / reach)
+
+
+class ReaderLoss(nn.Module):
+    r"""Cross-entropy at temperature τ of the windows on a digit and of the hardest others, and smooth L1 of sides.
+
+    A window within the ring around a digit may say the digit or nothing, so that what is nearly there is no mistake;
+    it learns the digit's box all the same, for whoever outscores the right window should be right as well.
+
+    Args:
+        model: whose windows they are.
+        negatives: hardest windows elsewhere for each one that speaks, among all that are given.
+        reduction: "mean" over the windows that speak, or "none" for one value a scene.
+    """
+
+    def __init__(self, model: Detector, reduction: str = "mean", negatives: int = 2) -> None:
+        super().__init__()
+        self.tau, self.reach, self.negatives, self.reduction = model.tau, model.reach, negatives, reduction
+        centres, sides = model.places()
+        self.register_buffer("centres", centres, persistent=False)
+        self.register_buffer("sides", sides, persistent=False)
+
+    def forward(self, output: ReaderOutput, targets: Targets) -> Tensor:
+        logits, found = (single(part) for part in output)
+        check_output(logits, len(self.sides), targets)
+        wanted = assign(targets, self.centres, self.sides, self.reach)
+        values, speaks = self.of_windows(logits.flatten(0, 1), found.flatten(0, 1), *(p.flatten(0, 1) for p in wanted))
+        scene, speaks = values.unflatten(0, logits.shape[:2]).sum(1), speaks.unflatten(0, logits.shape[:2]).sum(1)
+        if self.reduction == "none":
+            return scene / speaks.clamp(min=1)
+        return mean_over_ranks(scene.sum(), speaks.sum(), logits)
+
+    def of_windows(
+        self, logits: Tensor, found: Tensor, labels: Tensor, distance: Tensor, sides: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each of K windows, (K,), and which of them speak."""
+        background = logits.shape[1] - 1
+        log_p = (self.tau * logits).log_softmax(1)
+        of_label = log_p.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+        nothing = log_p[:, background]
+        speaks, ring = distance <= 1, (distance > 1) & (distance <= RING)
+        values = torch.where(speaks, -of_label, torch.where(ring, -torch.logaddexp(of_label, nothing), -nothing))
+        hard = self._hard(values.detach().masked_fill(speaks | ring, -1.0), speaks)
+        of_box = F.smooth_l1_loss(found, sides.clamp(-4, 4), reduction="none", beta=0.3).sum(1)
+        return values * (speaks | ring | hard) + of_box * (speaks + 0.5 * ring), speaks
+
+    def _hard(self, values: Tensor, speaks: Tensor) -> Tensor:
+        """The hardest windows elsewhere."""
+        count = min(self.negatives * max(int(speaks.sum()), 8), len(values))
+        return values >= values.topk(count).values[-1].clamp(min=0)
+
+
+class ReaderStep(nn.Module):
+    """The step of `lipguide.training.fit`.
+
+    Each scene is read on the levels on which one of its digits has about the size that the reader expects, and on each
+    other one with a probability of `elsewhere`: what stands there is nothing, and half of the work. Each batch lies
+    elsewhere on the canvases, so that every place is learnt.
+    """
+
+    def __init__(self, loss: ReaderLoss, elsewhere: float = 0.1) -> None:
+        super().__init__()
+        self.loss, self.elsewhere = loss, elsewhere
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        images, boxes, labels = batch
+        images = model.brightless(unit_range(images))
+        moved = tuple(torch.randint(-CELL // 4, CELL // 4, (2,)).tolist())
+        windows: list[list[Tensor]] = []
+        with parametrize.cached():
+            for number, canvas in enumerate(model.canvases):
+                chosen = self._suited(boxes, labels, canvas.side)
+                if not chosen.any():
+                    continue
+                features = model.features(images[chosen], number, True, moved)
+                centres, sides = places(canvas, CELL // 2, moved)
+                centres, sides = centres.to(images.device), sides.to(images.device)
+                wanted = assign(Targets(boxes[chosen], labels[chosen]), centres, sides, model.reach)
+                parts = [model.class_head(features), model.box_head(features), *wanted]
+                windows.append([part.flatten(0, 1) for part in parts])
+            together = [torch.cat(parts) for parts in zip(*windows, strict=True)]
+        values, speaks = self.loss.of_windows(*(single(part) for part in together[:2]), *together[2:])
+        return mean_over_ranks(values.sum(), speaks.sum(), values)
+
+    def _suited(self, boxes: Tensor, labels: Tensor, side: int) -> Tensor:
+        """(N,): which scenes are read on a level."""
+        height = (boxes[..., 3] - boxes[..., 1]).clamp(min=1e-6) * side
+        near = (height / HEIGHT).log2().abs() < RING * RATIO
+        suited = (near & (labels != NOTHING)).any(1)
+        return suited | (torch.rand(len(labels), device=labels.device) < self.elsewhere)
+
+
+FITS, FIT_RATE = 400, 0.03  # steps by which an orthogonal kernel is fitted to a given one, and their rate
+
+
+def take_over(model: Detector, classifier: nn.Sequential, gain: float = 2.0) -> None:
+    """Begin with what a classifier of single digits knows: `vgg` of the same widths, trained.
+
+    A digit is `gain` times as clear on a level as in a crop; with biases `gain` times as large, trunk and features give
+    `gain` times what they gave. The row of background stays random.
+    """
+    layers = [layer for layer in classifier if isinstance(layer, nn.Conv2d | nn.Linear)]
+    own = [layer for layer in (*model.trunk, model.halve, model.read) if isinstance(layer, nn.Conv2d)]
+    for mine, theirs in zip([*own, model.class_head], layers, strict=True):
+        weight = theirs.weight.detach()
+        if mine is model.class_head:
+            weight = torch.cat([weight, mine.weight[-1:].detach()])
+        elif mine.kernel_size == mine.stride:
+            weight = weight.reshape(mine.weight.shape)
+        if isinstance(mine, nn.Linear) or mine.kernel_size == mine.stride:
+            mine.weight = weight
+        else:
+            _fit(mine, weight)
+        with torch.no_grad():
+            mine.bias[: len(theirs.bias)] = gain * theirs.bias
+
+
+def _fit(layer: nn.Conv2d, weight: Tensor) -> None:
+    """Bring the free parameters behind an orthogonal kernel to where it is nearly `weight`, an orthogonal one too."""
+    originals = list(layer.parametrizations.weight.parameters())
+    adam = torch.optim.Adam(originals, FIT_RATE)
+    for step in range(FITS):
+        adam.param_groups[0]["lr"] = FIT_RATE * (1 - step / FITS)
+        adam.zero_grad()
+        (layer.weight - weight).square().sum().backward()
+        adam.step()
+
+
+def detector(width: int = 16, tau: float = 5.0) -> Detector:
+    """The one that the chapter trains; `width` is 16 for two cores."""
+    return Detector((width, 2 * width, 4 * width), 8 * width, tau=tau)

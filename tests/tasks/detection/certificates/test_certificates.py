@@ -1,0 +1,242 @@
+"""Certificates against brute force: every move of a tiny case, and what an evaluator makes of it."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.ops import box_iou
+
+from lipguide.tasks.detection.boxes import pad_targets
+from lipguide.tasks.detection.certificates import (
+    Answers,
+    Certificate,
+    certified_ap,
+    certified_precision,
+    certified_recall,
+    certify,
+    object_radii,
+)
+from lipguide.tasks.detection.certificates.alarms import births
+from lipguide.tasks.detection.certificates.objects import heights, needed, right
+from lipguide.tasks.detection.certificates.overlap import (
+    least_in_ball,
+    least_in_cube,
+    least_overlap,
+    overlap,
+    surely_overlaps,
+)
+from lipguide.tasks.detection.decision import heard
+from lipguide.tasks.detection.scores import score
+
+
+def random_boxes(count, spread=1.0):
+    low = torch.rand(count, 2).double() * spread
+    return torch.cat([low, low + 0.1 + torch.rand(count, 2).double() * spread], 1)
+
+
+def sphere(count):
+    directions = torch.randn(count, 4).double()
+    return directions / directions.norm(dim=1, keepdim=True)
+
+
+def worst_in_ball(box, radius, truth):
+    """The least overlap that a random search finds: an upper bound of the true least one."""
+    moves = radius * sphere(4000)
+    values = overlap(box + moves, truth)
+    for scale in (0.3, 0.1, 0.03):
+        best = moves[values.argsort()[:20]]
+        tried = best[:, None] + scale * radius * torch.randn(20, 50, 4).double()
+        tried = tried.flatten(0, 1)
+        moves = torch.cat([best, radius * tried / tried.norm(dim=1, keepdim=True)])
+        values = overlap(box + moves, truth)
+    return float(values.min())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6))
+def test_no_box_of_ball_or_cube_overlaps_less(seed):
+    torch.manual_seed(seed)
+    truth = random_boxes(1)[0]
+    box = truth + 0.15 * torch.rand(()) * torch.randn(4).double()
+    radius = 0.15 * torch.rand(()).double()
+    found = worst_in_ball(box, radius, truth)
+    assert float(least_overlap(box, radius, truth)) <= found + 1e-9
+    corners = box + radius * (2 * torch.rand(3000, 4).double() - 1)
+    assert float(least_in_cube(box, radius, truth)) <= float(overlap(corners, truth).min()) + 1e-9
+
+
+def test_the_ball_bound_is_near_the_truth_where_the_cube_is_not():
+    square, radius = torch.tensor([0.0, 0.0, 1.0, 1.0]).double(), torch.tensor(0.2).double()
+    torch.manual_seed(0)
+    found = worst_in_ball(square, radius, square)
+    assert found - 0.1 < float(least_in_ball(square, radius, square)) <= found
+    assert float(least_in_cube(square, radius, square)) < found - 0.2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_overlap_is_torchvisions(seed):
+    torch.manual_seed(seed)
+    one, other = random_boxes(5), random_boxes(4)
+    assert torch.allclose(overlap(one[:, None], other), box_iou(one, other))
+
+
+def test_a_box_turned_inside_out_overlaps_nothing():
+    assert float(overlap(torch.tensor([0.6, 0.0, 0.4, 1.0]), torch.tensor([0.0, 0.0, 1.0, 1.0]))) == 0
+    flat = torch.tensor([0.45, 0.0, 0.55, 1.0])
+    assert not surely_overlaps(flat, torch.tensor(0.2), flat, torch.tensor(0.01))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6))
+def test_a_box_is_right_for_one_object_of_a_class_only(seed):
+    torch.manual_seed(seed)
+    truth = random_boxes(2, 0.4)
+    labels = torch.tensor([1, 1])
+    boxes = truth.repeat(40, 1) + 0.1 * torch.randn(80, 4).double()
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+    good = right(boxes, torch.zeros(len(boxes)).double(), truth, labels)
+    assert not good.all(0).any()
+    own = overlap(boxes, truth[:, None])
+    assert not (good[0] & (own[1] >= own[0])).any()
+    assert torch.allclose(needed(truth, torch.tensor([1, 2])), torch.tensor([0.5, 0.5]).double())
+
+
+def corners(count, drift, extra=60):
+    """Moves of scores by up to drift: all corners, and some between."""
+    edges = torch.tensor(list(itertools.product((-drift, drift), repeat=count)))
+    return torch.cat([edges, drift * (2 * torch.rand(extra, count) - 1)])
+
+
+def tiny(seed):
+    torch.manual_seed(seed)
+    graph = torch.rand(6, 6) < 0.4
+    graph = graph | graph.mT | torch.eye(6).bool()
+    return torch.rand(6, 1) * 1.5 - 0.4, graph, torch.rand(1, 6) < 0.4
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from((0.05, 0.15, 0.3)))
+def test_whoever_wins_is_right_however_the_scores_move(seed, drift):
+    scores, graph, good = tiny(seed)
+    before, after = heights(scores, good, torch.tensor([0]), graph, drift)
+    assert after <= before
+    for move in corners(6, drift * (1 - 1e-6)):
+        moved = scores + move[:, None]
+        if before > 0:
+            assert (moved[good[0]] > 0).any()
+        if after > 0:
+            least = float(after) - 1e-4
+            assert (heard(moved, graph, least)[:, 0] & good[0]).any()
+
+
+def test_most_tiny_cases_that_hold_are_certified():
+    """The lemma is no empty one: of the cases that no corner breaks, it proves nearly all."""
+    stand = proved = 0
+    for seed in range(300):
+        scores, graph, good = tiny(seed)
+        if not good.any():
+            continue
+        moves = corners(6, 0.15, 0)
+        holds = all((heard(scores + move[:, None], graph, 0.0)[:, 0] & good[0]).any() for move in moves)
+        stand += holds
+        proved += holds and bool(heights(scores, good, torch.tensor([0]), graph, 0.15)[1] > 0)
+    assert stand > 50
+    assert proved > 0.7 * stand
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from((0.05, 0.15, 0.3)), st.sampled_from((0.0, 0.2, 0.6)))
+def test_there_are_never_more_detections_than_the_bound_says(seed, drift, least):
+    scores, graph, _ = tiny(seed)
+    born, label = births(scores, graph, drift)
+    assert (label == 0).all()
+    allowed = int((born > least).sum())
+    for move in corners(6, drift * (1 - 1e-6)):
+        assert int(heard(scores + move[:, None], graph, least).sum()) <= allowed
+
+
+def test_the_bound_on_alarms_is_exact_on_apart_windows_and_on_rivals():
+    scores = torch.tensor([[0.5], [0.4], [-0.1]])
+    assert len(births(scores, torch.eye(3).bool(), 0.2)[0]) == 3
+    assert len(births(scores, torch.ones(3, 3).bool(), 0.2)[0]) == 1
+    assert len(births(scores, torch.eye(3).bool(), 0.05)[0]) == 2
+
+
+def random_answers(seed, scenes=12):
+    """Windows in a row, an object at some of them, boxes near it, scores that mostly say so."""
+    generator = torch.Generator().manual_seed(seed)
+    windows, classes = 9, 2
+    x = torch.arange(windows) / 10
+    base = torch.stack([x, torch.full_like(x, 0.3), x + 0.15, torch.full_like(x, 0.8)], 1)
+    boxes, labels, found, scores = [], [], [], []
+    for _ in range(scenes):
+        where = torch.tensor([1, 6])
+        label = torch.randint(classes, (2,), generator=generator)
+        boxes.append(base[where])
+        labels.append(label)
+        own = -0.5 + 0.6 * torch.rand(windows, classes, generator=generator)
+        for place, c in zip(where.tolist(), label.tolist(), strict=True):
+            own[place, c] += 0.9
+        scores.append(own)
+        found.append(base + 0.01 * torch.randn(windows, 4, generator=generator))
+    graph = (x[:, None] - x).abs() < 0.25
+    given = Answers(torch.stack(scores), torch.stack(found), graph, 1.0, torch.full((windows,), 0.1))
+    return given, pad_targets(boxes, labels, classes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_certified_ap_is_below_the_ap_under_any_move(seed):
+    given, targets = random_answers(seed)
+    positive = 0
+    for eps in (0.0, 0.05, 0.15, 0.3):
+        certificate = certify(given, targets, eps)
+        certified = certified_ap(certificate)
+        positive += certified > 1
+        assert certified_precision(certificate) <= 100
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(4):
+            sign = torch.randint(2, given.scores.shape, generator=generator) * 2.0 - 1
+            side = torch.randn(given.boxes.shape, generator=generator)
+            side = side / side.norm(dim=-1, keepdim=True) * given.reach[:, None]
+            moved = given._replace(scores=given.scores + eps * sign, boxes=given.boxes + eps * side)
+            attacked = score(moved.detections(), targets)
+            assert certified <= attacked.map50 + 1e-4
+            assert certified_recall(certificate) <= attacked.recall + 1e-4
+    assert positive >= 3
+
+
+def test_certificates_fall_with_eps_and_an_objects_radius_is_where_they_end():
+    given, targets = random_answers(0)
+    grid = [0.05, 0.1, 0.2, 0.4]
+    recalls = [certified_recall(certify(given, targets, eps)) for eps in grid]
+    assert recalls == sorted(recalls, reverse=True) and recalls[0] > recalls[-1]
+    radii = object_radii(given, targets, grid)
+    for eps in grid:
+        assert 100 * float((radii >= eps).double().mean()) >= certified_recall(certify(given, targets, eps)) - 1e-4
+
+
+def test_an_alarm_that_is_possible_costs_precision_and_ap():
+    def of(heights, births):
+        zeros = [torch.zeros(len(part), dtype=torch.long) for part in (heights, births)]
+        return Certificate(0.1, zeros[0], zeros[0], heights, heights, births, zeros[1], zeros[1])
+
+    clean = of(torch.tensor([0.5, 0.4]), torch.tensor([0.7, 0.6]))
+    assert certified_ap(clean) == pytest.approx(100) and certified_precision(clean) == 100
+    between = of(torch.tensor([0.5, 0.4]), torch.tensor([0.7, 0.6, 0.45]))
+    # Up to recall 1/2 there are 2 detections and 1 is surely right; at recall 1 there are 3 and 2 are.
+    first, second = 51 * max(1 / 2, 2 / 3), 50 * 2 / 3
+    assert certified_ap(between) == pytest.approx(100 * (first + second) / 101)
+    assert certified_precision(between) == pytest.approx(200 / 3)
+    for function in (certified_recall, certified_precision):
+        with pytest.raises(ValueError, match="least"):
+            function(between, -0.1)
+
+
+def test_a_scene_with_more_detections_than_an_evaluator_takes_certifies_nothing():
+    scores = torch.full((1, 120, 1), 0.9)
+    box = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
+    given = Answers(scores, box.repeat(120, 1)[None], torch.eye(120).bool(), 1.0, torch.zeros(120))
+    assert certified_recall(certify(given, pad_targets([box], [torch.tensor([0])]), 0.1)) == 0

@@ -1,0 +1,107 @@
+"""The hunt: no certificate of an honest detector falls to it, and those with a mistake in them do."""
+
+import pytest
+import torch
+from torch import nn
+
+from lipguide.tasks.detection.boxes import pad_targets
+from lipguide.tasks.detection.certificates import answers, certify
+from lipguide.tasks.detection.certificates.hunt import hunt
+from lipguide.tasks.detection.decision import radii
+from lipguide.tasks.detection.pyramid import averages
+
+PIXELS, WINDOWS, CLASSES, FEATURES, REACH, EPS = 8, 7, 2, 6, 0.1, 0.22
+
+
+class Toy(nn.Module):
+    """Windows in a row read an orthonormal share of the features of a level; heads with unit rows, √2 apart.
+
+    Args:
+        mistake: of the certificate, not of the detector: "root" forgets that two logits move apart by √2, "rows" that
+            the rows are longer than 1, "gain" what the level multiplies.
+    """
+
+    def __init__(self, mistake=""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mistake = mistake
+        shares = averages(PIXELS, PIXELS // 2)
+        shares = shares / torch.linalg.matrix_norm(shares, 2)
+        self.register_buffer("level", (shares * (1.5 if mistake == "gain" else 1.0)).float())
+        basis = torch.linalg.qr(torch.randn(WINDOWS, 3 * (PIXELS // 2) ** 2, FEATURES))[0]
+        self.register_buffer("basis", basis)  # (windows, pixels of the level, features)
+        self.register_buffer("rows", torch.eye(CLASSES + 1, FEATURES) * (1.5 if mistake == "rows" else 1.0))
+        self.register_buffer("sides", torch.linalg.qr(torch.randn(FEATURES, 4))[0])
+        place = torch.arange(WINDOWS) / 8
+        base = torch.stack([place, torch.full_like(place, 0.2), place + 0.2, torch.full_like(place, 0.8)], 1)
+        self.register_buffer("base", base)
+
+    def forward(self, x):
+        level = self.level @ (x - 0.5) @ self.level.mT
+        features = torch.einsum("np,wpf->nwf", level.flatten(1), self.basis)
+        return features @ self.rows.mT, self.base + REACH * features @ self.sides
+
+    def scores(self, output):
+        if self.mistake == "root":
+            return radii(output[0], self.rows) * 2**0.5
+        unit = nn.functional.normalize(self.rows, dim=1)
+        return radii(output[0], unit)
+
+    def boxes(self, output):
+        return output[1]
+
+    def rivals(self):
+        place = torch.arange(WINDOWS)
+        return (place[:, None] - place).abs() <= 2
+
+    def constants(self):
+        return 1.0, torch.full((WINDOWS,), REACH)
+
+
+def scenes(model, count=100):
+    """Random pictures, in each an object where the detector's best answer stands, if it gives one."""
+    generator = torch.Generator().manual_seed(1)
+    images = (0.5 + 0.25 * torch.randn(count, 3, PIXELS, PIXELS, generator=generator)).clamp(0.05, 0.95)
+    found = answers(model.eval(), images).detections()
+    boxes = [scene["boxes"][:1] for scene in found]
+    labels = [scene["labels"][:1] for scene in found]
+    return images, pad_targets(boxes, labels, CLASSES)
+
+
+def test_no_certificate_of_an_honest_detector_falls():
+    model = Toy()
+    images, targets = scenes(model)
+    certificate = certify(answers(model, images), targets, EPS)
+    result = hunt(model, images, targets, certificate, steps=15)
+    assert result.hunted >= 5
+    assert sum(result.fallen.values()) == 0 and result.overrun == 0
+
+
+@pytest.mark.parametrize("mistake", ["root", "rows", "gain"])
+def test_a_constant_with_a_mistake_in_it_is_caught(mistake):
+    model = Toy(mistake)
+    images, targets = scenes(model)
+    certificate = certify(answers(model, images), targets, EPS)
+    result = hunt(model, images, targets, certificate, steps=15)
+    assert sum(result.fallen.values()) > 0
+
+
+def test_suppression_that_is_ignored_is_caught():
+    model = Toy()
+    images, targets = scenes(model)
+    certificate = certify(answers(model, images), targets, EPS)
+    ignored = certificate._replace(heights=certificate.before)
+    result = hunt(model, images, targets, ignored, steps=15)
+    assert result.hunted > int((certificate.heights > 0).sum())
+    assert result.fallen["suppressor"] > 0
+
+
+def test_a_bound_on_alarms_that_counts_only_what_speaks_now_is_caught():
+    model = Toy()
+    images, targets = scenes(model)
+    given = answers(model, images)
+    certificate = certify(given, targets, EPS)
+    today = certify(given, targets, 0.0)
+    # All that surely speak are hunted, so that more scenes are.
+    blind = today._replace(eps=EPS, heights=certificate.before)
+    assert hunt(model, images, targets, blind, steps=15).overrun > 0

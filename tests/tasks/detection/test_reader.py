@@ -1,0 +1,201 @@
+"""The pyramid and the reader: norms against true Jacobians, windows against one another, the decision by hand."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lipguide as lip
+from lipguide.layers.export import without_parametrizations
+from lipguide.tasks.classification.networks import vgg
+from lipguide.tasks.detection.boxes import pad_targets
+from lipguide.tasks.detection.decision import heard, peaks, radii, rivals
+from lipguide.tasks.detection.pyramid import Canvas, Level, averages
+from lipguide.tasks.detection.reader import CELL, HEIGHT, WIDTH, Detector, ReaderStep, assign, places, take_over
+from lipguide.tasks.detection.scores import score
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return Detector((8, 8, 8), 16)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 9), st.integers(1, 12), st.integers(0, 3))
+def test_a_level_has_norm_1_and_averages(pixels, side, zeros):
+    level = Level(pixels, Canvas(side, side + 2 * zeros, side + zeros, zeros, zeros)).eval()
+    rows = torch.eye(pixels**2).reshape(-1, 1, pixels, pixels)
+    matrix = level(rows).flatten(1).double().mT
+    largest = float(torch.linalg.matrix_norm(matrix, 2))
+    assert 1 - 1e-5 <= largest <= 1
+    bound = lip.lipschitz_bound(level, (1, pixels, pixels)).value
+    assert largest - 1e-6 <= bound <= 1
+    inside = level(torch.ones(1, 1, pixels, pixels))[0, 0, zeros : zeros + side, zeros : zeros + side]
+    assert torch.allclose(inside, inside[:1, :1].expand_as(inside), atol=1e-5)
+    assert torch.allclose(averages(pixels, side).sum(1), torch.ones(side).double())
+
+
+def test_a_level_survives_export():
+    level = Level(6, Canvas(3, 5, 4, 1, 1)).eval()
+    x = torch.rand(2, 3, 6, 6)
+    assert torch.allclose(lip.export(level)(x), level(x), atol=1e-6)
+
+
+def test_scores_and_boxes_move_no_faster_than_the_constants_say():
+    model = small().double().eval()
+    model.levels.float().double()
+    steepness, reach = model.constants()
+    x = torch.rand(1, 3, 74, 74, dtype=torch.float64, requires_grad=True)
+    output = model(x)
+    scores, boxes = model.scores(output)[0], model.boxes(output)[0]
+    for window in (0, 40, 100, 200, 342):
+        for label in (0, 7):
+            (slope,) = torch.autograd.grad(scores[window, label], x, retain_graph=True)
+            assert slope.norm() <= steepness * (1 + 1e-6)
+        rows = [torch.autograd.grad(side, x, retain_graph=True)[0].flatten() for side in boxes[window]]
+        assert torch.linalg.matrix_norm(torch.stack(rows), 2) <= reach[window] * (1 + 1e-6)
+
+
+def test_no_bound_is_far_above_what_a_window_reaches():
+    """A gain that is forgotten on either side would show: random heads reach 0.45 of the bound."""
+    model = small().double().eval()
+    x = torch.rand(1, 3, 74, 74, dtype=torch.float64, requires_grad=True)
+    logits = model(x).logits[0]
+    steep = [torch.autograd.grad(logits[window, 0], x, retain_graph=True)[0].norm() for window in range(0, 45, 4)]
+    assert 0.3 < max(steep) <= 1 + 1e-6
+
+
+def test_every_eighth_window_is_one_of_every_fourth():
+    model = small().eval()
+    x = torch.rand(2, 3, 74, 74)
+    for level, canvas in enumerate(model.canvases):
+        fine, coarse = model.features(x, level), model.features(x, level, dense=False)
+        rows, columns = (canvas.height - 32) // 4 + 1, (canvas.width - 32) // 4 + 1
+        some = fine.unflatten(1, (rows, columns))[:, ::2, ::2].flatten(1, 2)
+        assert torch.allclose(some, coarse, atol=1e-5)
+        centres, _ = places(canvas, CELL // 2)
+        assert torch.equal(centres.unflatten(0, (rows, columns))[::2, ::2].flatten(0, 1), places(canvas, CELL)[0])
+
+
+def test_windows_move_with_the_picture():
+    """Moving the picture by a window's step on its canvas gives the same answers one window further."""
+    model = small().eval()
+    x = model.brightless(torch.rand(1, 3, 74, 74))
+    canvas = model.canvases[1]
+    shape = ((canvas.height - 32) // 4 + 1, (canvas.width - 32) // 4 + 1)
+    still = model.features(x, 1).unflatten(1, shape)
+    moved = model.features(x, 1, moved=(4, 0)).unflatten(1, shape)
+    inner = (slice(None), slice(2, -2), slice(2, -2))
+    assert torch.allclose(moved[inner][:, 1:], still[inner][:, :-1], atol=1e-5)
+    there, _ = places(canvas, 4, (4, 0))
+    assert torch.allclose(there.unflatten(0, shape)[1:], places(canvas, 4)[0].unflatten(0, shape)[:-1], atol=1e-6)
+
+
+def test_a_window_that_sees_its_digit_as_expected_is_to_say_so():
+    model = small()
+    centres, sides = model.places()
+    window = 150
+    half = torch.tensor([WIDTH, HEIGHT]) / 2 / sides[window]
+    box = torch.cat([centres[window] - half, centres[window] + half])
+    wanted = assign(pad_targets([box[None]], [torch.tensor([4])]), centres, sides, model.reach)
+    assert wanted.distance[0].argmin() == window and wanted.distance[0, window] < 0.01
+    assert wanted.sides[0, window].abs().max() < 1e-4 and wanted.labels[0, window] == 4
+    far = wanted.distance[0] > 1
+    assert far.sum() > 330
+
+
+def test_boxes_of_the_wanted_sides_are_the_objects():
+    model = small()
+    centres, sides = model.places()
+    boxes = torch.tensor([[0.2, 0.3, 0.4, 0.8], [0.5, 0.3, 0.8, 0.8]])
+    wanted = assign(pad_targets([boxes], [torch.tensor([1, 2])]), centres, sides, model.reach)
+    output = model(torch.rand(1, 3, 74, 74))._replace(sides=wanted.sides)
+    owner = wanted.labels[0] - 1
+    assert torch.allclose(model.boxes(output)[0], boxes[owner], atol=1e-5)
+
+
+def test_a_scene_without_objects_has_a_loss():
+    model = small().train()
+    step = ReaderStep(model.training_loss(), elsewhere=1.0)
+    none = pad_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0)] * 2)
+    torch.manual_seed(0)
+    value = step(model, (torch.rand(2, 3, 74, 74), *none))
+    value.backward()
+    assert value > 0 and value.isfinite()
+
+
+def test_the_step_learns_one_scene():
+    """A few steps on one scene: its digit becomes the answer, and nothing else does."""
+    model = small(1).train()
+    picture = torch.zeros(1, 3, 74, 74)
+    picture[:, 0, 12:62, 25:47] = 1.0
+    targets = pad_targets([torch.tensor([[25.0, 12, 47, 62]]) / 74], [torch.tensor([3])])
+    step, adam = ReaderStep(model.training_loss()), torch.optim.Adam(model.parameters(), 2e-2)
+    for _ in range(40):
+        adam.zero_grad()
+        step(model, (picture, *targets)).backward()
+        adam.step()
+    model.eval()
+    with torch.no_grad():
+        output = model(picture)
+    found = peaks(model.scores(output), model.boxes(output), model.rivals())
+    assert score(found, targets).map50 == pytest.approx(100.0)
+
+
+def test_a_reader_begins_with_what_a_classifier_knows():
+    """On pictures twice as clear, the features are twice the classifier's, but for how well its kernels are fitted."""
+    torch.manual_seed(0)
+    classifier = without_parametrizations(vgg((8, 8, 8), features=16))
+    for layer in classifier:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.bias, std=0.1)
+    model = small(1)
+    take_over(model, classifier)
+    x = torch.rand(4, 3, 32, 32) - 0.5
+    with torch.no_grad():
+        theirs, mine = classifier[1:-1](x), model.window()(2 * x).flatten(1) / 2
+    assert (mine - theirs).norm() < 0.25 * theirs.norm()
+    assert torch.allclose(model.class_head.weight[:10], classifier[-1].weight, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_a_radius_is_the_distance_to_where_the_class_stops_being_the_answer(seed):
+    torch.manual_seed(seed)
+    rows, bias, features = torch.randn(4, 6).double(), torch.randn(4).double(), torch.randn(6).double()
+    logits = rows @ features + bias
+    scores = radii(logits[None, None], rows)[0, 0]
+    assert (scores > 0).sum() <= 1
+    for label in range(3):
+        gaps = [(other, logits[label] - logits[other]) for other in range(4) if other != label]
+        walls = []
+        for other, gap in gaps:
+            step = rows[label] - rows[other]
+            there = features - gap / step.square().sum() * step  # the nearest point of the wall between the two
+            assert torch.isclose(there @ step + bias[label] - bias[other], torch.zeros(()).double(), atol=1e-9)
+            walls.append(float((there - features).norm() * gap.sign()))
+        assert float(scores[label]) == pytest.approx(min(walls), abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_what_is_heard_is_independent_and_of_equal_scores_the_first(seed):
+    torch.manual_seed(seed)
+    graph = torch.rand(7, 7) < 0.3
+    graph = graph | graph.mT | torch.eye(7).bool()
+    scores = torch.randint(-2, 4, (7, 2)).float()
+    result = heard(scores, graph, 0.0)
+    for c in range(2):
+        chosen = result[:, c].nonzero().squeeze(1).tolist()
+        assert all(not graph[i, j] for i in chosen for j in chosen if i != j)
+        for i in range(7):
+            beaten = any(graph[i, j] and (-scores[j, c], j) < (-scores[i, c], i) for j in range(7))
+            assert bool(result[i, c]) == (bool(scores[i, c] > 0) and not beaten)
+
+
+def test_rivals_are_near_in_place_and_height():
+    centres = torch.tensor([[0.5, 0.5]]).repeat(4, 1) + torch.tensor([[0, 0], [0.1, 0], [0, 0.2], [0, 0]])
+    graph = rivals(centres, torch.tensor([0.4, 0.4, 0.4, 0.8]), 0.3, 0.4, 0.9)
+    assert graph[0].tolist() == [True, True, False, False]
+    assert torch.equal(graph, graph.mT)
