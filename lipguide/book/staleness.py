@@ -135,7 +135,7 @@ def _called(call: ast.Call) -> str:
 def modules_behind(code: str) -> set[Path]:
     """The package's modules that some code uses, with all that they import in turn.
 
-    `import lipguide as lip` alone counts for nothing: each `lip.name` counts for the module that defines the name. Where
+    `import lipguide as lip` alone counts for nothing: each `lip.name` counts for the module that defines it. Where
     that cannot be told (`getattr(lip, name)`, `from lipguide import *`, …), every module counts.
 
     >>> sorted(p.name for p in modules_behind("import lipguide as lip\\nlip.MaxMin"))  # doctest: +ELLIPSIS

@@ -134,7 +134,10 @@ def test_a_warning_is_in_the_log_and_not_on_the_page_and_our_own_fail_under_ci(r
 
 def test_a_warning_that_is_laid_to_the_package_is_our_own_and_one_to_its_environment_is_not():
     package = Path(execution.__file__).parents[1]
-    ours = [f"{package}/robustness/metrics.py:78: UserWarning: no estimate", "/tmp/ipykernel_7/12.py:3: FutureWarning: x"]
+    ours = [
+        f"{package}/robustness/metrics.py:78: UserWarning: no estimate",
+        "/tmp/ipykernel_7/12.py:3: FutureWarning: x",
+    ]
     others = [f"{package.parent}/.venv/lib/tqdm/auto.py:21: TqdmWarning: x", f"{package}/losses/base.py:3: in forward"]
     assert all(execution.OURS.search(f"before\n{line}\nafter") for line in ours)
     assert not any(execution.OURS.search(line) for line in others)
@@ -190,7 +193,10 @@ def test_chapters_that_take_longer_than_what_is_left_wait_for_the_next_slice(roo
     assert build(Book(root), "quick", "cpu") == 0
     for chapter in ("one", "two"):
         write(root, chapter, title="Changed")
-    with deadline.limit(5), pytest.raises(deadline.OutOfTime, match=r"1 of 2 .*two \(takes 10000 s, and 28\d s are left"):
+    with (
+        deadline.limit(5),
+        pytest.raises(deadline.OutOfTime, match=r"1 of 2 .*two \(takes 10000 s, and 28\d s are left"),
+    ):
         build(Book(root), "quick", "cpu")
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert "one              executed" in lines[0] and "two              left" in lines[1]

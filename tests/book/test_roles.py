@@ -30,7 +30,9 @@ def test_words_are_no_units():
     assert rendered("a ", ["66"]) == "a 66"
 
 
-@pytest.mark.parametrize("value, form", [(3.21e-19, ".0e"), (-4.5e7, ".1e"), (0.5, ".2f"), (-0.5, ".2f"), (12345, ",d")])
+@pytest.mark.parametrize(
+    "value, form", [(3.21e-19, ".0e"), (-4.5e7, ".1e"), (0.5, ".2f"), (-0.5, ".2f"), (12345, ",d")]
+)
 def test_a_readable_number_is_the_same_number(value, form):
     text = readable(format(value, form))
     assert "e" not in text

@@ -88,10 +88,12 @@ def package(tmp_path, monkeypatch):
         "a.py": "VALUE = 1",
         "b.py": "from lipguide.hands_on import VALUE",
         "c.py": "from .hands_on import b",
-        "table.py": "from importlib import import_module\nT = {'x': 'lipguide.a'}\ndef f(x): return import_module(T[x])",
+        "table.py": "from importlib import import_module\nT = {'x': 'lipguide.a'}\ndef f(x):\n"
+        "    return import_module(T[x])",
         "promise.py": "from importlib import import_module\nimport_module(x)  # loads what its caller has named",
         "loader.py": "from importlib import import_module\ndef f(x): return import_module(x)",
-        "hands_on/__init__.py": "'''Words.'''\nfrom lipguide import b\nfrom lipguide.a import VALUE\n__all__ = ['VALUE']",
+        "hands_on/__init__.py": "'''Words.'''\nfrom lipguide import b\nfrom lipguide.a import VALUE\n"
+        "__all__ = ['VALUE']",
         "hands_on/own.py": "",
         "works/__init__.py": "from lipguide import a\nprint(a.VALUE)",
         "works/own.py": "",

@@ -7,7 +7,7 @@ import torch
 
 from lipguide.__main__ import main
 from lipguide.book.transfer import accuracy, train_reader
-from lipguide.data import DownloadError, SyntheticHouseNumbers
+from lipguide.data import DownloadError
 from lipguide.data.digits import Digits
 
 
