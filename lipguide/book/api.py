@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import yaml
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
@@ -25,6 +24,7 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 import lipguide
+from lipguide.book.contents import pages_of
 
 __all__ = ["Api", "docstring", "names", "setup"]
 
@@ -178,8 +178,7 @@ def _to_page(env: BuildEnvironment, page: str) -> nodes.Node:
 def _uses(env: BuildEnvironment) -> dict[str, dict[str, bool]]:
     """For each name, the pages that name it in reading order, and whether their code runs it."""
     found: dict[str, dict[str, bool]] = {}
-    toc = yaml.safe_load((Path(env.srcdir) / "_toc.yml").read_text(encoding="utf-8"))
-    for page in _pages(toc):
+    for page in pages_of(Path(env.srcdir)):
         if page == PAGE or page not in env.found_docs:
             continue
         source = Path(env.doc2path(page))
@@ -188,14 +187,6 @@ def _uses(env: BuildEnvironment) -> dict[str, dict[str, bool]]:
         for name in {found_name[1] for found_name in USED.finditer(prose + code)}:
             found.setdefault(name, {})[page] = re.search(rf"\blip\.{re.escape(name)}\b", code) is not None
     return found
-
-
-def _pages(entry: dict) -> Iterator[str]:
-    if "root" in entry or "file" in entry:
-        yield entry.get("root") or entry["file"]
-    for key in ("parts", "chapters", "sections"):
-        for child in entry.get(key, []):
-            yield from _pages(child)
 
 
 def _texts(path: Path) -> tuple[str, str]:

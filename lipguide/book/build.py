@@ -30,6 +30,7 @@ import yaml
 from tqdm import tqdm
 
 from lipguide import deadline
+from lipguide.book.contents import pages_of
 from lipguide.book.execution import run, write_notebook
 from lipguide.book.ledger import PROFILES, read
 from lipguide.book.staleness import chapter_key, hash_of, modules_behind, records_read
@@ -73,8 +74,7 @@ class Book:
         self.out = self.root / "_build"
         self.notebooks, self.failed, self.stage = self.out / "notebooks", self.out / "failed", self.out / "stage"
         self.html = self.out / "html"
-        toc = yaml.safe_load((self.root / "_toc.yml").read_text(encoding="utf-8"))
-        self.pages = list(_pages(toc))
+        self.pages = pages_of(self.root)
         for page in self.pages:
             if not self.source(page).exists():
                 raise BuildError(f"_toc.yml names {page}, but there is no {page}.md")
@@ -140,15 +140,6 @@ def _alone(book: Book) -> Iterator[None]:
         except BlockingIOError:
             raise BuildError(f"another build is at work in {book.out}; wait for it or stop it") from None
         yield
-
-
-def _pages(entry: dict) -> Iterator[str]:
-    """Every page of a table of contents, in reading order."""
-    if "root" in entry or "file" in entry:
-        yield entry.get("root") or entry["file"]
-    for key in ("parts", "chapters", "sections"):
-        for child in entry.get(key, []):
-            yield from _pages(child)
 
 
 def _has_code(path: Path) -> bool:

@@ -7,12 +7,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
+from lipguide.book.contents import pages_of
 
-__all__ = ["main", "one_document", "pages"]
+__all__ = ["main", "one_document"]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -28,7 +27,7 @@ def main(root: Path) -> int:
         sys.stderr.write(f"{html} is not there: run `make book` first\n")
         return 1
     whole = html / "book" / "lipguide-whole.html"  # beside the pages, so that their pictures are found
-    whole.write_text(one_document(html, pages(root / "_toc.yml")), encoding="utf-8")
+    whole.write_text(one_document(html, [Path(page).name for page in pages_of(root)]), encoding="utf-8")
     target = root / "_build" / "lipguide.pdf"
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -50,19 +49,6 @@ def _command(browser: str, profile: str, target: Path, page: Path) -> list[str]:
         f"--print-to-pdf={target}",
         page.as_uri(),
     ]
-
-
-def pages(toc: Path) -> list[str]:
-    """The names of all pages in reading order."""
-
-    def walk(entry: dict) -> Iterator[str]:
-        if "root" in entry or "file" in entry:
-            yield entry.get("root") or entry["file"]
-        for key in ("parts", "chapters", "sections"):
-            for child in entry.get(key, []):
-                yield from walk(child)
-
-    return [Path(page).name for page in walk(yaml.safe_load(toc.read_text(encoding="utf-8")))]
 
 
 def one_document(html: Path, names: list[str]) -> str:
