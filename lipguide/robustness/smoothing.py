@@ -10,7 +10,7 @@ from. The certificate is of the smoothed network, with a confidence; that of a 1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from lipguide.checks import IGNORE, check_eval, check_numbers, class_indices
 from lipguide.robustness.scores import counted, labelled
 
-__all__ = ["ABSTAIN", "Votes", "holm", "segcertify", "smoothed_miou", "smoothing_radius", "votes"]
+__all__ = ["ABSTAIN", "Votes", "holm", "noisy_copies", "segcertify", "smoothed_miou", "smoothing_radius", "votes"]
 
 ABSTAIN = -1
 
@@ -69,17 +69,29 @@ def votes(
 
     def labels(image: Tensor, copies: int) -> Tensor:
         parts = []
-        for size in [batch_size] * (copies // batch_size) + [copies % batch_size]:
-            noise = torch.randn(size, *image.shape, device=image.device, dtype=image.dtype, generator=generator)
-            if size:
-                logits = model(image + sigma * noise)
-                check_numbers(logits)
-                parts.append(logits.argmax(1))
+        for noisy in noisy_copies(image, copies, sigma, batch_size, generator):
+            logits = model(noisy)
+            check_numbers(logits)
+            parts.append(logits.argmax(1))
         return torch.cat(parts)
 
     guess = torch.stack([labels(image, guesses).mode(0).values for image in images])
     hits = [(labels(image, draws) == g).sum(0) for image, g in zip(images, guess, strict=True)]
     return Votes(guess, torch.stack(hits), draws, sigma)
+
+
+def noisy_copies(
+    image: Tensor, copies: int, sigma: float, batch_size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Batches (n, 3, H, W) of a picture under Gaussian noise of deviation sigma, `copies` pictures in all.
+
+    >>> [len(batch) for batch in noisy_copies(torch.zeros(3, 2, 2), 5, 0.1, 2, torch.Generator())]
+    [2, 2, 1]
+    """
+    for first in range(0, copies, batch_size):
+        count = min(batch_size, copies - first)
+        noise = torch.randn(count, *image.shape, device=image.device, dtype=image.dtype, generator=generator)
+        yield image + sigma * noise
 
 
 def segcertify(cast: Votes, tau: float = 0.75, alpha: float = 0.001) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lipguide.layers.arguments import whole
+from lipguide.robustness.smoothing import noisy_copies
 from lipguide.tasks.detection.boxes import check_number
 from lipguide.tasks.detection.certificates.overlap import overlap
 
@@ -91,11 +92,8 @@ def smoothed(
             f"{draws} draws bound no percentile at eps = {eps} and sigma = {sigma}: take more draws, or a larger sigma"
         )
     generator = generator or torch.Generator(image.device).manual_seed(0)
-    slots = []
-    for first in range(0, draws, batch_size):
-        count = min(batch_size, draws - first)
-        noise = torch.randn(count, *image.shape, generator=generator, device=image.device, dtype=image.dtype)
-        slots += [_slots(found, classes) for found in detect(image + sigma * noise)]
+    batches = noisy_copies(image, draws, sigma, batch_size, generator)
+    slots = [_slots(found, classes) for batch in batches for found in detect(batch)]
     ordered = torch.stack(slots).sort(0).values  # (draws, classes, slots, 4)
     return Smoothed(ordered[between[0]], ordered[draws // 2], ordered[between[1]])
 
