@@ -10,10 +10,7 @@ from lipguide.book.transfer import accuracy, train_reader
 from lipguide.data import DownloadError
 from lipguide.data.digits import Digits
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIPGUIDE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def run(*arguments: str) -> int:

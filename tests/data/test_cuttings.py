@@ -21,9 +21,7 @@ from lipguide.data.shn.pages import Pages
 VIEWS = [Cutting("number", 20, 3), Cutting("frame", 20), Cutting("digits", 32)]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIPGUIDE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

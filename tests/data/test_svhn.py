@@ -25,9 +25,7 @@ from lipguide.data.svhn.lone_numbers import LoneNumbers
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIPGUIDE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def note(name: str, boxes: list, labels: list) -> Annotation:

@@ -28,9 +28,7 @@ from lipguide.data.shn.rendering import render
 EASY = Difficulty(blur=0.0, contrast=0.0, noise=0.0, occlusion=0.0)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIPGUIDE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
