@@ -24,9 +24,8 @@ from lipguide.layers.geometry import chained
 __all__ = ["OrthogonalKernel", "OrthogonalMatrix", "orthonormal", "orthonormal_by_products", "polar"]
 
 BY_PRODUCTS = {"cuda"}  # devices on which many small kernels cost more than a few large products
-SHIFT = (
-    2.0**-46
-)  # of the Gram matrix, in units of its trace: none of its eigenvalues is lost to the rounding of float64
+# Of the Gram matrix, in units of its trace: none of its eigenvalues is lost to the rounding of float64.
+SHIFT = 2.0**-46
 
 
 def orthonormal(raw: Tensor) -> Tensor:

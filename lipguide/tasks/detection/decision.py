@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lipguide.robustness.certificates.radii import slopes
 from lipguide.tasks.detection.boxes import check_finite, check_number
 
 __all__ = ["heard", "peaks", "radii", "rivals"]
@@ -35,7 +36,7 @@ def radii(logits: Tensor, rows: Tensor) -> Tensor:
     >>> radii(torch.tensor([[[3.0, 1.0, 0.0]]]), torch.eye(3))  # rows √2 apart
     tensor([[[ 1.4142, -1.4142]]])
     """
-    apart = torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist").to(logits)
+    apart = slopes(len(rows), 1.0, rows, logits.device).to(logits)  # ‖w_c − w_j‖
     scores = []
     for label in range(logits.shape[-1] - 1):
         others = [other for other in range(logits.shape[-1]) if other != label]
