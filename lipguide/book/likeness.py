@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lipguide.book.transfer import SYN_DIGITS, accuracy, train_reader
+from lipguide.book.transfer import SYN_DIGITS, logits_of, share_read, train_reader
 from lipguide.data.digits import Digits, digits
 from lipguide.data.shn import SyntheticHouseNumbers
 from lipguide.data.shn.cache import content_hash
+from lipguide.data.shn.colours import LUMA
 from lipguide.data.shn.difficulty import Difficulty
 from lipguide.data.svhn import SVHN
 from lipguide.tasks.detection.boxes import unit_range
@@ -26,7 +27,6 @@ __all__ = ["CLASSIFIER", "DETECTOR", "SHARES", "likeness", "looks", "report"]
 CLASSIFIER = "classification-ordinary"
 DETECTOR = "tinier-ssd-naive"
 SHARES = (5, 25, 50, 75, 95)  # the percentiles of `looks`
-LUMA = (0.299, 0.587, 0.114)
 
 
 def looks(images: Tensor) -> dict[str, list[float]]:
@@ -43,7 +43,7 @@ def looks(images: Tensor) -> dict[str, list[float]]:
     >>> looks(torch.full((2, 3, 8, 8), 0.5))["brightness"][0]
     0.5
     """
-    grey = (images * torch.tensor(LUMA)[:, None, None]).sum(1)  # (N, H, W)
+    grey = (images * torch.from_numpy(LUMA).float()[:, None, None]).sum(1)  # (N, H, W)
     flat = grey.flatten(1)
     low, high = torch.quantile(flat, torch.tensor([0.05, 0.95]), dim=1)
     contrast = high - low
@@ -73,16 +73,15 @@ def distance(ours: list[float], real: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(ours, real, strict=True)) / spread
 
 
-@torch.no_grad()
-def _log_loss(model: nn.Module, data: Digits, device: str | torch.device) -> float:
+def _log_loss(logits: Tensor, labels: Tensor) -> float:
     """Mean cross-entropy at the temperature that suits best: less noisy than the accuracy on few digits."""
-    logits = torch.cat([model(part.to(device)).cpu() for part in data.images.split(500)]).double()
-    losses = [F.cross_entropy(logits / (0.5 + 0.1 * k), data.labels).item() for k in range(46)]
+    losses = [F.cross_entropy(logits.double() / (0.5 + 0.1 * k), labels).item() for k in range(46)]
     return min(losses)
 
 
 def _read(model: nn.Module, data: Digits, device: str | torch.device) -> dict[str, float]:
-    return {"accuracy": 100 * accuracy(model, data, device), "log_loss": _log_loss(model, data, device)}
+    logits = logits_of(model, data, device)
+    return {"accuracy": 100 * share_read(logits, data), "log_loss": _log_loss(logits, data.labels)}
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -16,10 +15,10 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-import lipguide
 from lipguide.book.ledger import read
 from lipguide.book.roles import duration
 from lipguide.book.tables import table, written
+from lipguide.tasks.weights import WEIGHTS, run_of
 
 __all__ = ["Records", "flat", "setup"]
 
@@ -55,7 +54,7 @@ class Records(SphinxDirective):
     def _weights(self) -> nodes.section:
         section = _titled("Weights that ship")
         section += nodes.paragraph("", "Each file carries the run that made it in its header.")
-        files = sorted((Path(lipguide.__file__).parent / "weights").glob("*.safetensors"))
+        files = sorted(WEIGHTS.glob("*.safetensors"))
         rows = [{"weights": path.stem, "size": path.stat().st_size / 2**20, **_made_by(path)} for path in files]
         section += _html(table(rows, {"size": "MiB", "pictures": "in training"}, {"size": 2})._repr_html_())
         return section
@@ -115,9 +114,7 @@ def _short(value: Any) -> str:
 
 def _made_by(path: Path) -> dict[str, Any]:
     """When, where and on what a file of weights was trained, from its header."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        run = json.loads(json.loads(file.read(length)).get("__metadata__", {}).get("run", "{}"))
+    run = run_of(path)
     data = run.get("data") or {}
     data = {"name": data} if isinstance(data, str) else data
     steps = (run.get("recipe") or {}).get("steps")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lipguide.data.digits import Digits
 from lipguide.training import Supervised, fit
 
-__all__ = ["SYN_DIGITS", "accuracy", "small_reader", "train_reader"]
+__all__ = ["SYN_DIGITS", "accuracy", "logits_of", "share_read", "small_reader", "train_reader"]
 
 SYN_DIGITS = 0.869  # on real SVHN digits, of a network trained on SYN DIGITS alone (DIRT-T, table 1)
 
@@ -56,9 +56,17 @@ def accuracy(model: nn.Module, data: Digits, device: torch.device | str) -> floa
     >>> accuracy(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1)), right, "cpu")
     1.0
     """
+    return share_read(logits_of(model, data, device), data)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, data: Digits, device: torch.device | str) -> Tensor:
+    """What the network says of each digit, (N, classes), on the CPU."""
+    return torch.cat([model(images.to(device)).cpu() for images in data.images.split(500)])
+
+
+def share_read(logits: Tensor, data: Digits) -> float:
+    """Share of the digits that these logits read right."""
     if not len(data.labels):
         raise ValueError("accuracy needs at least one digit")
-    hits: list[Tensor] = []
-    for images, labels in zip(data.images.split(500), data.labels.split(500), strict=True):
-        hits.append(model(images.to(device)).argmax(dim=1).cpu() == labels)
-    return float(torch.cat(hits).double().mean())
+    return float((logits.argmax(dim=1) == data.labels).double().mean())
