@@ -1,7 +1,8 @@
 """The guide's advice at a glance: one row each, with a verdict, the number that says so, the chapter and the call.
 
-The rows are `book/guidelines.yml`. The directive `{guidelines}` makes tables of them; a row that has no evidence, no
-chapter or a verdict that the ledgers no longer bear is a warning, and so fails the build.
+The rows are `book/guidelines.yml`. The directive `{guidelines}` makes tables of them. A number or a chapter that is not
+there fails the build, as in every chapter; what a row lacks, and a verdict that the ledgers no longer bear (`faults`),
+fails the tests, on the ledgers that are committed: those of a busy machine should not decide.
 """
 
 from __future__ import annotations
