@@ -18,7 +18,8 @@ from torch.nn.utils import parametrize
 
 from lipguide.layers.constraints import Spectral
 from lipguide.layers.geometry import Geometry
-from lipguide.layers.norms import CUSHION, conv_norm, matrix_norm, picture_norm
+from lipguide.layers.norms import conv_norm, matrix_norm, picture_norm
+from lipguide.layers.symbol import CUSHION
 
 __all__ = ["Call", "NoBound", "check_batched", "convolution", "dense", "nonnegative", "transposed_convolution"]
 

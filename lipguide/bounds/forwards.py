@@ -38,7 +38,12 @@ def versions(value: Any) -> list[int]:
     >>> versions((x.view(1, 2), x.add_(1)))
     [1, 1]
     """
-    parts = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    if isinstance(value, Tensor):
+        parts = [value]
+    elif isinstance(value, tuple) and all(isinstance(part, Tensor) for part in value):
+        parts = value  # as most modules are called
+    else:
+        parts = tree_leaves(value)
     # Tensors made in inference mode do not count, but outside of it nothing can change them.
     return [part._version for part in parts if isinstance(part, Tensor) and not part.is_inference()]
 

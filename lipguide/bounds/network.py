@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from lipguide.bounds.below import lipschitz_lower_bound
 from lipguide.bounds.torch_layers import NoBound
-from lipguide.bounds.walk import LayerBound, Unbounded, Walk, check_batch, check_hooks, record
+from lipguide.bounds.walk import LayerBound, Unbounded, Walk, check_batch, check_hooks, own_tensors, record
 from lipguide.checks import check_eval
 from lipguide.layers.export import fresh_weights
 
@@ -119,7 +119,7 @@ def _check(names: dict[nn.Module, str]) -> None:
 
 
 def _check_numbers(module: nn.Module, name: str) -> None:
-    for tensor_name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+    for tensor_name, tensor in own_tensors(module):
         if isinstance(tensor, UninitializedTensorMixin):
             raise ValueError(f"{tensor_name} of {name} has no values yet: call the model on a batch first")
         if tensor.is_complex():

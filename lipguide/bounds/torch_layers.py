@@ -21,7 +21,7 @@ from lipguide.bounds.convolutions import (
     nonnegative,
     transposed_convolution,
 )
-from lipguide.layers.norms import CUSHION
+from lipguide.layers.symbol import CUSHION
 
 __all__ = ["LAYERS", "Call", "NoBound"]
 

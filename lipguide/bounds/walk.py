@@ -24,7 +24,10 @@ from lipguide.bounds.torch_layers import LAYERS, Call, NoBound
 from lipguide.layers.brick import overtaken, own_rule, voucher
 from lipguide.layers.export import equation_of
 
-__all__ = ["LayerBound", "Record", "Unbounded", "Walk", "check_batch", "check_hooks", "record"]
+__all__ = ["LayerBound", "Record", "Unbounded", "Walk", "check_batch", "check_hooks", "own_tensors", "record"]
+
+# What every module holds beside what its own class gives it; none of it is a method that somebody may have replaced.
+HELD_BY_ALL = vars(nn.Module()).keys()
 
 
 class Unbounded(ValueError):
@@ -64,23 +67,29 @@ def record(model: nn.Module, input_shape: tuple[int, ...]) -> Record:
     entered: list[list[int]] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(versions((args, kwargs)))
+        entered.append(versions((*args, *kwargs.values())))
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if versions((args, kwargs)) != entered.pop():
+        given = (*args, *kwargs.values())
+        if versions(given) != entered.pop():
             seen.changing.add(module)
-        given = next(chain(args, kwargs.values()), None)
-        call = Call(*(tuple(value.shape) if isinstance(value, Tensor) else () for value in (given, output)))
+        call = Call(_shape(given[0]) if given else (), _shape(output))
         seen.calls.setdefault(module, set()).add(call)
 
-    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
-    hooks += [module.register_forward_hook(leave, with_kwargs=True) for module in model.modules()]
+    hooks = []
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
         _run(model, (1, *input_shape), "input_shape is that of one input, without the batch")
     finally:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def check_batch(model: nn.Module, input_shape: tuple[int, ...]) -> None:
@@ -99,14 +108,30 @@ def _run(model: nn.Module, shape: tuple[int, ...], hint: str) -> None:
     except Exception as error:  # whatever a forward may raise on inputs that it was not made for
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise ValueError(f"the model does not take an input of shape {shape} ({reason}); {hint}") from error
-    for name, (tensor, version) in _state(model).items():
-        if name not in before or tensor is not before[name][0] or version != before[name][1]:
+    for place, (tensor, version) in _state(model).items():
+        known, version_before = before.get(place, (None, []))
+        if tensor is not known or version != version_before:
+            name = ".".join(filter(None, place))
             raise Unbounded(f"{name} is changed by the forward pass itself, so it is no constant that a bound may use")
 
 
-def _state(model: nn.Module) -> dict[str, tuple[Tensor, list[int]]]:
-    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    return {name: (tensor, versions(tensor)) for name, tensor in named}
+def _state(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, list[int]]]:
+    """Each parameter and buffer, by its module and its name, with the number of its changes."""
+    state = {}
+    for module_name, module in model.named_modules():
+        for name, tensor in own_tensors(module):
+            state[module_name, name] = tensor, versions(tensor)
+    return state
+
+
+def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The parameters and buffers of a module without those of its parts.
+
+    >>> [name for name, _ in own_tensors(nn.BatchNorm2d(2, affine=False))]
+    ['running_mean', 'running_var', 'num_batches_tracked']
+    """
+    held = chain(module._parameters.items(), module._buffers.items())
+    return [(name, tensor) for name, tensor in held if tensor is not None]
 
 
 def probe(shape: tuple[int, ...], *modules: nn.Module) -> Tensor:
@@ -294,7 +319,8 @@ def _check_untouched(module: nn.Module) -> None:
     """A layer whose forward somebody has changed is not the layer that its class says."""
     parts = module.parametrizations.modules() if parametrize.is_parametrized(module) else []
     for part in (module, *parts):
-        replaced = [name for name in vars(part) if callable(getattr(type(part), name, None))]
+        given = [name for name in vars(part) if name not in HELD_BY_ALL]
+        replaced = [name for name in given if callable(getattr(type(part), name, None))]
         if replaced:
             raise NoBound(f"its {replaced[0]} was replaced")
         check_hooks(chain(part._forward_hooks.values(), part._forward_pre_hooks.values()), "it carries")

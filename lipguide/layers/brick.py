@@ -156,6 +156,8 @@ def voucher(module: nn.Module, speaks: Callable[[type], bool]) -> type | None:
 
 def _changes(below: tuple[type, ...], kind: type) -> set[str]:
     """What the classes below redefine of that which `kind` has, or of that which its methods ask for."""
+    if not below:
+        return set()
     asked = _asked_for(kind)
     changed = set()
     for base in below:

@@ -1,0 +1,120 @@
+"""The search for the frequency at which a convolution stretches most: a lower bound of its norm, and a good one.
+
+A power iteration u ← Ŵ(ω) v, v ← Ŵ(ω)ᴴ u from many frequencies at once, each of which moves uphill with every step. It
+runs in float32. What it finds is evaluated in float64 at the end, so nothing rests on its rounding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lipguide.layers.symbol import MEMORY, centred_places
+
+__all__ = ["climb"]
+
+STEPS = 16
+FIRST_STEP, SHRINK = 0.3, 0.8  # in units of 1 / degree; each step is shorter than the one before
+EVALUATED = 4  # of what was found, the best ones
+
+
+def climb(kernel: Tensor, start: Tensor) -> float:
+    """The largest σ_max(Ŵ(ω)) that was found.
+
+    Args:
+        kernel: (groups, outputs, inputs, k₁, k₂).
+        start: frequencies (places, 2); of many that would not fit into memory some are left out.
+
+    >>> round(climb(torch.ones(1, 1, 1, 3, 3).double(), torch.tensor([[0.3, 0.2]]).double()), 4)
+    9.0
+    """
+    groups, outputs, inputs, height, width = kernel.shape
+    taps = centred_places(height, width, kernel.device)  # (taps, 2)
+    rows = kernel.float().permute(0, 3, 4, 1, 2).flatten(1, 3)  # (groups, taps · outputs, inputs)
+    start = start[:: math.ceil(9 * len(start) * len(taps) * groups / MEMORY)]
+    omega = start.expand(groups, -1, 2)  # (groups, places, 2)
+    v = _random(groups, inputs, len(start)).to(kernel.device)  # (groups, inputs, places)
+    for step in range(STEPS):
+        v = _of_length_one(v)
+        products = _real_product(rows, v)  # W_t v: (groups, taps · outputs, places)
+        products = products.unflatten(1, (len(taps), outputs))  # (groups, taps, outputs, places)
+        length = FIRST_STEP * SHRINK**step / max(1.0, (max(height, width) - 1) / 2)
+        omega = _uphill(omega, products, taps, length)
+        # u ← Ŵ(ω) v, then v ← Ŵ(ω)ᴴ u, at the new ω
+        waves = _waves(omega, taps)  # (groups, taps, 1, places)
+        u = (products * waves).sum(1)  # (groups, outputs, places)
+        back = u[:, None] * waves.conj()  # (groups, taps, outputs, places)
+        v = _real_product(rows.mT, back.flatten(1, 2))  # (groups, inputs, places)
+    return _evaluated(kernel, omega, taps, found=torch.linalg.vector_norm(u, dim=1))
+
+
+def _random(groups: int, inputs: int, places: int) -> Tensor:
+    """Complex columns (groups, inputs, places), the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(groups, inputs, places, 2, generator=generator, dtype=torch.float32)
+    return torch.view_as_complex(pairs)
+
+
+def _of_length_one(columns: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
+    return columns / length.clamp_min(1e-30)
+
+
+def _uphill(omega: Tensor, products: Tensor, taps: Tensor, length: float) -> Tensor:
+    """Of each frequency and its eight neighbours the one where |uᴴ Ŵ(ω) v| is largest, with u = Ŵ(ω) v held fixed.
+
+    There it is a short trigonometric sum, Σ_t (uᴴ W_t v) e^{i⟨ω, t⟩}.
+
+    Args:
+        omega: (groups, places, 2).
+        products: W_t v as (groups, taps, outputs, places).
+        taps: (taps, 2).
+        length: of one move along an axis.
+    """
+    u = (products * _waves(omega, taps)).sum(1)  # (groups, outputs, places)
+    to = torch.tensor([-1.0, 0.0, 1.0], device=omega.device, dtype=torch.float64)
+    moves = length * torch.cartesian_prod(to, to)  # (moves, 2)
+    around = omega[:, :, None] + moves  # (groups, places, moves, 2)
+    angles = (around @ taps.T).float()  # (groups, places, moves, taps)
+    one = torch.ones((), device=omega.device, dtype=torch.float32)
+    waves = torch.polar(one, angles)
+    sums = torch.einsum("gtom,gom,gmnt->gmn", products, u.conj(), waves)  # (groups, places, moves)
+    best = sums.abs().argmax(2)  # (groups, places)
+    which = best[:, :, None, None].expand(-1, -1, 1, 2)
+    return around.gather(2, which)[:, :, 0]
+
+
+def _evaluated(kernel: Tensor, omega: Tensor, taps: Tensor, found: Tensor) -> float:
+    """max σ_max(Ŵ(ω)) in float64 over the best of the frequencies that were found.
+
+    Args:
+        kernel: (groups, outputs, inputs, k₁, k₂).
+        omega: (groups, places, 2).
+        taps: (taps, 2).
+        found: how large σ_max seems to be there, (groups, places).
+    """
+    places = found.shape[1]
+    best = found.flatten().topk(min(EVALUATED, found.numel())).indices
+    group = best // places
+    place = best % places
+    angles = omega[group, place] @ taps.T  # (best, taps)
+    waves = torch.polar(torch.ones_like(angles), angles)
+    matrices = kernel[group].flatten(3).to(torch.complex128)  # (best, outputs, inputs, taps)
+    symbol = torch.einsum("foit,ft->foi", matrices, waves)
+    return float(torch.linalg.matrix_norm(symbol, ord=2).max())
+
+
+def _waves(omega: Tensor, taps: Tensor) -> Tensor:
+    """e^{i⟨ω, t⟩} as (groups, taps, 1, places)."""
+    angles = (omega @ taps.T).mT.float()  # (groups, taps, places)
+    waves = torch.polar(torch.ones_like(angles), angles)
+    return waves[:, :, None]
+
+
+def _real_product(matrix: Tensor, columns: Tensor) -> Tensor:
+    """A real matrix times complex columns, as one real product."""
+    pairs = torch.view_as_real(columns).flatten(2)  # (groups, m, columns · 2)
+    product = matrix @ pairs
+    return torch.view_as_complex(product.unflatten(2, (-1, 2)))
