@@ -7,25 +7,22 @@ constraint vouches for a layer only as long as nobody has changed that since.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from lipguide.bounds.averages import DENSE, nonnegative
+from lipguide.bounds.calls import Call, check_batched
 from lipguide.layers.constraints import Spectral
 from lipguide.layers.geometry import Geometry
 from lipguide.layers.norms import conv_norm, matrix_norm, picture_norm
-from lipguide.layers.symbol import CUSHION
 
-__all__ = ["Call", "NoBound", "check_batched", "convolution", "dense", "nonnegative", "transposed_convolution"]
+__all__ = ["convolution", "dense", "transposed_convolution"]
 
 TOLERANCE = 2e-3  # of the bound for pictures of every size
 LOOSE = 7e-3  # what that bound may lose on pictures of the size at hand before another is tried
-DENSE = 1024  # inputs up to which a layer on a small picture is written out as a matrix
 
 # A bound for the size at hand takes an eigenvalue problem at each frequency of a circle. Seconds on one core for 3×3
 # kernels, of the bound for every size and of the one for the size at hand:
@@ -38,35 +35,6 @@ FREQUENCIES_LOOSE = 4096  # where the bound for every size loses more than LOOSE
 FREQUENCIES = 700  # else
 FEW_CHANNELS = 32  # up to which the bound for the size at hand is taken although it gains little
 
-FLOAT32_EXACT = 2**24  # whole numbers up to this one are exact in float32
-
-
-class Call(NamedTuple):
-    """The shapes of a layer's input and output in one forward pass."""
-
-    input: tuple[int, ...]
-    output: tuple[int, ...]
-
-
-class NoBound(Exception):
-    """A layer, or something in a forward, that has no Lipschitz bound or none that is known; the text says why."""
-
-
-def check_batched(layer: nn.Module, call: Call) -> None:
-    """A layer named …2d takes (C, H, W) for one sample, where the pictures at hand were meant as (N, H, W).
-
-    >>> check_batched(nn.MaxPool2d(3), Call((1, 8, 8), (1, 2, 2)))
-    Traceback (most recent call last):
-    lipguide.bounds.convolutions.NoBound: it gets (1, 8, 8), which it takes for one sample ...
-    """
-    names = (re.search(r"([123])d$", kind.__name__) for kind in type(layer).__mro__)
-    axes = next((int(name[1]) for name in names if name), None)
-    if axes is not None and len(call.input) != axes + 2:
-        wanted = ", ".join(("N", "C", *"DHW"[3 - axes :])) if axes > 1 else "N, C, L"
-        raise NoBound(
-            f"it gets {call.input}, which it takes for one sample of {call.input[0]} channels; give it ({wanted})"
-        )
-
 
 def dense(layer: nn.Linear, call: Call) -> float:
     """σ_max of the weight.
@@ -77,7 +45,9 @@ def dense(layer: nn.Linear, call: Call) -> float:
     5.0
     """
     weight = layer.weight
-    return _proved(layer, weight, call) or matrix_norm(weight)
+    if known := _proved(layer, weight, call):
+        return known
+    return matrix_norm(weight)
 
 
 def convolution(layer: nn.Conv1d | nn.Conv2d, call: Call) -> float:
@@ -106,7 +76,8 @@ def convolution(layer: nn.Conv1d | nn.Conv2d, call: Call) -> float:
             return _written_out(layer, weight, geometry, call)
         return _on_pictures(weight, geometry, size)
     if geometry.is_circle(pixels):
-        circle = pixels[0] // geometry.stride[0], pixels[1] // geometry.stride[1]
+        s1, s2 = geometry.stride
+        circle = pixels[0] // s1, pixels[1] // s2
         return _on_pictures(weight, geometry, circle, circular=True)
     # The padding copies pixels; the convolution without padding follows.
     rows, columns = geometry.copied
@@ -187,7 +158,9 @@ def _is_worth_its_size(weight: Tensor, geometry: Geometry, size: tuple[int, int]
         rows = size[0] + taps[0] - 1
         columns = size[1] + taps[1] - 1
     frequencies = rows * (columns // 2 + 1)
-    channels = min(weight.shape[0] // geometry.groups, weight.shape[1] * math.prod(geometry.stride))
+    outputs = weight.shape[0] // geometry.groups
+    inputs = weight.shape[1] * math.prod(geometry.stride)  # of the kernel on interleaved pictures
+    channels = min(outputs, inputs)
     loose = _is_loose(taps, size)
     if channels > MANY_CHANNELS:
         affordable = FREQUENCIES_MANY_CHANNELS
@@ -212,7 +185,8 @@ def _is_loose(taps: tuple[int, int], size: tuple[int, int]) -> bool:
     """Zero padding costs a k×k blur about (k² − 1)/12 · (π/(n + 1))² of its norm on n×n pixels, others mostly less."""
     loss = 0.0
     for k, n in zip(taps, size, strict=True):
-        loss += (k**2 - 1) / 24 * (math.pi / (n + 1)) ** 2
+        lowest = math.pi / (n + 1)  # the lowest frequency of a picture that is zero outside
+        loss += (k**2 - 1) / 24 * lowest**2
     return loss > LOOSE
 
 
@@ -222,8 +196,9 @@ def _is_written_out(geometry: Geometry, size: tuple[int, int], call: Call) -> bo
 
 def _written_out(layer: nn.Module, weight: Tensor, geometry: Geometry, call: Call) -> float:
     """The exact norm of a convolution on a very small picture, from the matrix that it is."""
-    pixels = call.input[1], *_sides(call.input)
-    basis = torch.eye(math.prod(pixels), dtype=torch.float64, device=weight.device).reshape(-1, *pixels)
+    channels, (rows, columns) = call.input[1], _sides(call.input)
+    unit = torch.eye(channels * rows * columns, dtype=torch.float64, device=weight.device)
+    basis = unit.reshape(-1, channels, rows, columns)
     kernel = weight.detach().double()
     padding = layer.padding if isinstance(layer.padding, str) else _on_two_axes(layer.padding)
     if geometry.transposed:
@@ -241,81 +216,3 @@ def _on_two_axes(padding: int | tuple[int, ...]) -> int | tuple[int, ...]:
     if isinstance(padding, int):
         return padding
     return (0, *padding) if len(padding) == 1 else tuple(padding)
-
-
-def nonnegative(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...]) -> float:
-    """The norm of a linear map of pictures whose entries have one sign, such as an average or a copy.
-
-    A map that *copies* pixels has the norm √(most copies of one pixel). Others are exact but for large pictures whose
-    windows are uneven: there √(largest row sum · largest column sum) bounds the matrix, after Schur.
-
-    Args:
-        operation: takes (N, 1, …) and treats each picture alike. It is asked in float32 and in float64, for an index
-            that is computed from a scale factor may differ between the two; the bound holds for both.
-        pixels: the sides of a picture.
-
-    >>> round(nonnegative(lambda x: F.pad(x, (1, 1), mode="replicate"), (3,)), 4)
-    1.4142
-    """
-    copies = [_most_copies(operation, pixels, dtype) for dtype in (torch.float32, torch.float64)]
-    if None not in copies:
-        return math.sqrt(max(copies)) * (1 + CUSHION)
-    _check_same_in_float32(operation, pixels)
-    return _norm_of_averages(operation, pixels)
-
-
-def _most_copies(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...], dtype: torch.dtype) -> int | None:
-    """How often the most copied pixel occurs, or None where the operation does more than to copy pixels.
-
-    A matrix with a single one in each row has columns that are orthogonal, and their lengths are its singular values.
-    """
-    count = math.prod(pixels)
-    if count > FLOAT32_EXACT:
-        return None
-    numbered = torch.arange(count, dtype=dtype).reshape(1, 1, *pixels)
-    found = operation(numbered).flatten()
-    if found.numel() == 0 or float(found.min()) < 0 or float(found.max()) > count - 1:
-        return None
-    places = found.long()
-    if not torch.equal(places.to(dtype), found):
-        return None
-    random = torch.rand(1, 1, *pixels, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    if not torch.equal(operation(random).flatten(), random.flatten()[places]):
-        return None
-    return int(torch.bincount(places, minlength=count).max())
-
-
-def _check_same_in_float32(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...]) -> None:
-    x = torch.rand(1, 1, *pixels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    exact, rounded = operation(x), operation(x.float()).double()
-    if not torch.allclose(exact, rounded, rtol=0, atol=1e-4 * float(exact.abs().max())):
-        raise NoBound("it takes other pixels in float32 than in float64; give it a size in place of a scale factor")
-
-
-@torch.enable_grad()
-def _norm_of_averages(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...]) -> float:
-    ones = torch.ones(1, 1, *pixels, dtype=torch.float64, requires_grad=True)
-    rows = operation(ones)
-    (columns,) = torch.autograd.grad(rows.sum(), ones)
-    _check_adjoint(operation, pixels)
-    even = _all_equal(rows.detach()) and _all_equal(columns)
-    if ones.numel() <= DENSE and not even:  # where all sums are equal Schur's bound is the norm
-        basis = torch.eye(ones.numel(), dtype=torch.float64).reshape(-1, 1, *pixels)
-        return matrix_norm(operation(basis).flatten(1))
-    return math.sqrt(float(rows.detach().abs().max() * columns.abs().max())) * (1 + CUSHION)
-
-
-def _check_adjoint(operation: Callable[[Tensor], Tensor], pixels: tuple[int, ...]) -> None:
-    """⟨A x, y⟩ = ⟨x, Aᵀ y⟩ for random x and y, where autograd says what Aᵀ y is."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(1, 1, *pixels, generator=generator, dtype=torch.float64).requires_grad_()
-    image = operation(x)
-    y = torch.rand(image.shape, generator=generator, dtype=torch.float64)
-    product = (image * y).sum()
-    (back,) = torch.autograd.grad(product, x)  # of a scalar: for others torch loads a library first
-    if not torch.allclose(product, (x * back).sum(), rtol=1e-11, atol=0):
-        raise NoBound("torch's gradient of it is not the adjoint of its forward, so its column sums are not known")
-
-
-def _all_equal(sums: Tensor) -> bool:
-    return torch.allclose(sums, sums.flatten()[0], rtol=1e-12)

@@ -14,21 +14,20 @@ tensor counts its changes (`_version`), together with all its views: a change is
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from lipguide.bounds.torch_layers import LAYERS, NoBound
+from lipguide.bounds.calls import NoBound
+from lipguide.bounds.rules import operation_of, rule_of
+from lipguide.bounds.torch_layers import LAYERS
 from lipguide.layers.brick import Through, voucher
 from lipguide.layers.export import EveryPartALeaf
 
-__all__ = ["only_shrinks", "travel", "versions"]
+__all__ = ["Traveller", "only_shrinks", "travel", "versions"]
 
 
 def versions(value: Any) -> list[int]:
@@ -74,18 +73,17 @@ def travel(module: nn.Module, x: Tensor, constant: float, through: Through) -> A
     2.0
     """
     graph = module.graph if isinstance(module, fx.GraphModule) else _trace(module)
-    twice = -30 * torch.cat((x, x / 2))  # twice as many samples, where what is bent is bent the other way
-    traveller = _Traveller(module, graph, constant, through)
-    again = _Again(module, graph, traveller)
+    traveller = Traveller(module, graph, constant, through)
     _run_both(traveller, module, x)
-    _run_both(again, module, twice)
+    twice = -30 * torch.cat((x, x / 2))  # twice as many samples, where what is bent is bent the other way
+    _run_both(_Again(module, graph, traveller), module, twice)
     if all(leaf is None for leaf in tree_leaves(traveller.outcome)):
         raise NoBound("its forward returns no tensor")
     return traveller.outcome
 
 
 @torch.no_grad()
-def _run_both(traveller: _Traveller, module: nn.Module, batch: Tensor) -> None:
+def _run_both(traveller: Traveller, module: nn.Module, batch: Tensor) -> None:
     """The graph and the forward that it was traced from, on the same batch."""
     traced = traveller.run(batch.clone())
     try:
@@ -109,16 +107,19 @@ def _trace(module: nn.Module) -> fx.Graph:
 
 
 def _same_values(a: Any, b: Any) -> bool:
+    for kind in (Tensor, dict, list | tuple):
+        if isinstance(a, kind) != isinstance(b, kind):
+            return False
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5, equal_nan=True)
+        return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same_values(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_same_values(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_same_values, a, b))
+        return len(a) == len(b) and all(map(_same_values, a, b))
     return a == b
 
 
-class _Traveller(fx.Interpreter):
+class Traveller(fx.Interpreter):
     """Runs the graph on a batch and gives each node its constant on the way."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, constant: float, through: Through) -> None:
@@ -129,19 +130,15 @@ class _Traveller(fx.Interpreter):
         self.batch = 0
         self.constants: dict[fx.Node, Any] = {}
         self.outcome: Any = None
-        self.lasting = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        self.lasting |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+        held = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        self.lasting = {name for name, _ in held}
 
     def run(self, x: Tensor) -> Any:
         self.batch = len(x)
         return super().run(x)
 
     def run_node(self, node: fx.Node) -> Any:
-        if node.op == "get_attr" and node.target not in self.lasting:
-            raise NoBound(
-                f"its forward uses the tensor {node.target}, which is neither a parameter nor a buffer and may have "
-                "been made of the input; if it is a constant, register it as a buffer"
-            )
+        self._check_lasts(node)
         before = {other: versions(value) for other, value in self.env.items()}
         value = self._value(node)
         self.constants[node] = self._constant(node, value)
@@ -150,6 +147,13 @@ class _Traveller(fx.Interpreter):
         if changed and not self._shrinks(node):
             self._check_forgotten(node, changed)
         return value
+
+    def _check_lasts(self, node: fx.Node) -> None:
+        if node.op == "get_attr" and node.target not in self.lasting:
+            raise NoBound(
+                f"its forward uses the tensor {node.target}, which is neither a parameter nor a buffer and may have "
+                "been made of the input; if it is a constant, register it as a buffer"
+            )
 
     def _value(self, node: fx.Node) -> Any:
         try:
@@ -169,15 +173,16 @@ class _Traveller(fx.Interpreter):
         if node.op == "output":
             self.outcome = self._outcome(node.args[0])
             return None
-        if all(self.constants[n] == 0.0 for n in node.all_input_nodes):
+        if all(self.constants[part] == 0.0 for part in node.all_input_nodes):
             return 0.0
         if hasattr(node.target, "_fields"):  # a named tuple of several outputs
-            return node.target(*map(self.of, node.args), **{name: self.of(part) for name, part in node.kwargs.items()})
+            given = map(self.of, node.args)
+            named = {name: self.of(part) for name, part in node.kwargs.items()}
+            return node.target(*given, **named)
         return self._operation(node, value)
 
     def _operation(self, node: fx.Node, value: Any) -> Any:
-        name = node.target if node.op == "call_method" else _FUNCTIONS.get(node.target)
-        rule = _RULES.get(name)
+        rule = rule_of(node)
         if rule is None or not node.args:
             return self.refuse(node)
         try:
@@ -224,7 +229,7 @@ class _Traveller(fx.Interpreter):
         after = self.constants[node]
         if node.op == "call_module":
             return only_shrinks(self.module.get_submodule(node.target), before, after)
-        return _FUNCTIONS.get(node.target) in ("relu", "iadd") and after <= before
+        return operation_of(node) in ("relu", "iadd") and after <= before
 
     def _check_forgotten(self, node: fx.Node, changed: list[fx.Node]) -> None:
         for other in changed:
@@ -248,15 +253,17 @@ class _Traveller(fx.Interpreter):
         return self.env[argument] if isinstance(argument, fx.Node) else argument
 
     def refuse(self, node: fx.Node) -> Any:
-        arguments = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
+        arguments = [str(argument) for argument in node.args]
+        arguments += [f"{name}={argument}" for name, argument in node.kwargs.items()]
+        call = f"{_name(node)}({', '.join(arguments)})"
         named = ", or not with tensors that are given by name" if not node.args else ""
-        raise NoBound(f"its forward uses {_name(node)}({', '.join(arguments)}), for which no constant is known{named}")
+        raise NoBound(f"its forward uses {call}, for which no constant is known{named}")
 
 
-class _Again(_Traveller):
+class _Again(Traveller):
     """A second run: what is inside has its constants already, and none may depend on the size of the batch."""
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, first: _Traveller) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, first: Traveller) -> None:
         super().__init__(module, graph, first.start, first.through)
         self.first = first
 
@@ -272,118 +279,3 @@ class _Again(_Traveller):
 
 def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
-# The rules: each takes the traveller, a node and the node's value, and returns the constant of that value.
-
-
-def _same(walk: _Traveller, node: fx.Node, value: Any) -> Any:
-    """Moves values about, drops some, or hands out pieces: each changes at most as much as the whole."""
-    if isinstance(value, Tensor) and value.dtype != walk.value(node.args[0]).dtype:
-        return walk.refuse(node)  # the same bits, read as other numbers
-    return walk.number(node, node.args[0])
-
-
-def _slope(slope: float) -> Callable:
-    def rule(walk: _Traveller, node: fx.Node, value: Any) -> float:
-        return slope * walk.number(node, node.args[0])
-
-    return rule
-
-
-def _mean(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
-    """1/√n for the mean of n values."""
-    whole = walk.value(node.args[0])
-    return walk.number(node, node.args[0]) * math.sqrt(value.numel() / whole.numel())
-
-
-def _sum(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
-    return sum(_terms(walk, node, value))
-
-
-def _extremum(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
-    return math.hypot(*_terms(walk, node, value))
-
-
-def _terms(walk: _Traveller, node: fx.Node, value: Tensor) -> list[float]:
-    """The constants of the two arguments of a sum, neither of which may be repeated to fit the other."""
-    if len(node.args) != 2 or node.kwargs:
-        return walk.refuse(node)
-    for argument in node.args:
-        if walk.number(node, argument) and walk.value(argument).shape != value.shape:
-            raise NoBound(f"its forward repeats {argument} to fit {tuple(value.shape)}, which stretches it")
-    return [walk.number(node, argument) for argument in node.args]
-
-
-def _times(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
-    """max |w| for w x."""
-    left, right = node.args
-    tensor, weight = (left, right) if walk.of(left) != 0.0 else (right, left)
-    largest = _sizes(walk, node, tensor, weight, value).max()
-    return walk.number(node, tensor) * float(largest)
-
-
-def _over(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
-    """1 / min |w| for x / w."""
-    tensor, weight = node.args
-    smallest = _sizes(walk, node, tensor, weight, value).min()
-    return walk.number(node, tensor) * float(1 / smallest)
-
-
-def _sizes(walk: _Traveller, node: fx.Node, tensor: Any, weight: Any, value: Tensor) -> Tensor:
-    """|w|, if w does not depend on the input (a product of two such values is not Lipschitz) and x is not repeated."""
-    if walk.of(weight) != 0.0 or walk.value(tensor).shape != value.shape:
-        return walk.refuse(node)
-    return torch.as_tensor(walk.value(weight), dtype=torch.float64).abs()
-
-
-def _joined(walk: _Traveller, node: fx.Node, value: Tensor) -> float:
-    """√(Σ L²) for values side by side."""
-    if not isinstance(node.args[0], list | tuple):
-        return walk.refuse(node)
-    return math.sqrt(sum(walk.number(node, part) ** 2 for part in node.args[0]))
-
-
-def _item(walk: _Traveller, node: fx.Node, value: Any) -> Any:
-    """One of several outputs, or a slice of one."""
-    whole, key = walk.of(node.args[0]), node.args[1]
-    if isinstance(whole, dict | list | tuple) and isinstance(key, int | str):
-        return whole[key]
-    keys = key if isinstance(key, tuple) else (key,)
-    slices = all(k is None or k is Ellipsis or isinstance(k, int | slice) for k in keys)
-    if slices and isinstance(whole, float):
-        return whole
-    return walk.refuse(node)
-
-
-def _attribute(walk: _Traveller, node: fx.Node, value: Any) -> Any:
-    return 0.0 if node.args[1] in ("shape", "dtype", "device") else walk.refuse(node)
-
-
-def _size(walk: _Traveller, node: fx.Node, value: Any) -> float:
-    return 0.0
-
-
-_RULES: dict[str, Callable[[_Traveller, fx.Node, Any], Any]] = {
-    **dict.fromkeys(("flatten", "reshape", "view", "permute", "transpose", "movedim", "squeeze", "unsqueeze"), _same),
-    **dict.fromkeys(("contiguous", "clone", "unflatten", "pixel_shuffle", "pixel_unshuffle"), _same),
-    **dict.fromkeys(("chunk", "split", "unbind"), _same),
-    **dict.fromkeys(("relu", "tanh", "abs", "neg"), _slope(1.0)),
-    "sigmoid": _slope(0.25),
-    "mean": _mean,
-    **dict.fromkeys(("add", "sub", "iadd"), _sum),
-    **dict.fromkeys(("maximum", "minimum"), _extremum),
-    "mul": _times,
-    "truediv": _over,
-    **dict.fromkeys(("cat", "stack"), _joined),
-    "getitem": _item,
-    "getattr": _attribute,
-    **dict.fromkeys(("size", "dim"), _size),
-}
-
-_FUNCTIONS: dict[Any, str] = {
-    **{getattr(torch, name): name for name in _RULES if hasattr(torch, name)},
-    **{getattr(F, name): name for name in ("relu", "tanh", "sigmoid", "pixel_shuffle", "pixel_unshuffle")},
-    **{getattr(operator, name): name for name in ("add", "sub", "iadd", "mul", "truediv", "neg", "getitem")},
-    getattr: "getattr",
-}

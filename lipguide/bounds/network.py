@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
 from lipguide.bounds.below import lipschitz_lower_bound
-from lipguide.bounds.torch_layers import NoBound
+from lipguide.bounds.calls import NoBound
 from lipguide.bounds.walk import LayerBound, Unbounded, Walk, check_batch, check_hooks, own_tensors, record
 from lipguide.checks import check_eval
 from lipguide.layers.export import fresh_weights

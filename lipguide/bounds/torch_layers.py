@@ -12,18 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lipguide.bounds.convolutions import (
-    Call,
-    NoBound,
-    check_batched,
-    convolution,
-    dense,
-    nonnegative,
-    transposed_convolution,
-)
+from lipguide.bounds.averages import nonnegative
+from lipguide.bounds.calls import Call, NoBound, check_batched
+from lipguide.bounds.convolutions import convolution, dense, transposed_convolution
 from lipguide.layers.symbol import CUSHION
 
-__all__ = ["LAYERS", "Call", "NoBound"]
+__all__ = ["LAYERS"]
 
 
 def batch_norm(layer: nn.modules.batchnorm._BatchNorm, call: Call) -> float:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lipguide.bounds.calls import Call, NoBound
 from lipguide.bounds.forwards import only_shrinks, travel, versions
-from lipguide.bounds.torch_layers import LAYERS, Call, NoBound
+from lipguide.bounds.torch_layers import LAYERS
 from lipguide.layers.brick import overtaken, own_rule, voucher
 from lipguide.layers.export import equation_of
 

@@ -151,36 +151,50 @@ class AOL(Constraint):
     def constrained(self, weight: Tensor) -> Tensor:
         weight = at_scale_one(weight)
         if self.geometry is None:
-            gram = weight.mT @ weight
-            return weight / _nonzero(gram.abs().sum(1)).sqrt()
+            gram = weight.mT @ weight  # (inputs, inputs)
+            d = _nonzero(gram.abs().sum(1)).sqrt()
+            return weight / d
         # A stride or a dilation is undone first: the same kernel on interleaved pictures.
         kernel = self.geometry.polyphase(weight)  # (groups, outputs, inputs, k₁, k₂)
-        d = _nonzero(self._gram_rows(kernel)).sqrt()  # (groups, inputs)
+        d = _nonzero(_gram_rows(kernel)).sqrt()  # (groups, inputs)
         return self.geometry.merged(kernel / d[:, None, :, None, None])
 
-    @staticmethod
-    def _gram_rows(kernel: Tensor) -> Tensor:
-        """Σ_j Σ_l |K ⋆ K|_ij(l) over the channels j and the shifts l, for each input channel i: (groups, inputs).
 
-        (K ⋆ K)_ij(l) is the sum of K_si · K_tj over the pairs of taps with s − t = l. Products of matrices have all
-        pairs. The shifts −l hold the same numbers with i and j exchanged.
-        """
-        groups, outputs, inputs, height, width = kernel.shape
-        left = kernel.permute(0, 2, 4, 3, 1).contiguous()  # (groups, inputs, width, height, outputs)
-        right = left.flip(2)  # column t stands at place −t
-        products = []
-        for down in range(height):  # l = (down, across)
-            s = left[:, :, :, down:].reshape(groups, inputs * width, -1)
-            t = right[:, :, :, : height - down].reshape(groups, inputs * width, -1)
-            products.append(s @ t.mT)  # (groups, inputs · width, inputs · width)
+def _gram_rows(kernel: Tensor) -> Tensor:
+    """Σ_j Σ_l |K ⋆ K|_ij(l) over the channels j and the shifts l, for each input channel i: (groups, inputs).
 
-        # Block s at place −t of a row, overlapping blocks added up, is what `fold` makes of (…, s, −t).
-        pairs = torch.stack(products).view(height * groups * inputs, width, inputs, width)
-        pairs = pairs.transpose(1, 2).flatten(1, 2)  # (height · groups · i, j · s, −t)
-        lags = F.fold(pairs, (1, 2 * width - 1), (1, width))  # (height · groups · i, j, 1, across)
-        gram = lags.abs().sum((2, 3)).view(height, groups, inputs, inputs)
-        mirrored = gram[1:].sum((0, 2))  # the shifts with down < 0
-        return gram.sum((0, 3)) + mirrored
+    The shifts −l hold the same numbers as l, with i and j exchanged.
+    """
+    groups, _, inputs, height, width = kernel.shape
+    lags = _lags(kernel)  # (height · groups · i, j, 1, across)
+    gram = lags.abs().sum((2, 3)).view(height, groups, inputs, inputs)  # shifts down by 0 … height − 1
+    mirrored = gram[1:].sum((0, 2))  # the shifts up
+    return gram.sum((0, 3)) + mirrored
+
+
+def _lags(kernel: Tensor) -> Tensor:
+    """(K ⋆ K)_ij(l) for the shifts l = (down, across) with down ≥ 0, as (height · groups · i, j, 1, across).
+
+    (K ⋆ K)_ij(l) is the sum of K_si · K_tj over the pairs of taps with s − t = l. Products of matrices have all pairs.
+
+    Args:
+        kernel: (groups, outputs, inputs, height, width).
+    """
+    groups, _, inputs, height, width = kernel.shape
+    left = kernel.permute(0, 2, 4, 3, 1).contiguous()  # (groups, inputs, width, height, outputs)
+    right = left.flip(2)  # column t stands at place −t
+    products = []
+    for down in range(height):
+        s = left[:, :, :, down:]
+        t = right[:, :, :, : height - down]
+        s = s.reshape(groups, inputs * width, -1)  # (groups, inputs · width, rows · outputs)
+        t = t.reshape(groups, inputs * width, -1)
+        products.append(s @ t.mT)  # (groups, inputs · width, inputs · width)
+
+    # Block s at place −t of a row, overlapping blocks added up, is what `fold` makes of (…, s, −t).
+    pairs = torch.stack(products).view(height * groups * inputs, width, inputs, width)
+    pairs = pairs.transpose(1, 2).flatten(1, 2)  # (height · groups · i, j · s, −t)
+    return F.fold(pairs, (1, 2 * width - 1), (1, width))
 
 
 class Spectral(Constraint):
@@ -204,10 +218,10 @@ class Spectral(Constraint):
         self.geometry = geometry
         self.proof: tuple[Tensor, float] | None = None
         kernel = self._kernel(exact(weight.detach()))
-        waves = self._waves(kernel)
-        groups, inputs, frequencies = len(kernel), kernel.shape[2], waves.shape[-1]
+        waves = _waves(kernel)  # (taps, frequencies)
         generator = torch.Generator().manual_seed(0)
-        v = torch.randn(groups, inputs, frequencies, 2, generator=generator, dtype=torch.float32)
+        pairs = len(kernel), kernel.shape[2], waves.shape[1], 2  # (groups, inputs, frequencies, 2)
+        v = torch.randn(pairs, generator=generator, dtype=torch.float32)
         self.register_buffer("v", v.to(weight.device))  # real and imaginary parts, one column a frequency
         self.register_buffer("waves", torch.view_as_real(waves), persistent=False)
         with torch.no_grad():
@@ -242,19 +256,6 @@ class Spectral(Constraint):
             return weight.unflatten(0, (self.geometry.groups, -1))
         return self.geometry.polyphase(weight)
 
-    @staticmethod
-    def _waves(kernel: Tensor) -> Tensor:
-        """e^{i⟨ω, t⟩} for every tap t (rows) and every frequency ω (columns) of half the torus."""
-        height, width = kernel.shape[3:]
-        rows = 1 if height == 1 else 2 * height + 2
-        columns = 1 if width == 1 else 2 * width + 2
-        places = [torch.arange(n, device=kernel.device) for n in (height, width, rows, columns // 2 + 1)]
-        down = places[0][:, None] * places[2].double() / rows  # (height, rows): turns of 2π
-        across = places[1][:, None] * places[3].double() / columns  # (width, half of the columns)
-        turns = down[:, None, :, None] + across[:, None]  # (height, width, rows, half of the columns)
-        angles = (2 * math.pi * turns).reshape(height * width, -1).to(kernel.dtype)
-        return torch.complex(angles.cos(), angles.sin())
-
     def _power_step(self, kernel: Tensor) -> Tensor:
         """1/σ with σ = Re(uᴴ Ŵ(ω) v) at the frequency where it is largest; then v ← Ŵᴴ u at every frequency.
 
@@ -266,38 +267,26 @@ class Spectral(Constraint):
             root = _nonzero(torch.linalg.vector_norm(kernel, math.inf)).rsqrt()
             waves = self._waves_in(kernel)  # (taps, frequencies)
             # contiguous: in channels_last the pairs would lie apart
-            old = self.v.to(kernel.dtype, memory_format=torch.contiguous_format)
-            v = old * (root / _tiny(torch.linalg.vector_norm(old, dim=(1, 3), keepdim=True)))
-            v = torch.view_as_complex(v)  # (groups, inputs, frequencies)
+            old = self.v.to(kernel.dtype, memory_format=torch.contiguous_format)  # (groups, inputs, frequencies, 2)
+            v = old * (root / _tiny(_lengths(old)))
+            u = root * _symbol_times(rows, v, waves)  # (groups, outputs, frequencies, 2)
+            lengths = _lengths(u)  # (groups, 1, frequencies, 1)
+            u = u * (root / _tiny(lengths))
+            back = root * _adjoint_times(rows, u, waves)  # as v
+            self.v.copy_(torch.where(lengths > 0, back, old))  # a kernel of zeros leaves v as it is
 
-            # u ← Ŵ(ω) v, a product of real numbers: complex columns are twice as many real ones.
-            shifted = v[:, :, None] * waves  # (groups, inputs, taps, frequencies)
-            columns = torch.view_as_real(shifted.flatten(1, 2)).flatten(2)
-            u = root * (rows @ columns).unflatten(2, (-1, 2))  # (groups, outputs, frequencies, 2)
-            norms = torch.linalg.vector_norm(u, dim=(1, 3), keepdim=True)
-            u = u * (root / _tiny(norms))
-
-            # v ← Ŵ(ω)ᴴ u
-            back = torch.view_as_complex((rows.mT @ u.flatten(2)).view(*shifted.shape, 2))
-            back = root * torch.view_as_real((back * waves.conj()).sum(2))
-            self.v.copy_(torch.where(norms > 0, back, old))  # a kernel of zeros leaves v as it is
-
-            # σ is linear in the kernel; its gradient is Re(ū_o v_i e^{i⟨ω, t⟩}), a scalar product of pairs.
-            frequencies = norms.shape[2]
-            best = norms.flatten().argmax(0, keepdim=True)  # of all groups and frequencies
-            left = u.transpose(0, 1).flatten(1, 2).index_select(1, best)
-            wave = waves.index_select(1, best % frequencies).T
-            right = v.transpose(0, 1).flatten(1).index_select(1, best) * wave
-            direction = left.flatten(1) @ torch.view_as_real(right.flatten()).mT
-        chosen = rows if len(rows) == 1 else rows.index_select(0, best // frequencies)
-        at_scale_one = chosen.flatten().dot(direction.flatten())  # the σ of the kernel with a largest entry of 1
-        return root / _nonzero(at_scale_one) * root
+            best = lengths.flatten().argmax(0, keepdim=True)  # of all groups and frequencies
+            direction = _gradient_of_sigma(u, v, waves, best)
+        group = best // lengths.shape[2]
+        chosen = rows if len(rows) == 1 else rows.index_select(0, group)
+        sigma = chosen.flatten().dot(direction.flatten())  # that of the kernel with a largest entry of 1
+        return root / _nonzero(sigma) * root
 
     def _waves_in(self, kernel: Tensor) -> Tensor:
         """The waves as made, or in another precision: a layer cast to half precision has cast them as well."""
         if self.waves.dtype == kernel.dtype:
             return torch.view_as_complex(self.waves)
-        return self._waves(kernel)
+        return _waves(kernel)
 
     def _proved_norm(self, weight: Tensor) -> float:
         known = self.proof is not None and self.proof[0].device == weight.device
@@ -312,3 +301,72 @@ class Spectral(Constraint):
         if self.geometry is None:
             return matrix_norm(weight)
         return conv_norm(weight, self.geometry.stride, self.geometry.dilation, self.geometry.groups)
+
+
+# A power step, at every frequency at once. Complex numbers are pairs, so that real products serve: a complex column is
+# two real ones.
+
+
+def _waves(kernel: Tensor) -> Tensor:
+    """e^{i⟨ω, t⟩} for every tap t (rows) and every frequency ω (columns) of half the torus."""
+    height, width = kernel.shape[3:]
+    rows = 1 if height == 1 else 2 * height + 2
+    columns = 1 if width == 1 else 2 * width + 2
+    half = columns // 2 + 1
+    down = _turns(height, rows, rows, kernel.device)  # (height, rows)
+    across = _turns(width, half, columns, kernel.device)  # (width, half)
+    turns = down[:, None, :, None] + across[:, None]  # (height, width, rows, half)
+    angles = (2 * math.pi * turns).reshape(height * width, -1).to(kernel.dtype)
+    return torch.complex(angles.cos(), angles.sin())
+
+
+def _turns(taps: int, frequencies: int, circle: int, device: torch.device) -> Tensor:
+    """t · p / circle, in turns of 2π, for the taps t (rows) and the frequencies 2πp / circle (columns)."""
+    t = torch.arange(taps, device=device)
+    p = torch.arange(frequencies, device=device)
+    return t[:, None] * p.double() / circle
+
+
+def _lengths(columns: Tensor) -> Tensor:
+    """Of the columns of (groups, n, frequencies, 2), as (groups, 1, frequencies, 1)."""
+    return torch.linalg.vector_norm(columns, dim=(1, 3), keepdim=True)
+
+
+def _symbol_times(rows: Tensor, v: Tensor, waves: Tensor) -> Tensor:
+    """Ŵ(ω) v as (groups, outputs, frequencies, 2).
+
+    Args:
+        rows: the kernel, (groups, outputs, inputs · taps).
+        v: (groups, inputs, frequencies, 2).
+        waves: (taps, frequencies).
+    """
+    v = torch.view_as_complex(v)
+    shifted = v[:, :, None] * waves  # (groups, inputs, taps, frequencies)
+    columns = torch.view_as_real(shifted.flatten(1, 2)).flatten(2)  # (groups, inputs · taps, frequencies · 2)
+    return (rows @ columns).unflatten(2, (-1, 2))
+
+
+def _adjoint_times(rows: Tensor, u: Tensor, waves: Tensor) -> Tensor:
+    """Ŵ(ω)ᴴ u as (groups, inputs, frequencies, 2); the arguments as in `_symbol_times`."""
+    taps, frequencies = waves.shape
+    products = (rows.mT @ u.flatten(2)).view(len(rows), -1, taps, frequencies, 2)
+    shifted = torch.view_as_complex(products) * waves.conj()  # (groups, inputs, taps, frequencies)
+    return torch.view_as_real(shifted.sum(2))
+
+
+def _gradient_of_sigma(u: Tensor, v: Tensor, waves: Tensor, best: Tensor) -> Tensor:
+    """That of σ in the kernel of the best group, Re(ū_o v_i e^{i⟨ω, t⟩}), as (outputs, inputs · taps).
+
+    σ is linear in the kernel. The real part of a product of two numbers is a scalar product of pairs.
+
+    Args:
+        u, v: (groups, n, frequencies, 2).
+        waves: (taps, frequencies).
+        best: a group and a frequency, in one number.
+    """
+    frequencies = waves.shape[1]
+    left = u.transpose(0, 1).flatten(1, 2).index_select(1, best)  # (outputs, 1, 2)
+    right = torch.view_as_complex(v).transpose(0, 1).flatten(1).index_select(1, best)  # (inputs, 1)
+    wave = waves.index_select(1, best % frequencies).T  # (1, taps)
+    pairs = torch.view_as_real((right * wave).flatten())  # (inputs · taps, 2)
+    return left.flatten(1) @ pairs.mT
