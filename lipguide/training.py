@@ -12,10 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import operator
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lipguide import deadline
+from lipguide.batches import batch_indices, mixed, on_device, samples_in, taken
 from lipguide.checkpoint import Checkpoint, Progress, Tally, content_of, kind_of
 from lipguide.distributed import gathered, rank_and_ranks, share_buffers
 from lipguide.finite import Guard, check_weights, explain
@@ -197,7 +196,7 @@ def fit(
     >>> round(model.weight.item(), 2)
     3.0
     """
-    samples = _samples(data)
+    samples = samples_in(data)
     _check_numbers(clip=clip, seed=seed, steps=steps, batch_size=batch_size, log_every=log_every)
     _check_names(schedule, precision)
     _check_optimizer(optimizer, model, step_loss)
@@ -216,14 +215,14 @@ def fit(
     if isinstance(step_loss, nn.Module):
         step_loss.to(device)
     first, history = file.resume()
-    data = [_to(column, device) for column in data]
+    data = [on_device(column, device) for column in data]
     net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
 
     def loss_of(network: nn.Module, step: int) -> Tensor:
-        share = _batch_indices(step, batch_size, samples, seed).tensor_split(ranks)[rank]
-        torch.manual_seed(_mix(seed, step, rank))
+        share = batch_indices(step, batch_size, samples, seed).tensor_split(ranks)[rank]
+        torch.manual_seed(mixed(seed, step, rank))
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            return _one_number(step_loss(network, tuple(_take(column, share) for column in data)))
+            return _one_number(step_loss(network, tuple(taken(column, share) for column in data)))
 
     def check(when: str) -> None:
         """What the guard has kept from the weights is an error, and so is a weight that is not finite."""
@@ -294,24 +293,6 @@ def _training(model: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-def _samples(data: Sequence[Any]) -> int:
-    """How many samples the columns hold."""
-    if isinstance(data, Tensor) or not isinstance(data, Sequence):
-        raise ValueError(
-            f"data must be a tuple of columns, such as (images, labels), not {type(data).__name__}: write (images,) "
-            "for a single one"
-        )
-    for column in data:
-        if not hasattr(column, "__len__") or (isinstance(column, Tensor) and column.ndim == 0):
-            raise ValueError(f"a column of data must be a tensor or a list with one item a sample, not {column!r}")
-    lengths = {len(column) for column in data}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(
-            f"the columns of data must be of one length, and not empty; they have {sorted(lengths)} samples"
-        )
-    return lengths.pop()
 
 
 def _check_numbers(clip: float | None, seed: int, **counts: int) -> None:
@@ -385,38 +366,6 @@ def _checkpoint(
         parts |= {"step_loss": step_loss}
         constants = dict(step_loss.named_buffers())
     return Checkpoint(path, parts, settings, constants)
-
-
-def _to(item: Any, device: torch.device) -> Any:
-    if isinstance(item, Tensor):
-        return item.to(device)
-    return [part.to(device) if isinstance(part, Tensor) else part for part in item]
-
-
-def _take(column: Tensor | list[Any], indices: Tensor) -> Tensor | list[Any]:
-    if not isinstance(column, Tensor):
-        return [column[index] for index in indices.tolist()]
-    if column.is_cuda:  # from pinned memory the copy waits for nothing
-        indices = indices.pin_memory().to(column.device, non_blocking=True)
-    return column[indices]
-
-
-def _mix(*numbers: int) -> int:
-    """One seed out of several. torch's generator on the CPU reads only 32 bits of it, so all of them have to count."""
-    return zlib.crc32(repr(numbers).encode())
-
-
-@lru_cache(maxsize=4)
-def _permutation(samples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(_mix(seed, epoch)))
-
-
-def _batch_indices(step: int, batch_size: int, samples: int, seed: int) -> Tensor:
-    """Entries [step * batch_size, (step + 1) * batch_size) of all the epochs' permutations, one after the other."""
-    start, stop = step * batch_size, (step + 1) * batch_size
-    epochs = range(start // samples, (stop - 1) // samples + 1)
-    indices = torch.cat([_permutation(samples, seed, epoch) for epoch in epochs])
-    return indices[start - epochs[0] * samples :][:batch_size]
 
 
 def _describe(optimizer: torch.optim.Optimizer) -> str:

@@ -1,9 +1,35 @@
-"""Oracles for linear layers: the true Jacobian, whole for small pictures and through its largest value for big ones."""
+"""Oracles: the true Jacobian, whole for small pictures and through its largest value for big ones."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, svds
-from torch import nn
+from torch import Tensor, nn
+
+from lipguide.layers.export import without_parametrizations
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def true_jacobian(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The Jacobian of any function at x, as a matrix."""
+    return torch.autograd.functional.jacobian(fn, x, vectorize=True).reshape(-1, x.numel())
+
+
+def sigma_max(fn: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    return torch.linalg.matrix_norm(true_jacobian(fn, x), ord=2).item()
+
+
+def steepest(model: nn.Module, shape: tuple[int, ...], points: int = 2) -> float:
+    """σ_max of the true Jacobian at random points, in float64."""
+    twin = without_parametrizations(model).double()
+    return max(sigma_max(twin, 2 * randn(1, *shape, seed=seed)) for seed in range(points))
+
+
+# Of affine layers
 
 
 def jacobian(layer: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:

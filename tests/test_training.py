@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import lipguide as lip
 from lipguide import deadline, distributed, training
+from lipguide.batches import batch_indices
 from lipguide.deadline import OutOfTime
 from lipguide.losses import MulticlassHKR, MulticlassSoftHKR
 from lipguide.training import Shifted, Supervised, fit, learning_rate_factor, supervised
@@ -120,7 +121,7 @@ def test_plain_loop_written_out_gives_the_same_weights():
     x, y = toy_data()
     fit(ours, (x, y), Supervised(nn.CrossEntropyLoss()), torch.optim.SGD(ours.parameters(), 0.3), 12, 10, seed=3)
     for step in range(12):
-        batch = training._batch_indices(step, 10, len(x), seed=3)
+        batch = batch_indices(step, 10, len(x), seed=3)
         rate = 0.3 * (1 + math.cos(math.pi * step / 12)) / 2
         theirs.zero_grad()
         F.cross_entropy(theirs(x[batch]), y[batch]).backward()
@@ -135,7 +136,7 @@ def test_plain_loop_written_out_gives_the_same_weights():
 @given(samples=st.integers(1, 40), batch_size=st.integers(1, 60), seed=st.integers(0, 10**6))
 def test_batches_are_full_and_every_epoch_holds_every_sample_once(samples, batch_size, seed):
     steps = -(-3 * samples // batch_size)
-    stream = torch.cat([training._batch_indices(step, batch_size, samples, seed) for step in range(steps)])
+    stream = torch.cat([batch_indices(step, batch_size, samples, seed) for step in range(steps)])
     assert len(stream) == steps * batch_size
     epochs = stream[: 3 * samples].reshape(3, samples)
     assert (epochs.sort(1).values == torch.arange(samples)).all()

@@ -33,7 +33,7 @@ from lipguide import deadline
 from lipguide.book.contents import pages_of
 from lipguide.book.execution import run, write_notebook
 from lipguide.book.ledger import PROFILES, read
-from lipguide.book.staleness import chapter_key, hash_of, modules_behind, records_read
+from lipguide.book.staleness import chapter_key, file_hash, modules_behind, records_read
 from lipguide.distributed import choose_device
 from lipguide.files import replacing
 from lipguide.provenance import device_name, lock_hash
@@ -180,7 +180,7 @@ def _execute(book: Book, chapter: str, profile: str, device: str, is_first: bool
         if not problem and not ended.unfinished and before.is_still_there():
             problem = f"it ran, but saved no {ledger.name}"
         if not problem and not ended.unfinished:
-            _keep(failed, target, {"key": key, "ledger": hash_of(ledger)})
+            _keep(failed, target, {"key": key, "ledger": file_hash(ledger)})
             before = None
     finally:  # what a run that failed or was interrupted has saved must not be printed by the text of another run
         if before is not None:
@@ -246,12 +246,12 @@ def _made_from(notebook: Path) -> dict[str, str] | None:
 def _is_whole(book: Book, chapter: str, profile: str) -> bool:
     """Whether a chapter has run and its ledger is the one that this run saved."""
     made = _made_from(book.executed(chapter, profile))
-    return made is not None and made.get("ledger") == hash_of(book.ledger(chapter, profile))
+    return made is not None and made.get("ledger") == file_hash(book.ledger(chapter, profile))
 
 
 def _is_true(book: Book, chapter: str, profile: str, device: str) -> bool:
     """Whether a chapter would come out today as it stands in its executed notebook."""
-    now = {"key": _key(book, chapter, profile, device), "ledger": hash_of(book.ledger(chapter, profile))}
+    now = {"key": _key(book, chapter, profile, device), "ledger": file_hash(book.ledger(chapter, profile))}
     return _made_from(book.executed(chapter, profile)) == now
 
 
@@ -386,5 +386,5 @@ def _rendering_key(folder: Path, profile: str) -> str:
     digest = hashlib.sha256(json.dumps([profile, lock_hash()]).encode())
     renderers = modules_behind("from lipguide.book import addresses, api, citations, pages, records, roles")
     for path in sorted(renderers) + sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(os.path.relpath(path, folder).encode() + bytes.fromhex(hash_of(path)))
+        digest.update(os.path.relpath(path, folder).encode() + bytes.fromhex(file_hash(path)))
     return digest.hexdigest()

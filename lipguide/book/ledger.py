@@ -16,10 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lipguide.files import write_json
-from lipguide.provenance import provenance
 
 __all__ = ["PROFILES", "Ledger", "lookup", "read"]
 
@@ -34,7 +31,7 @@ class Ledger:
         profile, device, seed: the chapter's parameters.
         folder: where the file goes; by default `results` in the working folder, which is the chapter's own.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> ledger = Ledger("why", "quick", "cpu", 0, folder=tempfile.mkdtemp())
     >>> ledger["radius"] = torch.tensor(0.25)
     >>> read(ledger.save())["results"]
@@ -42,6 +39,10 @@ class Ledger:
     """
 
     def __init__(self, chapter: str, profile: str, device: str, seed: int, folder: str | Path | None = None) -> None:
+        import torch  # not before: pages that only read ledgers are rendered without it
+
+        from lipguide.provenance import provenance
+
         self.path = Path(folder or os.environ.get("LIPGUIDE_RESULTS", "results")) / f"{chapter}.{profile}.json"
         self.results: dict[str, Any] = {}
         self._began = time.perf_counter()
@@ -68,9 +69,17 @@ class Ledger:
             seconds: that the results took; None for the time since the ledger was opened.
         """
         self.provenance["seconds"] = round(time.perf_counter() - self._began if seconds is None else seconds, 2)
-        peak = torch.cuda.max_memory_allocated() if self._cuda else _peak_memory()
-        self.provenance["peak_memory_mib"] = round(peak / 2**20)
+        self.provenance["peak_memory_mib"] = round(self._peak_memory() / 2**20)
         return write_json(self.path, {"provenance": self.provenance, "results": self.results})
+
+    def _peak_memory(self) -> int:
+        """Bytes: of the GPU where there is one, else of this process."""
+        if self._cuda:
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -143,8 +152,3 @@ def _plain(value: Any, key: str) -> Any:
     if value is None or isinstance(value, str | int | bool):
         return value
     raise TypeError(f"{key} is a {type(value).__name__}; record numbers, text, or lists and dicts of those")
-
-
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024

@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-__all__ = ["chapter_key", "hash_of", "modules_behind", "records_read"]
+__all__ = ["chapter_key", "file_hash", "modules_behind", "records_read"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NAME = PACKAGE.name
@@ -42,16 +42,16 @@ def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str
     modules = modules_behind(code)
     files = sorted(modules) + (_data_files() if modules else [])
     for path in files:
-        digest.update(f"{path.relative_to(PACKAGE)} {hash_of(path)} ".encode())
+        digest.update(f"{path.relative_to(PACKAGE)} {file_hash(path)} ".encode())
     for path in sorted(records):
-        digest.update(f"{path.name} {hash_of(path)} ".encode())
+        digest.update(f"{path.name} {file_hash(path)} ".encode())
     return digest.hexdigest()
 
 
-def hash_of(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """The SHA-256 of a file, or nothing where there is none.
 
-    >>> hash_of(Path("nowhere"))
+    >>> file_hash(Path("nowhere"))
     ''
     """
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""

@@ -34,7 +34,7 @@ def nonnegative(operation: Operation, pixels: Pixels) -> float:
             that is computed from a scale factor may differ between the two; the bound holds for both.
         pixels: the sides of a picture.
 
-    >>> round(nonnegative(lambda x: F.pad(x, (1, 1), mode="replicate"), (3,)), 4)
+    >>> round(nonnegative(lambda x: torch.nn.functional.pad(x, (1, 1), mode="replicate"), (3,)), 4)
     1.4142
     """
     copies = [_most_copies(operation, pixels, dtype) for dtype in (torch.float32, torch.float64)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-__all__ = ["BACKGROUND", "Cutting", "cut", "inside", "number_window", "stacked", "visible"]
+__all__ = ["BACKGROUND", "Cutting", "cut", "inside", "number_window", "square_around", "stacked", "visible"]
 
 BACKGROUND = 10  # class of the pixels of no digit in the class maps of `scenes`; the digits are 0 to 9
 ENLARGE = 0.3  # of the square around the number, both sides together
@@ -88,19 +88,34 @@ def number_window(
     >>> number_window(100, 60, np.array([[40, 20, 50, 40], [50, 20, 60, 40]]), np.random.default_rng(0))
     (37, 17, 26)
     """
-    x0, y0 = (int(v) for v in np.floor(corners[:, :2].min(axis=0)))
-    x1, y1 = (int(v) for v in np.ceil(corners[:, 2:].max(axis=0)))
-    side = max(x1 - x0, y1 - y0)
-    low = max(0, x1 - side), max(0, y1 - side)
-    high = min(x0, width - side), min(y0, height - side)
-    if high[0] < low[0] or high[1] < low[1]:
+    near = np.floor(corners[:, :2].min(axis=0))
+    far = np.ceil(corners[:, 2:].max(axis=0))
+    first, last, side = (found.astype(int).tolist() for found in square_around(near, far, np.array([width, height])))
+    if last[0] < first[0] or last[1] < first[1]:
         return None
-    left, top = (int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True))
+    left, top = (int(rng.integers(a, b + 1)) for a, b in zip(first, last, strict=True))
     more = round(side * ENLARGE / 2)
     while more > 1 and (min(left, top) < more or left + side + more > width or top + side + more > height):
         more //= 2
     more = more if more > 1 else 0
     return left - more, top - more, side + 2 * more
+
+
+def square_around(near: np.ndarray, far: np.ndarray, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The smallest square around all boxes of a scene: its first and its last place in the picture, and its side.
+
+    Where the last place comes before the first, none fits.
+
+    Args:
+        near: x and y of the corners around all boxes that are nearest to the origin, (2,) or (2, scenes).
+        far: those of the opposite ones.
+        sides: width and height of the picture.
+
+    >>> [found.tolist() for found in square_around(np.array([40, 20]), np.array([60, 40]), np.array([100, 30]))]
+    [[40, 20], [40, 10], 20]
+    """
+    side = (far - near).max(axis=0)
+    return np.maximum(far - side, 0), np.minimum(near, sides - side), side
 
 
 @dataclass(frozen=True)

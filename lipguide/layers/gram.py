@@ -81,14 +81,18 @@ class GramScale(Constraint):
             self.register_buffer("watched", torch.arange(KEPT + SCANNED))  # which of them, the scanned ones last
 
     def constrained(self, filters: Tensor) -> Tensor:
-        kernel = filters * _column(self._first_scale(filters), filters)
+        kernel = filters * _column(self._first_scale(filters), filters)  # Q K
         t = self._watched_bound(kernel) if self.training and self.varies else self._proved_bound(kernel)
         scale = t.rsqrt()  # (filters,)
         if self.varies:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
-                allowance = between_frequencies(off_centre(kernel) * scale[:, None], self.density)
-            scale = scale / allowance
+            scale = scale / self._allowance(kernel, scale)
         return kernel * _column(scale, kernel)
+
+    def _allowance(self, kernel: Tensor, scale: Tensor) -> Tensor:
+        """By how much ‖V‖ may exceed 1 between the frequencies of the grid; in training without a gradient."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
+            others = off_centre(kernel) * scale[:, None]  # those of V
+            return between_frequencies(others, self.density)
 
     def _first_scale(self, filters: Tensor) -> Tensor:
         """q, divided so that the largest entry of Q K is 1: V depends on directions only, and no power overflows."""
@@ -142,16 +146,20 @@ class GramScale(Constraint):
         small enough. If not, take the room that is enough for any E, with |E_ij| ≤ ½ unit |V_ij| or ½ the smallest
         number, from Schur's bound of ‖|V|‖.
         """
-        unit, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        unit = torch.finfo(dtype).eps
+        smallest = torch.finfo(dtype).smallest_normal * unit
         smaller = v / (1 + unit + FLOAT32_ROOM * torch.finfo(torch.float32).eps)
         error = smaller.to(dtype).to(v.dtype) - smaller
         fits = 1 / (1 + unit) + self._norm(error) <= 1
 
         taps = v.abs().flatten(2).sum(2) if v.dim() > 2 else v.abs()  # (filters, channels)
-        schur = (taps.sum(0).amax() * taps.sum(1).amax()).sqrt()
+        columns, rows = taps.sum(0), taps.sum(1)
+        schur = (columns.amax() * rows.amax()).sqrt()
         any_error = unit / 2 * schur
-        below_the_smallest = smallest / 2 * (v.numel() / v.shape[0] * v.numel() / v.shape[1]) ** 0.5
-        return torch.where(fits, unit, any_error + 2 * below_the_smallest * (1 + any_error))
+        row, column = v.numel() / v.shape[0], v.numel() / v.shape[1]  # how many entries each has
+        below_the_smallest = smallest / 2 * (row * column) ** 0.5
+        room_for_any = any_error + 2 * below_the_smallest * (1 + any_error)
+        return torch.where(fits, unit, room_for_any)
 
     def _norm(self, kernel: Tensor) -> Tensor:
         """Upper bound of the norm of any kernel, from the same row sums."""
@@ -179,10 +187,12 @@ def _waves(kernel_size: int, density: int) -> Tensor:
     rows, columns = places.unbind(1)
     # In the first column and, of an even side, in the last one the mirror image is in the same column.
     mirrored = (columns == 0) | (2 * columns == side)
-    places = places[~mirrored | (2 * rows <= side)]
+    first_of_two = 2 * rows <= side
+    places = places[~mirrored | first_of_two]
     omega = places.double() * (2 * math.pi / side)  # (frequencies, 2)
-    taps = torch.arange(kernel_size).double()
-    angles = omega @ torch.cartesian_prod(taps, taps).T  # (frequencies, taps)
+    along = torch.arange(kernel_size).double()
+    taps = torch.cartesian_prod(along, along)  # (taps, 2)
+    angles = omega @ taps.T  # (frequencies, taps)
     return torch.stack((angles.cos(), angles.sin()), 1)
 
 
@@ -195,9 +205,11 @@ def _spread(waves: Tensor) -> Tensor:
 
 def _symbol(kernel: Tensor, waves: Tensor) -> Tensor:
     """The filters (n, c, k, k) at some frequencies: complex matrices F in (frequencies, n, c)."""
+    n, c = kernel.shape[:2]
     taps = kernel.flatten(2).permute(2, 0, 1).flatten(1)  # (taps, n · c)
-    real, imag = (waves.flatten(0, 1) @ taps).view(-1, 2, *kernel.shape[:2]).unbind(1)
-    return torch.complex(real, imag)
+    sums = waves.flatten(0, 1) @ taps  # (frequencies · 2, n · c)
+    real, imaginary = sums.view(-1, 2, n, c).unbind(1)
+    return torch.complex(real, imaginary)
 
 
 def _symbol_on_grid(kernel: Tensor, density: int) -> Tensor:
@@ -232,22 +244,24 @@ def _log_row_sums(symbol: Tensor, iterations: int) -> Tensor:
     p = 2^iterations, or one more where F is tall: the powers of a tall F cost less on its other side, where
     (FFᴴ)^(p + 1) = F (FᴴF)^p Fᴴ.
     """
-    tall = iterations > 0 and symbol.shape[-2] > symbol.shape[-1]
+    n, c = symbol.shape[-2:]
+    tall = iterations > 0 and n > c
     power = symbol.mH @ symbol if tall else symbol @ symbol.mH
-    tiny = torch.finfo(symbol.dtype).tiny
-    log_size: Tensor | float = 0.0
+    log_size: Tensor | float = 0.0  # power · exp(log_size) is what it stands for
     for _ in range(iterations):
         # The largest diagonal entry is the largest of all, and at most the largest eigenvalue: scaled by it, the
         # next power neither overflows nor fades.
-        size = _nonzero(power.detach().diagonal(dim1=-2, dim2=-1).real.amax())
+        diagonal = power.detach().diagonal(dim1=-2, dim2=-1).real
+        size = _nonzero(diagonal.amax())
         power = power * size.reciprocal()
         power = power @ power
         log_size = 2 * (log_size + size.log())
     if tall:
         power = symbol @ power @ symbol.mH
     # Rows that are small, raised to a high power, can vanish below the smallest number: never count them as zero.
-    sums = power.abs().sum(-1) + tiny * 2**26
-    return (sums.log() + log_size) / (2**iterations + 1 if tall else 2**iterations)
+    sums = power.abs().sum(-1) + torch.finfo(symbol.dtype).tiny * 2**26
+    p = 2**iterations + 1 if tall else 2**iterations
+    return (sums.log() + log_size) / p
 
 
 def off_centre(kernel: Tensor) -> Tensor:

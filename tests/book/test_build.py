@@ -37,9 +37,7 @@ seed = 0
 ```
 
 ```{{code-cell}} ipython3
-from lipguide.book.ledger import Ledger
-
-ledger = Ledger("{name}", profile, device, seed)
+{opening}
 {code}
 ledger["answer"] = 42
 ledger.save()
@@ -47,6 +45,24 @@ ledger.save()
 
 The answer is {{ledger}}`answer:d`.
 """
+OPENED = """from lipguide.book.ledger import Ledger
+
+ledger = Ledger("{name}", profile, device, seed)
+"""
+# A ledger for chapters that need no torch: a kernel is up in a third of the time. (The text "results" would name all
+# records, so it is a keyword here.)
+LIGHT = """from lipguide.files import write_json
+
+class Light(dict):
+    def save(self):
+        write_json("results/{name}.quick.json", dict(provenance={provenance}, results=self))
+
+ledger = Light()
+"""
+PROVENANCE = {
+    "profile": "quick", "commit": "unknown", "lock": "none", "device": "toy", "threads": 1, "torch": "2", "python": "3",
+    "seed": 0, "start": "2026-01-01T00:00:00+00:00", "data": None, "seconds": 0.1, "peak_memory_mib": 1,
+}  # fmt: skip
 CONFIG = """title: test
 only_build_toc_files: true
 execute: {execute_notebooks: cache}
@@ -67,12 +83,28 @@ def root(tmp_path):
     return tmp_path
 
 
-def write(root: Path, name: str, code: str = "", title: str = "Title") -> None:
-    (root / "book" / f"{name}.md").write_text(CHAPTER.format(name=name, code=code, title=title))
+def write(root: Path, name: str, code: str = "", title: str = "Title", opening: str = LIGHT) -> None:
+    opening = opening.format(name=name, provenance=PROVENANCE)
+    (root / "book" / f"{name}.md").write_text(CHAPTER.format(name=name, opening=opening, code=code, title=title))
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """For tests of what is executed: how often the book would have been rendered, which takes seconds."""
+    calls = []
+    monkeypatch.setattr(build_module, "_render", lambda *arguments: calls.append(arguments) or 0)
+    return calls
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """For tests of what is rendered: chapters are executed in no time."""
+    monkeypatch.setattr(build_module, "run", fake_run)
 
 
 def test_build_rebuild_change_fail_and_recover(root, capsys):
     """One story in order, since each build takes seconds."""
+    write(root, "one", opening=OPENED)
     assert build(Book(root), "quick", "cpu") == 0
     first = (root / "_build/html/book/one.html").read_text()
     assert "The answer is" in first and ">42<" in first and "last verified on" in first
@@ -83,7 +115,7 @@ def test_build_rebuild_change_fail_and_recover(root, capsys):
     assert build(Book(root), "quick", "cpu") == 0
     assert capsys.readouterr().out.count("unchanged") == 3
 
-    write(root, "one", title="Changed")
+    write(root, "one", title="Changed", opening=OPENED)
     assert build(Book(root), "quick", "cpu") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "executed" in lines[0] and "unchanged" in lines[1] and "rendered" in lines[2]
@@ -126,6 +158,7 @@ def test_a_warning_is_in_the_log_and_not_on_the_page_and_our_own_fail_under_ci(r
     assert "we are not sure" in (root / "_build/logs/two.quick.log").read_text()
 
     write(root, "one")
+    monkeypatch.setattr(build_module, "_render", lambda *arguments: 0)
     capsys.readouterr()
     assert build(Book(root), "quick", "cpu", only=["one"]) == 0
     assert "stderr" not in capsys.readouterr().out
@@ -146,10 +179,9 @@ def test_a_warning_that_is_laid_to_the_package_is_our_own_and_one_to_its_environ
 # --- a time limit
 
 
-def test_a_chapter_that_outlives_its_time_is_ended_and_named(root, capsys, monkeypatch):
+def test_a_chapter_that_outlives_its_time_is_ended_and_named(root, capsys, monkeypatch, rendered):
     write(root, "one", code="import time; time.sleep(600)")
     monkeypatch.setattr(build_module, "_waits", lambda *arguments: "")  # also where this machine is slow
-    monkeypatch.setattr(build_module, "_render", lambda *arguments: 0)
     monkeypatch.chdir(root)
     began = time.monotonic()
     assert status("build", "--device", "cpu", "--only", "one", "--minutes", "0.1") == 75
@@ -162,13 +194,13 @@ def test_a_chapter_that_outlives_its_time_is_ended_and_named(root, capsys, monke
     assert read(root / "book/results/one.quick.json")["results"]["answer"] == 42
 
 
-def test_a_training_inside_a_chapter_hears_of_the_limit(root, monkeypatch, capsys):
+def test_a_training_inside_a_chapter_hears_of_the_limit(root, monkeypatch, capsys, rendered):
     """The chapter asks for the time as if it were up; that there is a limit, it knows from the build."""
     code = "from lipguide import deadline; deadline.left = lambda: -1\ndeadline.check('stopped before step 3 of 9')"
     write(root, "one", code)
-    monkeypatch.setattr(build_module, "_render", lambda *arguments: 0)
     monkeypatch.chdir(root)
     assert status("build", "--device", "cpu", "--only", "one", "--minutes", "60") == 75
+    assert not rendered
     assert "one (stopped before step 3 of 9); the same command goes on from there" in capsys.readouterr().err
     assert build(Book(root), "quick", "cpu", only=["one"]) == 0, "without a limit the time is never up"
 
@@ -187,9 +219,9 @@ def fake_run(source: Path, path: Path, parameters: dict, log: Path) -> execution
     return execution.Ended()
 
 
-def test_chapters_that_take_longer_than_what_is_left_wait_for_the_next_slice(root, monkeypatch, capsys):
-    monkeypatch.setattr(build_module, "run", fake_run)
-    monkeypatch.setattr(build_module, "_render", lambda *arguments: 0)
+def test_chapters_that_take_longer_than_what_is_left_wait_for_the_next_slice(
+    root, monkeypatch, capsys, rendered, without_kernels
+):
     assert build(Book(root), "quick", "cpu") == 0
     for chapter in ("one", "two"):
         write(root, chapter, title="Changed")
@@ -208,9 +240,7 @@ def test_chapters_that_take_longer_than_what_is_left_wait_for_the_next_slice(roo
         build(Book(root), "quick", "cpu")
 
 
-def test_seconds_on_another_device_say_nothing(root, monkeypatch):
-    monkeypatch.setattr(build_module, "run", fake_run)
-    monkeypatch.setattr(build_module, "_render", lambda *arguments: 0)
+def test_seconds_on_another_device_say_nothing(root, rendered, without_kernels):
     assert build(Book(root), "quick", "cpu") == 0
     for chapter in ("one", "two"):
         write(root, chapter, title="Changed")
@@ -222,7 +252,7 @@ def test_seconds_on_another_device_say_nothing(root, monkeypatch):
         assert build(Book(root), "quick", "cpu") == 0
 
 
-def test_a_chapter_runs_again_when_a_record_that_it_reads_changes(root, capsys):
+def test_a_chapter_runs_again_when_a_record_that_it_reads_changes(root, capsys, rendered):
     code = "from lipguide.book.ledger import read\nledger['was'] = read('results/run.cpu.json')['results']['was']"
     write(root, "one", code=code)
     record = root / "book" / "results" / "run.cpu.json"
@@ -235,6 +265,7 @@ def test_a_chapter_runs_again_when_a_record_that_it_reads_changes(root, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "executed" in lines[0] and "unchanged" in lines[1]
     assert read(root / "book" / "results" / "one.quick.json")["results"]["was"] == 2
+    assert len(rendered) == 2
 
 
 def saves(root: Path, answer: int, then: str = "") -> None:
@@ -288,7 +319,7 @@ def test_a_first_run_that_fails_leaves_no_ledger(root):
     assert not (root / "book/results/one.quick.json").exists()
 
 
-def test_chapters_that_are_not_asked_for_are_shown_as_they_are(root, capsys):
+def test_chapters_that_are_not_asked_for_are_shown_as_they_are(root, capsys, without_kernels):
     """A fresh clone holds ledgers and no notebooks; a page that has changed since its run says so."""
     assert build(Book(root), "quick", "cpu") == 0
     write(root, "two", title="Changed")
@@ -301,7 +332,7 @@ def test_chapters_that_are_not_asked_for_are_shown_as_they_are(root, capsys):
     assert ">42<" in (root / "_build/html/book/two.html").read_text()
 
 
-def test_a_wrong_ledger_key_fails_the_rendering(root, capsys):
+def test_a_wrong_ledger_key_fails_the_rendering(root, capsys, without_kernels):
     write(root, "one")
     page = root / "book" / "one.md"
     page.write_text(page.read_text().replace("`answer:d`", "`question:d`"))
@@ -310,7 +341,7 @@ def test_a_wrong_ledger_key_fails_the_rendering(root, capsys):
     assert not (root / "_build/html").exists()
 
 
-def test_interrupted_then_resumed(root):
+def test_interrupted_then_resumed(root, rendered):
     """Killed while a chapter runs: the chapter before it is kept, the state is sound, and the next call finishes."""
     write(root, "two", code="import time; time.sleep(600)")
     command = [sys.executable, "-m", "lipguide", "build", "--device", "cpu"]
@@ -330,10 +361,10 @@ def test_interrupted_then_resumed(root):
     assert (root / "_build/notebooks/one.quick.ipynb").exists()
     write(root, "two")
     assert build(Book(root), "quick", "cpu") == 0
-    assert (root / "_build/html/index.html").exists()
+    assert (root / "_build/notebooks/two.quick.ipynb").exists() and len(rendered) == 1
 
 
-def test_a_page_that_asks_another_host_is_refused(root, capsys):
+def test_a_page_that_asks_another_host_is_refused(root, capsys, without_kernels):
     page = root / "book" / "index.md"
     page.write_text('# Test\n\n<img src="https://example.org/x.png" alt="x">\n')
     assert build(Book(root), "quick", "cpu") == 1

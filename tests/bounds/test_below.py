@@ -1,5 +1,7 @@
-"""The searches from below work under whatever mode of torch is around them, and change nothing."""
+"""The searches from below: what they find, under whatever mode of torch is around them; and they change nothing."""
 
+import copy
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +11,8 @@ from torch.nn.utils import parametrize
 
 import lipguide as lip
 from lipguide.bounds.below import StretchedPair
+from tests.networks import Forward, linear
+from tests.oracles import randn, steepest
 
 MODES = {"gradients": nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
@@ -89,3 +93,144 @@ def test_copies_meet_no_weight_of_another_module(ask):
                 assert ASKS[ask](net) <= 1 + 1e-5
             except ValueError as error:
                 assert "remembered" in str(error)
+
+
+# What the search for a lower bound finds
+
+
+def test_the_search_finds_the_norm_of_a_linear_network_and_beats_noise():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 36, 10))
+    true = steepest(model, (2, 6, 6), 1)
+    assert lip.lipschitz_lower_bound(model, torch.randn(2, 2, 6, 6)) == pytest.approx(true, rel=1e-3)
+    bent = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    points = torch.randn(64, 8)
+    assert lip.lipschitz_lower_bound(bent, points[:4]) > steepest(bent, (8,), 1)
+
+
+def test_the_search_climbs_to_where_a_function_is_steep():
+    class Sine(nn.Module):
+        def forward(self, x):
+            return torch.sin(x)
+
+    start = torch.full((1, 1), 1.4)  # slope 0.17 here, 1 at zero
+    assert lip.lipschitz_lower_bound(Sine(), start, steps=200, distance=0.2) > 0.99
+
+
+def test_the_search_treats_a_batch_of_one_a_zero_input_and_a_constant_network():
+    assert lip.lipschitz_lower_bound(linear(2), torch.zeros(1, 4)) == pytest.approx(2, rel=1e-4)
+    assert lip.lipschitz_lower_bound(linear(0), torch.randn(1, 4)) == 0
+
+
+@pytest.mark.parametrize(
+    "fn, truth",
+    [
+        (lambda m, x: x + 1e10, 1.0),
+        (lambda m, x: x + 1e10 - 1e10, 1.0),
+        (lambda m, x: (x * 1e-6 + 1e10 - 1e10) * 1e6, 1.0),
+        (lambda m, x: nn.functional.pad(3 * x, (0, 4), value=1e12), 3.0),
+    ],
+)
+def test_the_search_does_not_take_rounding_for_a_stretch(fn, truth):
+    assert lip.lipschitz_lower_bound(Forward(fn), torch.randn(3, 4), steps=20) <= truth
+
+
+def test_the_search_does_not_take_the_threshold_of_softplus_for_a_stretch():
+    at_threshold = torch.full((2, 3), 20.0)
+    for distance in (1e-6, 1e-3, None):
+        assert 0.9 <= lip.lipschitz_lower_bound(nn.Softplus(), at_threshold, distance=distance) <= 1
+
+
+@pytest.mark.parametrize(
+    "x, distance, why",
+    [
+        (torch.full((1, 4), math.nan), None, "NaN"),
+        (torch.zeros(2, 4, dtype=torch.int64), None, "whole"),
+        (torch.zeros(0, 4), None, "one point or more"),
+        (torch.zeros(2, 4), 0.0, "distance is 0.0"),
+    ],
+)
+def test_the_search_refuses_points_that_it_cannot_start_from(x, distance, why):
+    with pytest.raises(ValueError, match=why):
+        lip.lipschitz_lower_bound(linear(1), x, distance=distance)
+
+
+def test_the_search_says_where_a_model_has_no_values():
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        lip.lipschitz_lower_bound(Forward(lambda m, x: x / 0), torch.randn(2, 4), steps=2)
+
+
+# The guide's layers, safe and forbidden
+
+
+def attention():
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(4, 1, batch_first=True, dtype=torch.float64)
+    return lambda x: layer(x, x, x)[0]
+
+
+def batch_norm(training):
+    layer = nn.BatchNorm1d(4, dtype=torch.float64).train(training)
+    nn.init.constant_(layer.running_var, 0.25)
+    return layer
+
+
+SAFE = {
+    "flatten": (nn.Flatten(), (2, 3, 2, 2)),
+    "reshape": (nn.Unflatten(1, (2, 2)), (2, 4)),
+    "dropout at inference": (nn.Dropout(0.5).eval(), (2, 8)),
+    "half an addition": (lip.Residual(nn.Identity()), (2, 4)),
+    "concatenation over √2": (lip.Concat(nn.Identity(), nn.Identity()), (2, 4)),
+    "patches": (lip.Patches(nn.Flatten(), 2), (1, 1, 4, 4)),
+    "centering": (lip.BatchCentering(4).double(), (6, 4)),
+}
+FORBIDDEN = {  # at least this stretch must be found
+    "batch norm in training": (batch_norm(True), (6, 4), 2.0),
+    "batch norm at inference": (batch_norm(False), (6, 4), 1.99),
+    "layer norm": (nn.LayerNorm(8, dtype=torch.float64), (1, 8), 2.0),
+    "dropout in training": (nn.Dropout(0.5), (2, 8), 1.99),
+    "addition": (lambda x: x + x, (2, 4), 1.99),
+    "concatenation": (lambda x: torch.cat((x, x), 1), (2, 4), 1.41),
+    "self-attention": (attention(), (1, 5, 4), 1.05),
+}
+
+
+@pytest.mark.parametrize(("fn", "shape"), SAFE.values(), ids=SAFE.keys())
+def test_the_search_breaks_no_safe_layer(fn, shape):
+    assert lip.most_stretched_pair(fn, randn(*shape), steps=100).stretch <= 1 + 1e-9
+
+
+@pytest.mark.parametrize(("fn", "shape", "least"), FORBIDDEN.values(), ids=FORBIDDEN.keys())
+def test_the_search_finds_a_pair_that_breaks_each_forbidden_layer(fn, shape, least):
+    pair = lip.most_stretched_pair(fn, randn(*shape), steps=300)
+    assert pair.stretch >= least
+    assert lip.stretch(fn, pair.a, pair.b) == pytest.approx(pair.stretch)
+    assert (pair.a - pair.b).norm() == pytest.approx(0.1)
+
+
+def test_self_attention_has_no_bound_at_all():
+    """The further out the search starts, the more it finds: from one pair to the next the stretch doubles and more."""
+    pair = lip.most_stretched_pair(attention(), randn(1, 5, 4))
+    for _ in range(4):
+        further = lip.most_stretched_pair(attention(), 1.5 * pair.a)
+        assert further.stretch > 2 * pair.stretch
+        pair = further
+    assert pair.stretch > 100
+
+
+def test_the_search_leaves_modules_and_random_numbers_alone():
+    layer = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
+    before = copy.deepcopy(layer.state_dict())
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    lip.most_stretched_pair(layer, torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), steps=3)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_stretch_is_a_ratio_of_distances():
+    assert lip.stretch(lambda x: 3 * x, torch.zeros(2, 2), torch.ones(2, 2)) == pytest.approx(3)
+    with pytest.raises(ValueError, match="two that differ"):
+        lip.stretch(nn.Identity(), torch.ones(2), torch.ones(2))

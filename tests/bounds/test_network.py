@@ -12,23 +12,13 @@ from lipguide.bounds.network import Bound, Unbounded, lipschitz_bound, lipschitz
 from lipguide.layers.activations import GroupSort2, MaxMin
 from lipguide.layers.affine import orthogonal, spectral
 from lipguide.layers.blocks import Concat, Patches, Residual
-from lipguide.layers.export import export, without_parametrizations
+from lipguide.layers.export import export
 from lipguide.layers.pooling import ScaledL2NormPool2d
 from lipguide.layers.sll import SLL
-from tests.networks import networks
+from tests.networks import Forward, linear, networks
+from tests.oracles import steepest
 
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
-
-
-def steepest(model: nn.Module, shape: tuple[int, ...], points: int = 2) -> float:
-    """σ_max of the true Jacobian at random points, in float64."""
-    twin = without_parametrizations(model).double()
-    values = []
-    for i in range(points):
-        x = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        jacobian = torch.autograd.functional.jacobian(twin, x).reshape(-1, x.numel())
-        values.append(float(torch.linalg.matrix_norm(jacobian, ord=2)))
-    return max(values)
 
 
 def train(model: nn.Module, shape: tuple[int, ...], steps: int = 100, rate: float = 0.3) -> nn.Module:
@@ -73,12 +63,6 @@ def test_an_exported_network_is_bounded_as_well_as_its_original(case):
     exported = lipschitz_bound(export(model), shape).value
     # Above the truth, and below the original's, whose constraints vouch for pictures of every size.
     assert steepest(model, shape) * (1 - 1e-6) <= exported <= 1.02 * lipschitz_bound(model, shape).value
-
-
-def linear(value: float) -> nn.Linear:
-    layer = nn.Linear(4, 4)
-    layer.weight.data = value * torch.eye(4)
-    return layer
 
 
 def test_a_chain_multiplies():
@@ -158,18 +142,6 @@ def test_a_lipschitz_method_stands_in_for_a_forward():
     assert lipschitz_bound(Gate().eval(), (4,)).value == pytest.approx(5)
     with pytest.raises(Unbounded, match="^b .*no lipschitz method"):
         lipschitz_bound(Gate(forgetful=True).eval(), (4,))
-
-
-class Forward(nn.Module):
-    """Wraps a function so that it is a forward to be traced."""
-
-    def __init__(self, fn) -> None:
-        super().__init__()
-        self.fn, self.layer, self.act = fn, linear(1), nn.SiLU(inplace=True)
-        self.gain = nn.Parameter(torch.tensor([1.0, -7.0, 2.0, 3.0]))
-
-    def forward(self, x):
-        return self.fn(self, x)
 
 
 FOLLOWED = {
@@ -417,68 +389,6 @@ def test_constrained_networks_are_one_lipschitz():
         layers = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, stride=2), nn.Conv2d(8, 8, 5, padding=2)]
         model = nn.Sequential(*(m for layer in layers for m in (constrain(layer), GroupSort2()))).eval()
         assert 1 <= lipschitz_bound(model, (3, 16, 16)).value <= 1 + 1e-4
-
-
-def test_the_search_finds_the_norm_of_a_linear_network_and_beats_noise():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 36, 10))
-    true = steepest(model, (2, 6, 6), 1)
-    assert lipschitz_lower_bound(model, torch.randn(2, 2, 6, 6)) == pytest.approx(true, rel=1e-3)
-    bent = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-    points = torch.randn(64, 8)
-    assert lipschitz_lower_bound(bent, points[:4]) > steepest(bent, (8,), 1)
-
-
-def test_the_search_climbs_to_where_a_function_is_steep():
-    class Sine(nn.Module):
-        def forward(self, x):
-            return torch.sin(x)
-
-    start = torch.full((1, 1), 1.4)  # slope 0.17 here, 1 at zero
-    assert lipschitz_lower_bound(Sine(), start, steps=200, distance=0.2) > 0.99
-
-
-def test_the_search_treats_a_batch_of_one_a_zero_input_and_a_constant_network():
-    assert lipschitz_lower_bound(linear(2), torch.zeros(1, 4)) == pytest.approx(2, rel=1e-4)
-    assert lipschitz_lower_bound(linear(0), torch.randn(1, 4)) == 0
-
-
-@pytest.mark.parametrize(
-    "fn, truth",
-    [
-        (lambda m, x: x + 1e10, 1.0),
-        (lambda m, x: x + 1e10 - 1e10, 1.0),
-        (lambda m, x: (x * 1e-6 + 1e10 - 1e10) * 1e6, 1.0),
-        (lambda m, x: nn.functional.pad(3 * x, (0, 4), value=1e12), 3.0),
-    ],
-)
-def test_the_search_does_not_take_rounding_for_a_stretch(fn, truth):
-    assert lipschitz_lower_bound(Forward(fn), torch.randn(3, 4), steps=20) <= truth
-
-
-def test_the_search_does_not_take_the_threshold_of_softplus_for_a_stretch():
-    at_threshold = torch.full((2, 3), 20.0)
-    for distance in (1e-6, 1e-3, None):
-        assert 0.9 <= lipschitz_lower_bound(nn.Softplus(), at_threshold, distance=distance) <= 1
-
-
-@pytest.mark.parametrize(
-    "x, distance, why",
-    [
-        (torch.full((1, 4), math.nan), None, "NaN"),
-        (torch.zeros(2, 4, dtype=torch.int64), None, "whole"),
-        (torch.zeros(0, 4), None, "one point or more"),
-        (torch.zeros(2, 4), 0.0, "distance is 0.0"),
-    ],
-)
-def test_the_search_refuses_points_that_it_cannot_start_from(x, distance, why):
-    with pytest.raises(ValueError, match=why):
-        lipschitz_lower_bound(linear(1), x, distance=distance)
-
-
-def test_the_search_says_where_a_model_has_no_values():
-    with pytest.raises(ValueError, match="NaN or infinite values"):
-        lipschitz_lower_bound(Forward(lambda m, x: x / 0), torch.randn(2, 4), steps=2)
 
 
 def test_a_bound_can_be_asked_for_in_inference_mode():

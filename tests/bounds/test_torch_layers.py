@@ -11,20 +11,9 @@ from torch import nn
 from lipguide.bounds.network import Unbounded, lipschitz_bound
 from lipguide.layers.affine import aol, frobenius, orthogonal, spectral
 from lipguide.layers.sll import SLL
-from tests.oracles import largest_singular_value
+from tests.oracles import largest_singular_value, steepest
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def steepest(layer: nn.Module, shape: tuple[int, ...], points: int = 3) -> float:
-    """The largest singular value of the true Jacobian at random points, in float64."""
-    layer = layer.double()
-    values = []
-    for i in range(points):
-        x = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) * 2
-        jacobian = torch.autograd.functional.jacobian(layer, x)
-        values.append(float(torch.linalg.matrix_norm(jacobian.reshape(-1, x.numel()), ord=2)))
-    return max(values)
 
 
 def bound(layer: nn.Module, shape: tuple[int, ...]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import numpy as np
@@ -99,11 +100,14 @@ def luminance(colour: np.ndarray) -> float:
     return float(LUMA[0] * colour[0] + LUMA[1] * colour[1] + LUMA[2] * colour[2])
 
 
-SHARES = {id(table): list(accumulate(row[-1] for row in table)) for table in (WALLS, NUMBERS, PLATES)}
+@cache
+def _shares(table: tuple) -> list[int]:
+    """The shares of the rows, each added to those before it."""
+    return list(accumulate(row[-1] for row in table))
 
 
 def _choose(table: tuple, rng: np.random.Generator) -> tuple:
-    shares = SHARES[id(table)]
+    shares = _shares(table)
     return table[bisect_right(shares, rng.random() * shares[-1])]
 
 

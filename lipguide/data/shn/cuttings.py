@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lipguide.data.crops import Cutting, inside, stacked, visible
+from lipguide.data.crops import Cutting, inside, square_around, stacked, visible
 from lipguide.data.mapped import map_arrays, put, reserve, seal
 from lipguide.data.npz import DamagedFile
 from lipguide.data.shn.cache import BLOCK, PACKAGE, prepare, stored, unwritable
@@ -80,14 +80,15 @@ def tallies(pages: Pages, cutting: Cutting) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fits(corners: np.ndarray, owner: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """Whether a square around all boxes of a scene fits the picture, as `number_window` has it."""
-    low, high = np.full((2, len(widths)), 1e9), np.full((2, len(widths)), -1e9)  # x and y of the corners around all
-    sizes = np.stack([widths, heights])
+    """Whether a square around all boxes of a scene fits the picture."""
+    near = np.full((2, len(widths)), 1e9)  # x and y of the corners around all
+    far = np.full((2, len(widths)), -1e9)
+    sides = np.stack([widths, heights])
     for axis in (0, 1):
-        np.minimum.at(low[axis], owner, np.floor(corners[:, axis] * sizes[axis, owner]))
-        np.maximum.at(high[axis], owner, np.ceil(corners[:, axis + 2] * sizes[axis, owner]))
-    side = (high - low).max(axis=0)
-    return (np.minimum(low, sizes - side) >= np.maximum(high - side, 0)).all(axis=0)
+        np.minimum.at(near[axis], owner, np.floor(corners[:, axis] * sides[axis, owner]))
+        np.maximum.at(far[axis], owner, np.ceil(corners[:, axis + 2] * sides[axis, owner]))
+    first, last, _ = square_around(near, far, sides)
+    return (first <= last).all(axis=0)
 
 
 def kept_cuttings(pages: Pages, scenes: str, cutting: Cutting, workers: int) -> Row:
@@ -99,7 +100,7 @@ def kept_cuttings(pages: Pages, scenes: str, cutting: Cutting, workers: int) -> 
         scenes: the key of the pages; see `lipguide.data.shn.cache.content_hash`.
     """
     folder = cache_folder("cuttings", cuttings_hash(scenes, cutting))
-    rows, digits = (int(tally.sum()) for tally in tallies(pages, cutting))
+    rows, digits = tallies(pages, cutting)
     arrays = _found(folder, len(pages))
     if arrays is None:
         try:
@@ -107,10 +108,11 @@ def kept_cuttings(pages: Pages, scenes: str, cutting: Cutting, workers: int) -> 
         except OSError:
             return make_rows(pages, range(len(pages)), cutting)
         path = folder / f"{len(pages):06d}.map"
-        _make(path, pages, cache_folder("shn", scenes), cutting, workers)
+        _make(path, pages, cache_folder("shn", scenes), cutting, (rows, digits), workers)
         arrays = map_arrays(path)
         _drop_shorter(folder, path.name)
-    return {name: array[: digits if name in ("boxes", "labels") else rows] for name, array in arrays.items()}
+    counts = {name: digits.sum() if name in ("boxes", "labels") else rows.sum() for name in arrays}
+    return {name: array[: counts[name]] for name, array in arrays.items()}
 
 
 def _names(folder: Path) -> list[str]:
@@ -140,9 +142,11 @@ def _drop_shorter(folder: Path, longest: str) -> None:
                 continue
 
 
-def _make(path: Path, pages: Pages, folder: Path, cutting: Cutting, workers: int) -> None:
+def _make(
+    path: Path, pages: Pages, folder: Path, cutting: Cutting, tally: tuple[np.ndarray, np.ndarray], workers: int
+) -> None:
     """Write the file of all scenes, here or with processes that read the scenes' own files."""
-    rows, digits = tallies(pages, cutting)
+    rows, digits = tally
     ends = [(int(rows[:k].sum()), int(digits[:k].sum())) for k in range(0, len(pages), BLOCK)]
     parts = [Part(k, min(BLOCK, len(pages) - k * BLOCK), *end) for k, end in enumerate(ends)]
     name = f"{cutting.view}, {cutting.side} pixels"
