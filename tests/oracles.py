@@ -23,6 +23,12 @@ def sigma_max(fn: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return torch.linalg.matrix_norm(true_jacobian(fn, x), ord=2).item()
 
 
+def largest_norm(matrices: Tensor) -> float:
+    """The largest σ_max of many matrices (…, n, m), from their Gram matrices: several times faster than their SVD."""
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    return torch.linalg.eigvalsh(wide @ wide.mH).max().clamp_min(0).sqrt().item()
+
+
 def steepest(model: nn.Module, shape: tuple[int, ...], points: int = 2) -> float:
     """σ_max of the true Jacobian at random points, in float64."""
     twin = without_parametrizations(model).double()
