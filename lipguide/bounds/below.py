@@ -55,21 +55,30 @@ def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distanc
 
 def _climbed(f: nn.Module, points: Tensor, steps: int, distance: float) -> tuple[Tensor, Tensor]:
     """For each point the pair that f stretched most on the way: where it starts, and the step to its end."""
-    direction = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(points)
-    direction = _unit(direction)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(points.shape, generator=generator, dtype=torch.float32)
+    direction = _unit(direction.to(points))
     found = torch.zeros(len(points), dtype=points.dtype, device=points.device)
-    best_points, best_steps = points, distance * direction
+    best_points = points
+    best_steps = distance * direction
     for step in range(steps):
-        reach = distance * 1e-2 ** (step / max(1, steps - 1))
-        a, d = points.requires_grad_(), direction.requires_grad_()
-        apart = _norms(_flat(f(a + reach * d)) - _flat(f(a.clone())))  # f may change its input
+        share = step / max(1, steps - 1)
+        reach = distance * 1e-2**share
+        a = points.requires_grad_()
+        d = direction.requires_grad_()
+        start = _flat(f(a.clone()))  # f may change its input
+        apart = _norms(_flat(f(a + reach * d)) - start)
         towards, turn = torch.autograd.grad(apart.sum(), (a, d), materialize_grads=True)
-        better = _column(apart.detach() / reach > found, a)
-        found = torch.maximum(found, apart.detach() / reach)
+
+        stretch = apart.detach() / reach
+        better = _column(stretch > found, a)
+        found = torch.maximum(found, stretch)
         best_points = torch.where(better, a.detach(), best_points)
         best_steps = torch.where(better, reach * d.detach(), best_steps)
+
         points = (a + reach / 4 * _unit(towards)).detach()
-        direction = torch.where(_column(_norms(turn) > 0, d), _unit(turn), d).detach()
+        turns = _column(_norms(turn) > 0, d)
+        direction = torch.where(turns, _unit(turn), d).detach()
     return best_points.detach(), best_steps.detach()
 
 
@@ -95,8 +104,10 @@ def _measured(f: nn.Module, a: Tensor, step: Tensor) -> float:
         b = a + shrink * step
         with _Rounding(len(a)) as rounding:
             start, end = _flat(f(torch.cat((a, b)))).chunk(2)
-        stretch = _norms(end - start) / _norms(b - a).clamp_min(torch.finfo(a.dtype).tiny)
-        stretches.append(stretch * (1 - rounding.share.to(stretch)).clamp_min(0))
+        length = _norms(b - a).clamp_min(torch.finfo(a.dtype).tiny)
+        stretch = _norms(end - start) / length
+        sure = (1 - rounding.share.to(stretch)).clamp_min(0)
+        stretches.append(stretch * sure)
     found = torch.stack(stretches)
     if not bool(torch.isfinite(found).any()):
         raise ValueError("the model gives NaN or infinite values where the search ended, so no stretch can be measured")
@@ -117,13 +128,20 @@ class _Rounding(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            batch = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
-            if batch and value.numel() and value.shape[0] % (2 * self.pairs) == 0:
-                a, b = value.detach().double().reshape(2, self.pairs, -1)
-                apart = torch.linalg.vector_norm(a - b, dim=1)
-                share = 8 * torch.finfo(value.dtype).eps * torch.linalg.vector_norm(a, dim=1) / apart
-                self.share = self.share.to(share) + torch.where(apart > 0, share, 0.0)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self._count(value)
         return result
+
+    def _count(self, value: Tensor) -> None:
+        """Adds the share that the rounding of this value has, where it holds all the pairs."""
+        pairs = value.dim() > 0 and value.numel() > 0 and value.shape[0] % (2 * self.pairs) == 0
+        if not pairs:
+            return
+        a, b = value.detach().double().reshape(2, self.pairs, -1)
+        apart = torch.linalg.vector_norm(a - b, dim=1)
+        size = torch.linalg.vector_norm(a, dim=1)
+        share = 8 * torch.finfo(value.dtype).eps * size / apart
+        self.share = self.share.to(share) + torch.where(apart > 0, share, 0.0)
 
 
 def _flat(outputs: Any) -> Tensor:

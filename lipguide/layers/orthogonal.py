@@ -62,15 +62,18 @@ def orthonormal_by_products(raw: Tensor) -> Tensor:
     # The squares of any float32 are in the range of float64; its own may not be.
     v = at_scale_one(raw, (-2, -1)) if raw.dtype == torch.float64 else raw.double()  # (…, n, m), n ≥ m
     eye = torch.eye(raw.shape[-1], dtype=torch.float64, device=raw.device)
-    half = torch.triu(torch.ones_like(eye)) - eye / 2  # the upper triangle and half of the diagonal
     x = v @ _inverse_of_r(v.detach(), eye)
-    return (x @ (1.5 * eye - half * (x.mT @ x))).to(raw.dtype)
+    half = torch.triu(torch.ones_like(eye)) - eye / 2  # the upper triangle and half of the diagonal
+    upper = half * (x.mT @ x)  # P + I / 2
+    q = x @ (1.5 * eye - upper)
+    return q.to(raw.dtype)
 
 
 def _inverse_of_r(v: Tensor, eye: Tensor) -> Tensor:
     """R⁻¹ with VᵀV = RᵀR; a small multiple of I is added so that there is a factorisation."""
     gram = v.mT @ v  # (…, m, m)
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    trace = diagonal.sum(-1)[..., None, None]
     shift = SHIFT * trace + torch.finfo(gram.dtype).tiny
     lower = torch.linalg.cholesky_ex(gram + shift * eye).L
     return torch.linalg.solve_triangular(lower.mT, eye.expand_as(gram), upper=True)
@@ -116,10 +119,14 @@ class OrthogonalKernel(Constraint):
         super().__init__()
         self.stride = stride
         self.groups = groups
-        self.outputs, self.inputs = shape[0] // groups, shape[1]
+        self.outputs = shape[0] // groups
+        self.inputs = shape[1]
         # Alternate the axes; a kernel of k taps on a stride of s needs k − s shifts.
-        rows, columns = shape[2] - stride[0], shape[3] - stride[1]
-        self.axes = [0, 1] * min(rows, columns) + [0] * (rows - columns) + [1] * (columns - rows)
+        rows = shape[2] - stride[0]
+        columns = shape[3] - stride[1]
+        self.axes = [0, 1] * min(rows, columns)
+        self.axes += [0] * (rows - columns)
+        self.axes += [1] * (columns - rows)
         self.middle = max(self.inputs, self.outputs // (stride[0] * stride[1]))
         # A shift moves half of the channels; one channel cannot be split into a part that stays and a part that moves.
         self.rank = self.middle // 2
@@ -130,10 +137,12 @@ class OrthogonalKernel(Constraint):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """R is the block of the weight's first taps; all else is drawn."""
         s1, s2 = self.stride
-        block = at_scale_one(exact(weight)).unflatten(0, (self.groups, -1))[..., :s1, :s2]
+        kernel = at_scale_one(exact(weight)).unflatten(0, (self.groups, -1))
+        block = kernel[..., :s1, :s2]  # (groups, outputs, inputs, s₁, s₂)
         ending = block.new_zeros(self.groups, self.outputs, self.middle, s1, s2)
         ending[:, :, : self.inputs] = block
-        ending[:, :, self.inputs :] = torch.randn_like(ending[:, :, self.inputs :]) * block.std(correction=0)
+        others = ending[:, :, self.inputs :]
+        others.copy_(torch.randn_like(others) * block.std(correction=0))
         raw = [polar(ending.flatten(2))]
         if self.shifts:
             raw.append(_drawn(weight, self.groups, len(self.axes), self.middle, self.rank))
@@ -145,18 +154,21 @@ class OrthogonalKernel(Constraint):
         ending, *others = (_orthonormal_in(self, part) for part in raw)
         taps = self._shifts(others[0]) if self.shifts else self._one_tap(ending)  # (groups, k₁, k₂, middle, middle)
         if self.lifts:
-            taps = taps @ others[-1][:, None, None]  # (groups, k₁, k₂, middle, inputs)
-        last = ending.unflatten(2, (self.middle, *self.stride)).permute(0, 3, 4, 1, 2)
+            lift = others[-1][:, None, None]  # (groups, 1, 1, middle, inputs)
+            taps = taps @ lift
+        last = ending.unflatten(2, (self.middle, *self.stride))
+        last = last.permute(0, 3, 4, 1, 2)  # (groups, s₁, s₂, outputs, middle)
         kernel = chained(taps, last)  # (groups, k₁, k₂, outputs, inputs)
         # contiguous: torch's convolutions are slower on a permuted kernel
         return kernel.permute(0, 3, 4, 1, 2).flatten(0, 1).contiguous()
 
     def _one_tap(self, like: Tensor) -> Tensor:
         """The identity, or for a single channel a plain shift."""
-        rows, columns = self.axes.count(0), self.axes.count(1)
-        in_front, behind = (rows // 2, columns // 2), (rows - rows // 2, columns - columns // 2)
-        pads = (in_front[1], behind[1], in_front[0], behind[0])
-        return F.pad(self._identity(like), (0, 0, 0, 0, *pads))
+        rows = self.axes.count(0)
+        columns = self.axes.count(1)
+        down = rows // 2, rows - rows // 2  # in front and behind
+        across = columns // 2, columns - columns // 2
+        return F.pad(self._identity(like), (0, 0, 0, 0, *across, *down))
 
     def _shifts(self, v: Tensor) -> Tensor:
         """B_n ⊛ … ⊛ B_1; each B keeps P x and shifts (I − P) x, with P the projector on the columns of one V."""
