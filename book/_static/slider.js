@@ -3,7 +3,7 @@
   function start(place) {
     const find = (name) => place.querySelector(name);
     const epsilons = JSON.parse(place.dataset.epsilons), knob = find(".epsilon-knob input");
-    const says = JSON.parse(knob.dataset.says);
+    const says = JSON.parse(knob.dataset.says), shows = JSON.parse(knob.dataset.shows);
     const bars = [...place.querySelectorAll(".epsilon-bar")].map((bar) => ({
       fill: bar.querySelector(".rail span"),
       value: bar.querySelector(".value"),
@@ -23,7 +23,7 @@
         fill.style.width = `${widths[at]}%`;
         value.textContent = values[at];
       }
-      find(".epsilon-says").textContent = says[at];
+      find(".epsilon-says").textContent = shows[at];
       knob.setAttribute("aria-valuetext", says[at]);
     }
 

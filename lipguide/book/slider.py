@@ -27,15 +27,16 @@ __all__ = ["Slider", "boxed", "held", "slider"]
 WIDE = 300  # a drawing's own units
 # In the drawing itself, so that a notebook without the book's style sheet shows the same.
 LOOK = f"""<style>
-g[data-until] rect {{ fill: none; stroke: {LIPSCHITZ}; stroke-width: 4 }}
-g[data-until] rect.halo {{ stroke: #fff; stroke-width: 7 }}
-g[data-until] text {{ font: bold 13px sans-serif; fill: #fff; stroke: #111; stroke-width: 3px; paint-order: stroke }}
-g[data-until].lost rect {{ stroke: {COLOURS["vermillion"]}; stroke-width: 2; stroke-dasharray: 5 4 }}
-g[data-until].lost rect.halo {{ stroke: #fff; stroke-width: 4; stroke-dasharray: none }}
+.boxed rect {{ fill: none; stroke: {LIPSCHITZ}; stroke-width: 4 }}
+.boxed rect.halo {{ stroke: #fff; stroke-width: 7 }}
+.boxed text {{ font: bold 13px sans-serif; fill: #fff; stroke: #111; stroke-width: 3px; paint-order: stroke }}
+.boxed .lost rect {{ stroke: {COLOURS["vermillion"]}; stroke-width: 2; stroke-dasharray: 5 4 }}
+.boxed .lost rect.halo {{ stroke: #fff; stroke-width: 4; stroke-dasharray: none }}
 </style>"""
 BOX = re.compile(r'<g class="\w+" data-until="([^"]+)"')
 
-Picture = str | Sequence[torch.Tensor]
+Frame = torch.Tensor | str
+Picture = str | Sequence[Frame]
 
 
 def slider(
@@ -54,8 +55,8 @@ def slider(
         epsilons: the positions, in rising order.
         rows: for each position, what was measured there: names and numbers. They are drawn as bars, one a name, and
             100 fills a bar.
-        pictures: what is to be seen, by its name. A picture is a list of images (3, height, width) in [0, 1], one a
-            position, or a drawing by `boxed`, whose boxes change by themselves.
+        pictures: what is to be seen, by its name. A picture is one drawing by `boxed`, whose boxes change with ε by
+            themselves, or a list with a frame for each position: an image (3, height, width) in [0, 1] or a drawing.
         start: the position of the still picture; one of `epsilons`.
         colours: of the bars, by their names; the others have the colour of 1-Lipschitz networks.
         unit: of the numbers.
@@ -105,15 +106,23 @@ class Slider:
 
     @property
     def says(self) -> list[str]:
-        """What a position says, to the eye below the slider and to a screen reader."""
-        return [self._said(place, eps) for place, eps in enumerate(self.epsilons)]
+        """What a screen reader hears at each position."""
+        numbers = [[f"{n} {self._written(v)}" for n, v in self._row(k).items()] for k in range(len(self.epsilons))]
+        return [_sentence(shown, more) for shown, more in zip(self._shows, numbers, strict=True)]
 
-    def _said(self, place: int, eps: float) -> str:
-        parts = [f"{name} {self._written(value)}" for name, value in self._row(place).items()]
-        for drawing in self._drawings().values():
-            kept, every = held(drawing, eps)
-            parts.append(f"{kept} of {every} boxes certified")
-        return f"ε = {written(eps, 2)}" + (f": {', '.join(parts)}" if parts else "")
+    @property
+    def _shows(self) -> list[str]:
+        """What stands below the slider at each position: numbers have bars of their own."""
+        shown = []
+        for eps in self.epsilons:
+            counts = [held(drawing, eps) for drawing in self._drawings().values()]
+            parts = [f"{kept} of {every} boxes certified" for kept, every in counts]
+            shown.append(_sentence(f"ε = {written(eps, self._decimals)}", parts))
+        return shown
+
+    @property
+    def _decimals(self) -> int:
+        return 2 if all(math.isclose(eps, round(eps, 2)) for eps in self.epsilons) else 3
 
     def _row(self, place: int) -> dict[str, float]:
         return {name: float(value) for name, value in self.rows[place].items()} if self.rows else {}
@@ -131,7 +140,7 @@ class Slider:
             rows.append({"ε": eps} | (self._row(place) or kept))
         measured = list(self._row(0))
         units = {name: self.unit for name in measured if self.unit}
-        return table(rows, units, {name: self.digits for name in measured} | {"ε": 2})
+        return table(rows, units, {name: self.digits for name in measured} | {"ε": self._decimals})
 
     def __repr__(self) -> str:
         return repr(self._table())
@@ -144,7 +153,7 @@ class Slider:
                 f'<div class="epsilon-slider" data-epsilons="{json.dumps(self.epsilons)}">',
                 f'<div class="epsilon-pictures">{pictures}</div>',
                 self._knob(),
-                f'<p class="epsilon-says">{html.escape(self.says[self.start])}</p>',
+                f'<p class="epsilon-says">{html.escape(self._shows[self.start])}</p>',
                 bars,
                 f"<details><summary>All positions in a table</summary>{self._table()._repr_html_()}</details></div>",
             ]
@@ -152,8 +161,9 @@ class Slider:
 
     def _knob(self) -> str:
         """Hidden until the script is there that moves things."""
-        options = f'min="0" max="{len(self.epsilons) - 1}" step="1" value="{self.start}" data-says="{_list(self.says)}"'
-        return f'<label class="epsilon-knob" hidden>ε <input type="range" {options}></label>'
+        options = f'min="0" max="{len(self.epsilons) - 1}" step="1" value="{self.start}"'
+        texts = f'data-says="{_list(self.says)}" data-shows="{_list(self._shows)}"'
+        return f'<label class="epsilon-knob" hidden>ε <input type="range" {options} {texts}></label>'
 
     def _bar(self, name: str) -> str:
         numbers = [self._row(place)[name] for place in range(len(self.rows))]
@@ -170,49 +180,60 @@ class Slider:
         inner = _at(picture, self.epsilons[self.start]) if isinstance(picture, str) else self._frames(name, picture)
         return f'<div class="epsilon-picture">{inner}<span>{html.escape(name)}</span></div>'
 
-    def _frames(self, name: str, images: Sequence[torch.Tensor]) -> str:
+    def _frames(self, name: str, frames: Sequence[Frame]) -> str:
         parts = []
-        for place, (image, said) in enumerate(zip(images, self.says, strict=True)):
+        for place, (frame, said) in enumerate(zip(frames, self.says, strict=True)):
             hidden = "" if place == self.start else " hidden"
             alt = html.escape(f"{name}, {said}")
-            parts.append(f'<img src="{_embedded(image)}" alt="{alt}" data-at="{place}"{hidden}>')
+            inner = frame if isinstance(frame, str) else f'<img src="{_embedded(frame)}" alt="{alt}">'
+            parts.append(f'<span data-at="{place}"{hidden}>{inner}</span>')
         return "".join(parts)
 
 
 def boxed(
-    picture: torch.Tensor, boxes: Sequence[Sequence[float]], radii: Sequence[float], names: Sequence[object]
+    picture: torch.Tensor,
+    boxes: Sequence[Sequence[float]],
+    radii: Sequence[float] | None,
+    names: Sequence[object],
 ) -> str:
     """A picture with boxes that know up to which ε they hold: a drawing (SVG) for `slider`.
 
     A box is blue and solid while ε is below its radius, thin and dashed from there on. One with a radius of 0 or less,
-    of an object that is not found at all, never holds.
+    of an object that is not found at all, never holds. Without radii boxes stay as they are.
 
     Args:
         picture: (3, height, width), values in [0, 1].
         boxes: (objects, 4), left, top, right and bottom in parts of the picture.
-        radii: up to which ε each box is certified.
+        radii: up to which ε each box is certified, or None where nothing is.
         names: what stands at each box, such as its label.
 
     >>> drawing = boxed(torch.zeros(3, 8, 8), torch.tensor([[0.1, 0.1, 0.9, 0.9]]), torch.tensor([0.257]), ["7"])
     >>> drawing[-25:]
     '>7: 0.25</text></g></svg>'
     """
-    if not len(boxes) == len(radii) == len(names):
-        raise ValueError(f"{len(boxes)} boxes, {len(radii)} radii and {len(names)} names: there should be one of each")
-    height, width = picture.shape[1:]
-    tall = WIDE * height / width
-    told = [f"{name}: {_below(radius)}" for name, radius in zip(names, radii, strict=True)]
+    count = len(boxes)
+    if len(names) != count or (radii is not None and len(radii) != count):
+        given = f"{count} boxes, {'no' if radii is None else len(radii)} radii and {len(names)} names"
+        raise ValueError(f"{given}: there should be one of each")
+    tall = WIDE * picture.shape[1] / picture.shape[2]
+    told = [str(name) if radii is None else f"{name}: {_below(radii[k])}" for k, name in enumerate(names)]
     parts = [f'<image href="{_embedded(picture)}" width="{WIDE}" height="{tall:g}" preserveAspectRatio="none"/>']
-    for box, radius, words in zip(boxes, radii, told, strict=True):
-        left, top, right, bottom = (float(part) for part in box)
-        place = f'x="{WIDE * left:.1f}" y="{tall * top:.1f}"'
-        size = f'width="{WIDE * (right - left):.1f}" height="{tall * (bottom - top):.1f}"'
-        label = f'<text x="{WIDE * left + 4:.1f}" y="{tall * top + 16:.1f}">{html.escape(words)}</text>'
-        rectangles = f'<rect class="halo" {place} {size}/><rect {place} {size}/>'
-        parts.append(f'<g class="lost" data-until="{float(radius)!r}">{rectangles}{label}</g>')
-    alt = f"A picture with boxes, each with its label and the ε up to which it is certified: {', '.join(told)}"
-    opening = f'<svg viewBox="0 0 {WIDE} {tall:g}" role="img" aria-label="{html.escape(alt)}">'
+    for k, box in enumerate(boxes):
+        state = "" if radii is None else f' class="lost" data-until="{float(radii[k])!r}"'
+        parts.append(f"<g{state}>{_box(box, tall, told[k])}</g>")
+    until = "" if radii is None else " and the ε up to which it is certified"
+    alt = html.escape(f"A picture with boxes, each with its label{until}: {', '.join(told) or 'none'}")
+    opening = f'<svg class="boxed" viewBox="0 0 {WIDE} {tall:g}" role="img" aria-label="{alt}">'
     return f"{opening}{LOOK}{''.join(parts)}</svg>"
+
+
+def _box(box: Sequence[float], tall: float, words: str) -> str:
+    """A box with a light rim, which parts it from any ground, and what it says."""
+    left, top, right, bottom = (float(part) for part in box)
+    x, y = WIDE * left, tall * top
+    at = f'x="{x:.1f}" y="{y:.1f}" width="{WIDE * (right - left):.1f}" height="{tall * (bottom - top):.1f}"'
+    label = f'<text x="{x + 4:.1f}" y="{y + 16:.1f}">{html.escape(words)}</text>'
+    return f'<rect class="halo" {at}/><rect {at}/>{label}'
 
 
 def held(drawing: str, eps: float) -> tuple[int, int]:
@@ -237,6 +258,11 @@ def _at(drawing: str, eps: float) -> str:
         return f'<g class="{state}" data-until="{found[1]}"'
 
     return BOX.sub(marked, drawing)
+
+
+def _sentence(start: str, parts: Sequence[str]) -> str:
+    joint = ", " if ": " in start else ": "
+    return joint.join([start, ", ".join(parts)]) if parts else start
 
 
 def _below(radius: float) -> str:

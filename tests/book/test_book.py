@@ -150,6 +150,25 @@ def test_every_plot_has_alt_text(chapter):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_figure_has_a_name_and_says_its_finding(chapter):
+    """A caption is what gives a figure its number; without typed results, as in the text."""
+    shown = [c for c in code_cells(chapter) if {"image", "figure"} & c.metadata.get("mystnb", {}).keys()]
+    figures = [cell.metadata["mystnb"].get("figure", {}) for cell in shown]
+    assert all(re.fullmatch(rf"fig-{chapter}-[\w-]+", figure.get("name", "")) for figure in figures), figures
+    assert len({figure["name"] for figure in figures}) == len(figures)
+    for figure in figures:
+        assert len(figure["caption"]) > 25 and figure["caption"].endswith("."), figure
+        assert not NUMBER.search(figure["caption"]), figure
+
+
+def test_chapters_are_numbered_and_reference_is_not():
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))["parts"]
+    numbered = {part["caption"] for part in parts if part.get("numbered")}
+    assert {part["caption"] for part in parts} - numbered == {"Start", "Reference", "Appendix"}
+    assert CONFIG["numfig"] is True
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_opens_with_its_run_and_ends_with_its_ledger(chapter):
     text = BOOK.source(BOOK.chapters[chapter]).read_text(encoding="utf-8")
     title = text.index("\n# ")

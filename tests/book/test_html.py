@@ -73,6 +73,21 @@ def test_pictures_say_what_they_show(read):
     assert not {path.name: page.silent for path, page in read.items() if page.silent}
 
 
+def test_chapters_and_figures_are_numbered():
+    numbers = {}
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        title = re.search(r'<h1><span class="section-number">(\d+)\. </span>', text)
+        figures = re.findall(r'<span class="caption-number">Fig\. ([\w.]+)\s*</span>', text)
+        if title:
+            numbers[path.stem] = int(title[1])
+            assert figures == [f"{title[1]}.{k + 1}" for k in range(len(figures))], path.name
+        pictures = re.findall(r'<div class="output image_[^>]*>|<div class="cell_output[^>]*>\s*<figure', text)
+        assert len(figures) == text.count("<figcaption>") and len(pictures) <= len(figures), path.name
+    assert sorted(numbers.values()) == list(range(1, len(numbers) + 1)) and len(numbers) >= 15
+    assert numbers["why"] == 1 and numbers["procedure"] == numbers["evaluation"] + 1
+
+
 def test_every_page_has_licence_and_version():
     for path in PAGES:
         assert "MIT licence" in path.read_text(encoding="utf-8"), path.name

@@ -43,11 +43,22 @@ def test_the_still_picture_is_that_of_its_start():
     frames = [torch.full((3, 2, 2), eps) for eps in GRID]
     rows = [{"certified": 90.0 - 100 * eps, "above": 150.0} for eps in GRID]
     page = slider(GRID, rows, {"frame": frames}, start=0.2, digits=1)._repr_html_()
-    shown = [image for image in re.findall(r"<img [^>]*>", page) if "hidden" not in image]
-    assert len(shown) == 1 and 'data-at="2"' in shown[0]
+    assert re.findall(r'<span data-at="(\d)">', page) == ["2"] and page.count(" hidden><img") == len(GRID) - 1
     assert "width:70.0%" in page and "width:100.0%" in page  # a bar does not leave its rail
-    assert "ε = 0.20: certified 70.0 %, above 150.0 %" in page
+    assert "ε = 0.20: certified 70.0 %, above 150.0 %" in page and ">ε = 0.20</p>" in page
     assert page.count("<tr>") == 1 + len(GRID)  # the table of all positions
+
+
+def test_a_frame_can_be_a_drawing_whose_boxes_stay():
+    frames = [boxed(torch.rand(3, 6, 8), [[0.1, 0.1, 0.4, 0.9]] * count, None, range(count)) for count in (3, 2, 1, 0)]
+    made = slider(GRID, [{"mAP": 50.0}] * 4, {"detected": frames}, start=0.1)
+    assert made.says[0] == "ε = 0.00: mAP 50 %"
+    assert made._repr_html_().count("<text") == 6 and not states(made._repr_html_())
+
+
+def test_positions_keep_their_decimals():
+    shown = slider([0.0, 1 / 8, 0.5], [{"a": 1.0}] * 3, start=1 / 8)
+    assert shown.says == ["ε = 0.000: a 1 %", "ε = 0.125: a 1 %", "ε = 0.500: a 1 %"] and "0.125" in repr(shown)
 
 
 def test_names_are_escaped():
@@ -88,8 +99,8 @@ def test_the_script_moves_everything(tmp_path):
     command = [chromium(), *options, (tmp_path / "page.html").as_uri()]
     page = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert states(page) == ["lost", "kept"]
-    assert [re.search(r'data-at="(\d)"', i)[1] for i in re.findall(r"<img [^>]*>", page) if "hidden" not in i] == ["3"]
-    says = "ε = 0.40: certified 50 %, 1 of 2 boxes certified"
-    assert f'aria-valuetext="{says}"' in page and f'<p class="epsilon-says">{says}</p>' in page
+    assert re.findall(r'<span data-at="(\d)">', page) == ["3"]
+    assert 'aria-valuetext="ε = 0.40: 1 of 2 boxes certified, certified 50 %"' in page
+    assert '<p class="epsilon-says">ε = 0.40: 1 of 2 boxes certified</p>' in page
     assert "width: 50%" in page and '<span class="value">50 %</span>' in page
     assert re.search(r'<label class="epsilon-knob">', page)  # no longer hidden
