@@ -60,6 +60,7 @@ def style() -> None:
             "lines.markersize": 5,
             "legend.frameon": False,
             "image.cmap": "cividis",
+            "image.interpolation": "none",  # a drawing keeps pixels as they are, and stays small
             "axes.prop_cycle": cycler(color=list(COLOURS.values())) + cycler(linestyle=DASHES) + cycler(marker=MARKERS),
         }
     )

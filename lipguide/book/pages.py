@@ -172,7 +172,7 @@ def _lighten(folder: Path) -> dict[str, str]:
         if path.stat().st_size < HEAVY:
             continue
         small = path.with_suffix(".webp")
-        Image.open(path).convert("RGB").save(small, quality=88, method=4)
+        Image.open(path).convert("RGB").save(small, quality=80, method=4)
         if small.stat().st_size < path.stat().st_size:
             path.unlink()
             renamed[path.name] = small.name
