@@ -122,9 +122,11 @@ export function guidelines() {
 function table(file, context) {
   const lines = [];
   for (const { section, rows } of guidelines()) {
-    lines.push(`**${section}**`, "", "| § | the guide says | verdict | what a run says | chapter |", "|---|---|---|---|---|");
+    lines.push(`**${section}**`, "");
+    lines.push("| § | the guide says | verdict | what a run says | chapter and call |", "|---|---|---|---|---|");
     for (const row of rows) {
-      lines.push(`| ${row.at} | ${row.says} | **${row.verdict}** | ${row.found} | {doc}\`${row.chapter}\` |`);
+      const call = row.call ? ` \`lip.${row.call}\`` : "";
+      lines.push(`| ${row.at} | ${row.says} | **${row.verdict}** | ${row.found} | {doc}\`${row.chapter}\`${call} |`);
     }
     lines.push("");
   }

@@ -98,12 +98,13 @@ def table(rows: list[Row]) -> list[str]:
 
     >>> row = {"at": "C", "says": "Be careful.", "verdict": "agreed", "found": "so", "chapter": "why", "call": "export"}
     >>> table([row])[2]
-    '| C | Be careful. | **agreed** | so | {doc}`why` | `lip.export` |'
+    '| C | Be careful. | **agreed** | so | {doc}`why` `lip.export` |'
     """
-    lines = ["| § | the guide says | verdict | what a run says | chapter | call |", "|---|---|---|---|---|---|"]
+    lines = ["| § | the guide says | verdict | what a run says | chapter and call |", "|---|---|---|---|---|"]
     for row in rows:
-        call = f"`lip.{row['call']}`" if "call" in row else ""
-        cells = (row["at"], row["says"], f"**{row['verdict']}**", row["found"], f"{{doc}}`{row['chapter']}`", call)
+        call = f" `lip.{row['call']}`" if "call" in row else ""
+        where = f"{{doc}}`{row['chapter']}`{call}"
+        cells = (row["at"], row["says"], f"**{row['verdict']}**", row["found"], where)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
