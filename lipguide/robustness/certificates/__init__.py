@@ -1,10 +1,12 @@
 """Certificates: how far a picture may move before its label can change, from one forward pass.
 
-`radii` has the formula and its proof, `pixels` what it says of all pixels at once, and `conditions` looks after what
-the proof takes for granted. Every certificate is about exact arithmetic: see `radius`.
+`radii` has the formula and its proof, `local` a larger radius where the last block allows one, `pixels` what the
+formula says of all pixels at once, and `conditions` looks after what the proof takes for granted. Every certificate is
+about exact arithmetic: see `radius`.
 """
 
 from lipguide.robustness.certificates.conditions import checked_logits
+from lipguide.robustness.certificates.local import local_radius
 from lipguide.robustness.certificates.pixels import (
     ClassAttacks,
     certified_miou,
@@ -22,5 +24,6 @@ __all__ = [
     "certified_pooled_miou",
     "checked_logits",
     "class_attacks",
+    "local_radius",
     "radius",
 ]
