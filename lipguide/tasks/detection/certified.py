@@ -7,14 +7,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import nn
 
 from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, strongest
-from lipguide.tasks.detection.boxes import unit_range
-from lipguide.tasks.detection.certificates import Answers, answers, certify, curve, hunt
+from lipguide.tasks.detection.boxes import NOTHING, unit_range
+from lipguide.tasks.detection.certificates import Answers, answers, certified_recall, certify, curve, hunt
 from lipguide.tasks.detection.data import Split
 from lipguide.tasks.detection.reader import Detector
 from lipguide.tasks.detection.scores import detections, score
+from lipguide.tasks.detection.smoothing import smoothed, surely_found
 
 __all__ = ["Plan", "certified"]
 
@@ -30,6 +31,7 @@ class Plan:
         budgets: of eps, at which the first `attacked` scenes are attacked in every way.
         hunts: of eps, at which each certified object of the first `hunted` scenes is hunted.
         steps: of every attack.
+        smoothings: eps, σ and draws, at which the first `smoothed` scenes are certified by median smoothing as well.
     """
 
     grid: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -38,15 +40,24 @@ class Plan:
     attacked: int = 200
     hunted: int = 200
     steps: int = 20
+    smoothings: tuple[tuple[float, float, int], ...] = ((0.1, 0.1, 300), (0.25, 0.15, 1000))
+    smoothed: int = 40
 
 
-def certified(model: Detector, scenes: Split, plan: Plan) -> dict[str, Any]:
+def certified(model: Detector, twin: nn.Module, scenes: Split, plan: Plan) -> dict[str, Any]:
     """Everything that goes on record of `model`, such as the weights "detection-reader" give it, on some scenes.
 
+    Args:
+        twin: an ordinary detector, which median smoothing asks.
+        scenes: all are certified, and the first of them attacked.
+        plan: how much.
+
+    >>> import torch
     >>> from lipguide.tasks.detection.data import load_split
     >>> model, scenes = Detector((8, 8, 8), 16).eval(), load_split("test", 2, 0, torch.device("cpu"))
-    >>> sorted(certified(model, scenes, Plan((0.1,), (0.1,), (), 1, 0, 1)))
-    ['attacked', 'certificates', 'clean', 'hunted', 'objects', 'scenes', 'seconds', 'steepness', 'threshold']
+    >>> record = certified(model, model, scenes, Plan((0.1,), (0.1,), (), attacked=1, steps=1, smoothings=()))
+    >>> record["scenes"], [row["eps"] for row in record["certificates"]]
+    (2, [0.1])
     """
     images, targets = unit_range(scenes.images), scenes.targets
     given, forward = _timed(lambda: answers(model, images))
@@ -63,6 +74,9 @@ def certified(model: Detector, scenes: Split, plan: Plan) -> dict[str, Any]:
         "certificates": rows,
         "attacked": [_attacked(model, scenes.part(slice(plan.attacked)), eps, plan.steps) for eps in plan.budgets],
         "hunted": [_hunted(model, given, scenes, eps, plan) for eps in plan.hunts],
+        "smoothed": [
+            _smoothed(twin, given, scenes.part(slice(plan.smoothed)), *one, model.least) for one in plan.smoothings
+        ],
         "seconds": {"forward": forward / each, "certificate": bounds / each / max(len(plan.grid), 1)},
     }
 
@@ -82,6 +96,26 @@ def _attacked(model: Detector, scenes: Split, eps: float, steps: int) -> dict[st
     logger.info("attacked at %g: %.1f mAP by %s", eps, left[by]["map50"], by)
     clean = score(detections(model, images), targets)._asdict()
     return {"eps": eps, "scenes": len(images), "clean": clean, "attacks": left, "strongest": left[by], "by": by}
+
+
+def _smoothed(
+    twin: nn.Module, given: Answers, scenes: Split, eps: float, sigma: float, draws: int, least: float
+) -> dict[str, Any]:
+    """How many objects the smoothed twin is sure of, at what price, and the reader on the same scenes."""
+    images, (boxes, labels) = unit_range(scenes.images), scenes.targets
+    began, sure = time.perf_counter(), []
+    for image, truth, classes in zip(images, boxes, labels, strict=True):
+        bounds = smoothed(lambda noisy: detections(twin, noisy), image, eps, sigma, draws)
+        there = classes != NOTHING
+        sure += surely_found(bounds, truth[there], classes[there]).tolist()
+    seconds = (time.perf_counter() - began) / len(images)
+    number = len(images)
+    part = given._replace(scores=given.scores[:number], boxes=given.boxes[:number])
+    reader = certified_recall(certify(part, scenes.targets, eps, least))
+    logger.info("smoothed at %g: %d of %d found", eps, sum(sure), len(sure))
+    found = 100 * sum(sure) / max(len(sure), 1)
+    what = {"eps": eps, "sigma": sigma, "draws": draws, "scenes": number, "objects": len(sure)}
+    return what | {"found": found, "reader": reader, "seconds": seconds}
 
 
 def _hunted(model: Detector, given: Answers, scenes: Split, eps: float, plan: Plan) -> dict[str, Any]:

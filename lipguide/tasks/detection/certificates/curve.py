@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from lipguide.tasks.detection.boxes import Targets
 from lipguide.tasks.detection.certificates.answers import Answers
 from lipguide.tasks.detection.certificates.summary import (
@@ -28,6 +26,7 @@ def curve(given: Answers, targets: Targets, grid: Sequence[float], least: float 
         grid: of eps, L2 norms.
         least: the detector's threshold.
 
+    >>> import torch
     >>> from lipguide.tasks.detection.boxes import pad_targets
     >>> box = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
     >>> given = Answers(torch.tensor([[[0.9]]]), box[None], torch.ones(1, 1).bool(), 1.0, torch.tensor([0.1]))
