@@ -34,14 +34,14 @@ class Plan:
         smoothings: eps, σ and draws, at which the first `smoothed` scenes are certified by median smoothing as well.
     """
 
-    grid: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+    grid: tuple[float, ...] = (0.1, 0.25, 0.5)
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
     hunts: tuple[float, ...] = (0.1, 0.25)
-    attacked: int = 200
-    hunted: int = 200
+    attacked: int = 100
+    hunted: int = 100
     steps: int = 20
     smoothings: tuple[tuple[float, float, int], ...] = ((0.1, 0.1, 300), (0.25, 0.15, 1000))
-    smoothed: int = 40
+    smoothed: int = 20
 
 
 def certified(model: Detector, twin: nn.Module, scenes: Split, plan: Plan) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def hunt(
     rows = (certificate.heights > certificate.least).nonzero().squeeze(1)
     fallen = dict.fromkeys(AIMS, 0)
     overrun = 0
-    for part in rows.split(batch_size):
+    for part in rows.split(batch_size) if len(rows) else ():
         scenes = certificate.scene[part]
         prey = _prey(model, images, targets, certificate, part)
         for aim, function in AIMS.items():

@@ -1,0 +1,88 @@
+"""The record of a certified detector, and the decision that it is of."""
+
+import json
+
+import pytest
+import torch
+
+from lipguide.__main__ import main
+from lipguide.tasks import TEST_SEED
+from lipguide.tasks.detection import certified as module
+from lipguide.tasks.detection.boxes import Targets, unit_range
+from lipguide.tasks.detection.certificates import answers, certified_ap, certified_recall, certify, curve, hunt
+from lipguide.tasks.detection.certified import Plan, certified
+from lipguide.tasks.detection.data import load_split
+from lipguide.tasks.detection.reader import Detector
+from lipguide.tasks.detection.scores import detections, score
+from lipguide.tasks.harness import trained
+from lipguide.tasks.weights import WEIGHTS, run_of
+
+SHORT = Plan((0.05, 0.1), (0.1,), (0.05,), attacked=2, hunted=2, steps=1, smoothings=((0.1, 0.1, 40),), smoothed=1)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return load_split("test", 24, TEST_SEED, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return trained("detection-reader")[0]
+
+
+def test_a_model_that_decides_for_itself_is_asked(reader, scenes):
+    """By the rule that the certificates are of, not by overlap of boxes."""
+    images = unit_range(scenes.images[:4])
+    given = answers(reader, images)
+    mine = given.detections(reader.least)
+    for found, wanted in zip(detections(reader, images), mine, strict=True):
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    reader.least, kept = 0.3, reader.least
+    fewer = sum(len(found["labels"]) for found in detections(reader, images))
+    reader.least = kept
+    assert fewer < sum(len(found["labels"]) for found in mine)
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.25])
+def test_a_lower_threshold_certifies_no_less(reader, scenes, eps):
+    given = answers(reader, unit_range(scenes.images))
+    low, high = (certify(given, scenes.targets, eps, least) for least in (-0.2, 0.0))
+    assert certified_recall(low) >= certified_recall(high) and certified_recall(low, 0.0) == certified_recall(high)
+    assert certified_ap(low) >= certified_ap(high) - 1e-9
+    with pytest.raises(ValueError, match="least is -0.2"):
+        certified_recall(high, -0.2)
+
+
+def test_what_ships_is_certified_below_what_it_scores(reader, scenes):
+    given = answers(reader, unit_range(scenes.images))
+    clean = score(given.detections(reader.least), scenes.targets)
+    (none, some) = curve(given, scenes.targets, [0.0, 0.1], reader.least)
+    assert clean.map50 + 1e-6 >= none["ap"] > some["ap"] > 0
+    assert clean.recall + 1e-6 >= none["found"] > some["found"] > 20 and some["read"] >= some["found"]
+    assert clean.detections <= none["possible"] < some["possible"]
+
+
+def test_a_hunt_without_prey_ends(reader, scenes):
+    images, targets = unit_range(scenes.images[:1]), Targets(*(part[:1] for part in scenes.targets))
+    certificate = certify(answers(reader, images), targets, 5.0, reader.least)
+    assert hunt(reader, images, targets, certificate).hunted == 0
+
+
+def test_the_record_has_what_it_names(scenes):
+    torch.manual_seed(0)
+    model = Detector((8, 8, 8), 16).eval()
+    record = certified(model, model, scenes.part(slice(3)), SHORT)
+    assert record["scenes"] == 3 and record["threshold"] == model.least and record["objects"] > 0
+    assert [row["eps"] for row in record["certificates"]] == [0.05, 0.1]
+    (attacked,), (hunted,), (smoothed,) = record["attacked"], record["hunted"], record["smoothed"]
+    assert attacked["strongest"]["map50"] == min(one["map50"] for one in attacked["attacks"].values())
+    assert hunted["scenes"] == 2 and not sum(hunted["fallen"].values()) and smoothed["seconds"] > 0
+
+
+def test_certify_puts_it_on_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "Plan", lambda: SHORT)
+    assert main(["certify", "--size", "3", "--device", "cpu", "--folder", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "certified.cpu.json").read_text())
+    made = run_of(WEIGHTS / "detection-reader.safetensors")
+    assert written["results"]["weights"]["steps"] == made["steps"] and written["provenance"]["data"]["hash"]
+    assert "certified.cpu.json" in capsys.readouterr().out
