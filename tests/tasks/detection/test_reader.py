@@ -199,3 +199,32 @@ def test_rivals_are_near_in_place_and_height():
     graph = rivals(centres, torch.tensor([0.4, 0.4, 0.4, 0.8]), 0.3, 0.4, 0.9)
     assert graph[0].tolist() == [True, True, False, False]
     assert torch.equal(graph, graph.mT)
+
+
+def test_a_window_beside_a_digit_may_say_it_only_where_its_box_is_right():
+    """Whoever could outscore the right window is to be right: else it has to say nothing."""
+    loss = small().training_loss()
+    digit = torch.nn.functional.one_hot(torch.tensor([3]), 11).float()  # one window, sure of a 3
+    arguments = {"logits": digit, "labels": torch.tensor([3]), "sides": torch.zeros(1, 4)}
+    right, wrong = torch.zeros(1, 4), torch.tensor([[2.0, 0.0, 2.0, 0.0]])  # two reaches to the right
+    speaks, beside, far = torch.tensor([0.5]), torch.tensor([1.5]), torch.tensor([9.0])
+
+    def value(found, distance):
+        return float(loss.of_windows(found=found, distance=distance, **arguments)[0])
+
+    box = float(torch.nn.functional.smooth_l1_loss(wrong, right, reduction="sum", beta=0.3))
+    assert value(right, beside) < value(right, speaks) < value(right, far)
+    assert value(wrong, beside) - box == pytest.approx(value(right, far))  # an alarm like any other
+    assert value(wrong, speaks) - box == pytest.approx(value(right, speaks))
+
+
+def test_the_right_answer_must_win_by_the_offset():
+    model = small()
+    logits = torch.tensor([[0.0] * 10 + [0.5]])
+    arguments = {"labels": torch.tensor([-1]), "distance": torch.tensor([9.0]), "sides": torch.zeros(1, 4)}
+    values = []
+    for offset in (0.0, 0.25):
+        loss = type(model.training_loss())(model, offset=offset)
+        values.append(float(loss.of_windows(logits, torch.zeros(1, 4), **arguments)[0]))
+    odds = [10 * torch.tensor(model.tau * (offset - 0.5)).exp() for offset in (0.0, 0.25)]
+    assert values == pytest.approx([float(odd.log1p()) for odd in odds], rel=1e-5)
