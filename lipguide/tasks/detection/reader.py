@@ -27,7 +27,8 @@ from lipguide.distributed import mean_over_ranks
 from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import orthogonal, unit_rows
 from lipguide.tasks.detection.boxes import NOTHING, Targets, check_targets, single, unit_range
-from lipguide.tasks.detection.decision import radii, rivals
+from lipguide.tasks.detection.certificates.overlap import overlap
+from lipguide.tasks.detection.decision import peaks, radii, rivals
 from lipguide.tasks.detection.fcos import Brightless
 from lipguide.tasks.detection.losses import check_output
 from lipguide.tasks.detection.pyramid import Canvas, Level
@@ -41,6 +42,7 @@ HEIGHT, WIDTH = 28.0, 13.0  # of the digit that a window expects, in pixels of t
 # Rivals: how far apart in x and y, in heights, and in octaves. Two windows that speak of one digit are 8.6 pixels apart
 # on a level, a third of the height, and at most one level.
 RIVALS = (0.36, 0.5, 0.6)
+LEAST = -0.2  # a digit counts as seen where "nothing" is ahead of it by no more than this
 CANVASES = (Canvas(34, 48, 64, 7, 15), Canvas(48, 56, 72, 4, 12), Canvas(68, 80, 96, 6, 14))
 
 
@@ -62,6 +64,7 @@ class Detector(nn.Module):
         reach: pixels of a level that one unit of the box head stands for.
         tau: temperature of the loss and of the scores.
         canvases: the levels.
+        least: what a window speaks above, see `decide`.
 
     >>> output = Detector((8, 8, 8), 16)(torch.rand(2, 3, 74, 74))
     >>> [tuple(part.shape) for part in output]
@@ -72,13 +75,14 @@ class Detector(nn.Module):
         self,
         widths: Sequence[int] = (16, 32, 64),
         features: int = 128,
-        reach: float = 3.0,
+        reach: float = 6.0,
         tau: float = 5.0,
         classes: int = 10,
         canvases: Sequence[Canvas] = CANVASES,
+        least: float = LEAST,
     ) -> None:
         super().__init__()
-        self.reach, self.tau, self.canvases = reach, tau, tuple(canvases)
+        self.reach, self.tau, self.canvases, self.least = reach, tau, tuple(canvases), least
         self.brightless = Brightless()
         self.levels = nn.ModuleList(Level(PICTURE, canvas) for canvas in canvases)
         first, second, third = widths
@@ -141,6 +145,10 @@ class Detector(nn.Module):
         see `lipguide.tasks.detection.decision.radii`."""
         return radii(output.logits, self.class_head.weight.detach())
 
+    def decide(self, output: ReaderOutput) -> list[dict[str, Tensor]]:
+        """The detections of every scene: the peaks above `least`. This is the decision that the certificates are of."""
+        return peaks(self.scores(output), self.boxes(output), self.rivals(), self.least)
+
     def rivals(self) -> Tensor:
         """(P, P): which windows could look at the same digit."""
         centres, sides = self.places()
@@ -185,8 +193,11 @@ class Assigned(NamedTuple):
     sides: Tensor
 
 
-SHIFT, RATIO = 4.3, 0.265  # pixels off the middle, and octaves off the height, at which a window still speaks
-RING = 1.7  # times that is where it may not speak any more; between, it may say the digit or nothing
+SHIFT, RATIO = 3.0, 0.265  # pixels off the middle, and octaves off the height, at which a window still speaks
+# Times that is where it may not speak any more. Between, it may say the digit or nothing if its box overlaps the digit
+# by `RIGHT`: whoever could win is to be right.
+RING, RIGHT = 2.0, 0.6
+BOXED = 3.6  # times that is where it still learns the digit's box
 
 
 def assign(targets: Targets, centres: Tensor, sides: Tensor, reach: float) -> Assigned:
@@ -212,18 +223,21 @@ def assign(targets: Targets, centres: Tensor, sides: Tensor, reach: float) -> As
 class ReaderLoss(nn.Module):
     r"""Cross-entropy at temperature τ of the windows on a digit and of the hardest others, and smooth L1 of sides.
 
-    A window within the ring around a digit may say the digit or nothing, so that what is nearly there is no mistake;
-    it learns the digit's box all the same, for whoever outscores the right window should be right as well.
+    A window within the ring around a digit may say the digit, if its box is right, or nothing, so that what is nearly
+    there is no mistake. It learns the digit's box all the same, and so do windows farther off: whoever outscores the
+    right window should be right as well.
 
     Args:
         model: whose windows they are.
         negatives: hardest windows elsewhere for each one that speaks, among all that are given.
+        offset: by which a wrong answer is raised, so that the right one must win by it.
         reduction: "mean" over the windows that speak, or "none" for one value a scene.
     """
 
-    def __init__(self, model: Detector, reduction: str = "mean", negatives: int = 2) -> None:
+    def __init__(self, model: Detector, reduction: str = "mean", negatives: int = 3, offset: float = 0.1) -> None:
         super().__init__()
         self.tau, self.reach, self.negatives, self.reduction = model.tau, model.reach, negatives, reduction
+        self.offset = offset
         centres, sides = model.places()
         self.register_buffer("centres", centres, persistent=False)
         self.register_buffer("sides", sides, persistent=False)
@@ -243,14 +257,20 @@ class ReaderLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The loss of each of K windows, (K,), and which of them speak."""
         background = logits.shape[1] - 1
-        log_p = (self.tau * logits).log_softmax(1)
-        of_label = log_p.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
-        nothing = log_p[:, background]
-        speaks, ring = distance <= 1, (distance > 1) & (distance <= RING)
+        label = labels.clamp(min=0)[:, None]
+        right = overlap(self._corners(found.detach()), self._corners(sides)) > RIGHT
+        speaks, ring = distance <= 1, (distance > 1) & (distance <= RING) & right
+        wrong = torch.ones_like(logits).scatter(1, label, (~(speaks | ring))[:, None].to(logits))
+        wrong[:, background] = speaks.to(logits)
+        log_p = (self.tau * (logits + self.offset * wrong)).log_softmax(1)
+        of_label, nothing = log_p.gather(1, label).squeeze(1), log_p[:, background]
         values = torch.where(speaks, -of_label, torch.where(ring, -torch.logaddexp(of_label, nothing), -nothing))
         hard = self._hard(values.detach().masked_fill(speaks | ring, -1.0), speaks)
         of_box = F.smooth_l1_loss(found, sides.clamp(-4, 4), reduction="none", beta=0.3).sum(1)
-        return values * (speaks | ring | hard) + of_box * (speaks + 0.5 * ring), speaks
+        return values * (speaks | ring | hard) + of_box * (distance <= BOXED), speaks
+
+    def _corners(self, sides: Tensor) -> Tensor:
+        return self.reach * sides + _expected(sides)
 
     def _hard(self, values: Tensor, speaks: Tensor) -> Tensor:
         """The hardest windows elsewhere."""

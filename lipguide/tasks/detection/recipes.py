@@ -226,7 +226,7 @@ _FULL = Recipe("fcos", steps=12_000, batch_size=128, width=96, items=None, test_
 LARGE: dict[str, Recipe | CaseStudy] = {
     "detection-fcos-full": _FULL,
     **{f"detection-fcos-tau-{tau}-full": replace(_FULL, tau=float(tau)) for tau in (5, 80)},  # the first one has 20
-    "detection-reader": Reading("reader", steps=6000),
+    "detection-reader": Reading("reader", steps=8000),
     "detection-ordinary-fcos-full": replace(_FULL, network="ordinary-fcos", steps=6000, rate=1e-2),
 }
 # How often the plan "full" sees all scenes. Two configurations pay for SLL layers of 256 channels with many times the

@@ -60,6 +60,8 @@ def detections(
 ) -> list[dict[str, Tensor]]:
     """What `model`, which has methods `log_scores` and `boxes` of its output, detects in each picture.
 
+    Boxes that overlap are suppressed, unless the model has a method `decide` of its own, as the reader has.
+
     Raises ValueError for a model in training mode, and, naming the scene, for scores or boxes that are not finite.
 
     >>> from lipguide.tasks.detection.configurations import naive
@@ -75,6 +77,9 @@ def detections(
     with parametrize.cached():
         for part in images.split(batch_size):
             output = model(part)
+            if hasattr(model, "decide"):
+                found += model.decide(output)
+                continue
             scores = model.log_scores(output).exp()
             boxes = model.boxes(output)
             check_finite(scores, boxes, len(found))  # before the cut at the picture's edge, which would hide infinity

@@ -1,6 +1,8 @@
 """Certificates of a detector: which objects are found, and how many false alarms there are, whatever the attack."""
 
 from lipguide.tasks.detection.certificates.answers import Answers, answers
+from lipguide.tasks.detection.certificates.curve import curve
+from lipguide.tasks.detection.certificates.hunt import hunt
 from lipguide.tasks.detection.certificates.summary import (
     Certificate,
     certified_ap,
@@ -18,5 +20,7 @@ __all__ = [
     "certified_precision",
     "certified_recall",
     "certify",
+    "curve",
+    "hunt",
     "object_radii",
 ]

@@ -93,7 +93,7 @@ def hunt(
     steps: int = 20,
     batch_size: int = 32,
 ) -> Hunted:
-    """Attack every object that is certified above threshold 0, within the certificate's `eps`.
+    """Attack every object that is certified at the certificate's threshold, within the certificate's `eps`.
 
     Args:
         model: as `lipguide.tasks.detection.certificates.answers` takes it.
@@ -102,7 +102,7 @@ def hunt(
         steps: of each of the four attacks.
     """
     whole("steps", steps, "an attack takes one step or more")
-    rows = (certificate.heights > 0).nonzero().squeeze(1)
+    rows = (certificate.heights > certificate.least).nonzero().squeeze(1)
     fallen = dict.fromkeys(AIMS, 0)
     overrun = 0
     for part in rows.split(batch_size):
@@ -114,7 +114,7 @@ def hunt(
                 return function(model.scores(output), model.boxes(output), some)
 
             moved = pgd_l2(model, images[scenes], prey, certificate.eps, steps, loss=ascend)
-            found = answers(model, moved).detections()
+            found = answers(model, moved).detections(certificate.least)
             wanted = _wanted(targets, certificate, part)
             for scene, detections, label, truth, least in zip(scenes.tolist(), found, *wanted, strict=True):
                 there = (detections["labels"] == label) & (overlap(detections["boxes"], truth) > least)
@@ -150,7 +150,7 @@ def _prey(model: nn.Module, images: Tensor, targets: Targets, certificate: Certi
 
 
 def _overrun(labels: Tensor, certificate: Certificate, scene: int) -> int:
-    """Whether a scene has more detections of some class than its certificate allows above threshold 0."""
-    allowed = certificate.alarm_label[(certificate.alarm_scene == scene) & (certificate.births > 0)]
+    """Whether a scene has more detections of some class than its certificate allows above its threshold."""
+    allowed = certificate.alarm_label[(certificate.alarm_scene == scene) & (certificate.births > certificate.least)]
     classes = 1 + max([int(part.max()) for part in (labels, allowed) if len(part)], default=0)
     return int((labels.bincount(minlength=classes) > allowed.bincount(minlength=classes)).any())

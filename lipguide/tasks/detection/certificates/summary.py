@@ -30,7 +30,7 @@ from lipguide.tasks.detection.certificates.objects import heights, right
 
 __all__ = ["Certificate", "certified_ap", "certified_precision", "certified_recall", "certify", "object_radii"]
 
-MOST = 100  # detections of a scene that COCO's evaluator takes
+MOST = 100  # detections of one class in one scene that COCO's evaluator takes
 
 
 class Certificate(NamedTuple):
@@ -38,6 +38,7 @@ class Certificate(NamedTuple):
 
     Args:
         eps: L2 norm.
+        least: the threshold above which possible detections are counted; below it nothing is said.
         scene, label: (n,) of each object.
         before: (n,), a right window of the object surely speaks below this threshold; −∞: none does.
         heights: (n,), the object is surely found, after suppression, below this threshold.
@@ -46,6 +47,7 @@ class Certificate(NamedTuple):
     """
 
     eps: float
+    least: float
     scene: Tensor
     label: Tensor
     before: Tensor
@@ -56,10 +58,11 @@ class Certificate(NamedTuple):
 
 
 @torch.no_grad()
-def certify(given: Answers, targets: Targets, eps: float) -> Certificate:
-    """The certificates of all scenes at `eps`.
+def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) -> Certificate:
+    """The certificates of all scenes at `eps`, for every threshold from `least` on.
 
-    A scene in which more than 100 detections are possible certifies no object: an evaluator might cut one off.
+    A class of which more than 100 detections are possible in a scene has no certified object there: an evaluator might
+    cut one off.
 
     >>> from lipguide.tasks.detection.boxes import pad_targets
     >>> box = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
@@ -69,6 +72,7 @@ def certify(given: Answers, targets: Targets, eps: float) -> Certificate:
     [0.65, 1.15]
     """
     check_number("eps", eps, 0)
+    check_number("least", least)
     boxes, labels = check_targets(targets, classes=None)
     drift, radius = given.moves(eps)
     objects: list[tuple[Tensor, ...]] = []
@@ -78,37 +82,49 @@ def certify(given: Answers, targets: Targets, eps: float) -> Certificate:
         truth, classes = boxes[scene, there], labels[scene, there]
         good = right(given.boxes[scene], radius, truth, classes)
         before, after = heights(given.scores[scene], good, classes, given.graph, drift)
-        alarms.append(births(given.scores[scene], given.graph, drift))
-        if len(alarms[-1][0]) > MOST:
-            after = torch.full_like(after, -torch.inf)
+        alarms.append(births(given.scores[scene], given.graph, drift, least))
+        possible = torch.bincount(alarms[-1][1], minlength=int(classes.max()) + 1 if len(classes) else 0)
+        after = after.masked_fill(possible[classes] > MOST, -torch.inf)
         objects.append((classes, before, after))
     label, before, after = (torch.cat(parts) for parts in zip(*objects, strict=True))
     born, alarm_label = (torch.cat(parts) for parts in zip(*alarms, strict=True))
     scenes = torch.arange(len(labels))
     of_objects = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in objects]))
     of_alarms = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in alarms]))
-    return Certificate(eps, of_objects, label, before, after, born, of_alarms, alarm_label)
+    return Certificate(eps, least, of_objects, label, before, after, born, of_alarms, alarm_label)
 
 
-def certified_recall(certificate: Certificate, least: float = 0.0) -> float:
+def certified_recall(certificate: Certificate, least: float | None = None) -> float:
     """The share of objects, in per cent, that are found above threshold `least` on every picture within eps: with
-    their label, an overlap above a half, and after suppression. This says nothing about false alarms."""
-    check_number("least", least, 0)  # below, no alarms are counted
+    their label, an overlap above a half, and after suppression. This says nothing about false alarms.
+
+    Args:
+        certificate: as `certify` gives it.
+        least: the threshold; None for the certificate's own, the lowest one.
+    """
+    least = _threshold(certificate, least)
     return 100 * float((certificate.heights > least).double().mean()) if len(certificate.heights) else 0.0
 
 
-def certified_precision(certificate: Certificate, least: float = 0.0) -> float:
+def certified_precision(certificate: Certificate, least: float | None = None) -> float:
     """The share of true ones among all detections above `least`, in per cent, that no attack within eps undercuts."""
-    check_number("least", least, 0)
+    least = _threshold(certificate, least)
     found = int((certificate.heights > least).sum())
     return 100 * found / max(int((certificate.births > least).sum()), found, 1)
+
+
+def _threshold(certificate: Certificate, least: float | None) -> float:
+    if least is None:
+        return certificate.least
+    check_number("least", least, certificate.least)  # below, no alarms are counted
+    return least
 
 
 def certified_ap(certificate: Certificate) -> float:
     """Mean over the classes that occur of the average precision, in per cent, that no attack within eps undercuts.
 
     >>> alone, height, birth = torch.tensor([0]), torch.tensor([0.5]), torch.tensor([0.7])
-    >>> certified_ap(Certificate(0.1, alone, alone, height, height, birth, alone, alone))
+    >>> certified_ap(Certificate(0.1, 0.0, alone, alone, height, height, birth, alone, alone))
     100.0
     """
     classes = certificate.label.unique().tolist()
@@ -116,14 +132,13 @@ def certified_ap(certificate: Certificate) -> float:
     for c in classes:
         own = certificate.heights[certificate.label == c]
         alarms = certificate.births[certificate.alarm_label == c]
-        values.append(_average(own, alarms))
+        values.append(_average(own, alarms, certificate.least))
     return 100 * sum(values) / max(len(values), 1)
 
 
-def _average(own: Tensor, alarms: Tensor) -> float:
+def _average(own: Tensor, alarms: Tensor, least: float) -> float:
     """Of one class: heights (n,) of its objects, −∞ where lost, and births (K,) of its possible detections."""
-    levels = own[own > -torch.inf].sort(descending=True).values
-    levels = levels[levels > 0]  # no window speaks below
+    levels = own[own > least].sort(descending=True).values
     if not len(levels):
         return 0.0
     found = (own[None] >= levels[:, None]).sum(1).double()
@@ -137,14 +152,14 @@ def _average(own: Tensor, alarms: Tensor) -> float:
     return total / 101
 
 
-def object_radii(given: Answers, targets: Targets, grid: list[float]) -> Tensor:
+def object_radii(given: Answers, targets: Targets, grid: list[float], least: float = 0.0) -> Tensor:
     """The largest ε of a grid at which each object is surely found, (n,); 0 where it is at none.
 
     What is found within a ball is found within a smaller one, so the certificate may come from any ε.
     """
     radii = None
     for eps in sorted(grid):
-        found = certify(given, targets, eps).heights > 0
+        found = certify(given, targets, eps, least).heights > least
         radii = torch.zeros(len(found)) if radii is None else radii
         radii[found] = eps
     if radii is None:

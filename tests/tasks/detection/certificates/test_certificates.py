@@ -221,7 +221,7 @@ def test_certificates_fall_with_eps_and_an_objects_radius_is_where_they_end():
 def test_an_alarm_that_is_possible_costs_precision_and_ap():
     def of(heights, births):
         zeros = [torch.zeros(len(part), dtype=torch.long) for part in (heights, births)]
-        return Certificate(0.1, zeros[0], zeros[0], heights, heights, births, zeros[1], zeros[1])
+        return Certificate(0.1, 0.0, zeros[0], zeros[0], heights, heights, births, zeros[1], zeros[1])
 
     clean = of(torch.tensor([0.5, 0.4]), torch.tensor([0.7, 0.6]))
     assert certified_ap(clean) == pytest.approx(100) and certified_precision(clean) == 100
