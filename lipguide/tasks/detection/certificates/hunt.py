@@ -21,13 +21,14 @@ from lipguide.layers.arguments import whole
 from lipguide.robustness.attacks import pgd_l2
 from lipguide.tasks.detection.boxes import NOTHING, Targets
 from lipguide.tasks.detection.certificates.answers import answers
-from lipguide.tasks.detection.certificates.objects import needed, right
+from lipguide.tasks.detection.certificates.objects import needed
 from lipguide.tasks.detection.certificates.overlap import overlap
 from lipguide.tasks.detection.certificates.summary import Certificate
 
 __all__ = ["AIMS", "Hunted", "hunt"]
 
 SHARP = 30.0  # of soft maxima
+NEARLY = 0.4  # overlap from which a window could be right after a little push
 
 
 class Hunted(NamedTuple):
@@ -40,8 +41,8 @@ class Hunted(NamedTuple):
 
 
 class _Prey(NamedTuple):
-    """One row for each object that is hunted. labels: (K,); good, beside: (K, P), the windows that are right for it
-    and the others that are their rivals; truth: (K, 4)."""
+    """One row for each object that is hunted. labels: (K,); good, beside: (K, P), the windows that are right for it, or
+    nearly, and the others that are their rivals; truth: (K, 4)."""
 
     labels: Tensor
     good: Tensor
@@ -138,13 +139,10 @@ def _wanted(targets: Targets, certificate: Certificate, part: Tensor) -> tuple[T
 
 
 def _prey(model: nn.Module, images: Tensor, targets: Targets, certificate: Certificate, part: Tensor) -> _Prey:
+    """What is hunted goes by the boxes as they stand, not by what a certificate, which may be wrong, says of them."""
     labels, truths, _ = _wanted(targets, certificate, part)
     given = answers(model, images[certificate.scene[part]])
-    _, radius = given.moves(certificate.eps)
-    good = []
-    for boxes, truth, label in zip(given.boxes, truths, labels, strict=True):
-        good.append(right(boxes, radius, truth[None], label[None])[0])
-    good = torch.stack(good)
+    good = overlap(given.boxes, truths[:, None]) > NEARLY
     beside = (good.float() @ given.graph.float() > 0) & ~good
     return _Prey(labels, good, beside, truths)
 
