@@ -105,3 +105,14 @@ def test_a_bound_on_alarms_that_counts_only_what_speaks_now_is_caught():
     # All that surely speak are hunted, so that more scenes are.
     blind = today._replace(eps=EPS, heights=certificate.before)
     assert hunt(model, images, targets, blind, steps=15).overrun > 0
+
+
+def test_a_certificate_for_which_nothing_moves_is_caught():
+    """The hunt must not take from the certificate what it is to hunt: at a large eps no window is surely right."""
+    model = Toy()
+    images, targets = scenes(model)
+    given = answers(model, images)
+    frozen = given._replace(steepness=0.0, reach=torch.zeros_like(given.reach))
+    certificate = certify(frozen, targets, 2.0)
+    result = hunt(model, images, targets, certificate, steps=15)
+    assert result.hunted >= 5 and min(result.fallen[aim] for aim in ("label", "suppressor")) > result.hunted / 2
