@@ -1,18 +1,23 @@
 """Why the fully 1-Lipschitz Tinier SSD does not learn: the run, and its record."""
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from lipguide.__main__ import main
 from lipguide.book.ledger import read
 from lipguide.tasks.detection import why as module
-from lipguide.tasks.detection.recipes import LARGE, Unlearnt
+from lipguide.tasks.detection.recipes import LARGE, Unlearnt, build
 from lipguide.tasks.detection.study import Plan
 from lipguide.tasks.detection.tinier_ssd import Parts, TinierSSD
 from lipguide.tasks.detection.unlearnt import CHANGES
 from lipguide.tasks.detection.why import why, why_weights
+from lipguide.tasks.weights import TRAIN_SEED
+
+RECORD = Path(__file__).resolve().parents[3] / "book" / "results" / "failed.cpu.json"
 
 
 @dataclass(frozen=True)
@@ -62,3 +67,19 @@ def test_all_networks_are_trained_alike():
     recipes = [LARGE[why_weights(change)] for change in CHANGES]
     assert [recipe.network for recipe in recipes] == list(CHANGES)
     assert len({str(asdict(replace(recipe, network=""))) for recipe in recipes}) == 1
+
+
+def test_the_record_is_that_of_the_recipes():
+    record = read(RECORD)
+    entries = record["results"]["networks"]
+    assert {entry["name"] for entry in entries} <= set(CHANGES)
+    assert {"spectral-norm", "together"} <= {entry["name"] for entry in entries}
+    for entry in entries:
+        recipe = LARGE[why_weights(entry["name"])]
+        assert entry["recipe"] == asdict(recipe) and entry["steps"] == recipe.steps
+        torch.manual_seed(0)
+        assert entry["parameters"] == sum(p.numel() for p in build(recipe).parameters())
+        assert entry["test"]["seed"] == TRAIN_SEED and entry["attacked_scenes"] == recipe.items
+        assert set(entry["certified"]) == {str(eps) for eps in module.CERTIFIED}
+        assert entry["strongest_map50"] <= entry["clean_map50_of_attacked_scenes"] + 1e-9
+    assert len({(entry["test"]["hash"], str(entry["run"]["data"])) for entry in entries}) == 1
