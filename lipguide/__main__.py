@@ -1,4 +1,4 @@
-"""The command line: `python -m lipguide` with `build`, `data`, `train` or `study`.
+"""The command line: `python -m lipguide` with `build`, `data`, `train`, `study` or `why`.
 
 A command is a function of its options that does its work or raises; here, and nowhere else, an error becomes one line
 and an exit status: 0 well, 1 something failed, 2 wrongly called, 75 not finished when the time of `--minutes` was up,
@@ -98,6 +98,7 @@ def _parser() -> Parser:
     _add_train(commands)
     _add_study(commands)
     _add_certify(commands)
+    _add_why(commands)
     return parser
 
 
@@ -162,6 +163,16 @@ def _add_certify(commands: Any) -> None:
     parser.add_argument("--size", type=int, help="pictures of the test split (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("study"), help="where the record goes (default: study)")
     _add_device(parser)
+
+
+def _add_why(commands: Any) -> None:
+    says = "why a fully 1-Lipschitz Tinier SSD does not learn: seven variants learn ten scenes by heart"
+    parser = _add(commands, "why", _why, says)
+    parser.add_argument("--only", nargs="+", metavar="CHANGE", help="these variants alone, in this order")
+    parser.add_argument("--folder", type=Path, default=Path("study", "why"), help="weights and results (study/why)")
+    _add_minutes(parser)
+    _add_device(parser)
+    _add_seed(parser)
 
 
 def _add_minutes(parser: Parser) -> None:
@@ -301,6 +312,24 @@ def _certify(options: argparse.Namespace) -> int:
     return 0
 
 
+def _why(options: argparse.Namespace) -> int:
+    from lipguide.book.ledger import Ledger
+    from lipguide.distributed import choose_device
+    from lipguide.tasks.detection.unlearnt import CHANGES
+    from lipguide.tasks.detection.why import why
+
+    _check_names("change", options.only or [], list(CHANGES))
+    device = choose_device(options.device).type
+    ledger = Ledger("failed", device, device, options.seed, folder=options.folder)
+    with _progress_on_stdout():
+        entries = why(options.folder, device, options.seed, options.only or tuple(CHANGES))
+    data = entries[0]["run"]["data"]
+    ledger.used(data["name"], data["hash"])
+    ledger["networks"] = entries
+    print(f"on record: {ledger.save(sum(entry['run']['seconds'] for entry in entries))}")
+    return 0
+
+
 @contextmanager
 def _what_is_left(options: argparse.Namespace, folder: Path, only: Sequence[str]) -> Iterator[None]:
     """Where the time is up, say how many configurations are not on record yet."""
@@ -314,12 +343,16 @@ def _what_is_left(options: argparse.Namespace, folder: Path, only: Sequence[str]
         raise OutOfTime(f"{len(left)} of {len(only)} configurations left ({', '.join(left)}); {stop}") from None
 
 
+def _check_names(what: str, given: Sequence[str], valid: Sequence[str]) -> None:
+    for name in given:
+        if name not in valid:
+            raise WrongCall(f"unknown {what} {name!r}; valid: {', '.join(valid)}")
+
+
 def _check_study(options: argparse.Namespace, plans: list[str], configurations: list[str], gpu: bool) -> None:
     """What keeps the study from starting as asked, and what would do, before hours are spent."""
-    for what, given, valid in (("plan", [options.plan], plans), ("configuration", options.only or [], configurations)):
-        for name in given:
-            if name not in valid:
-                raise WrongCall(f"unknown {what} {name!r}; valid: {', '.join(valid)}")
+    _check_names("plan", [options.plan], plans)
+    _check_names("configuration", options.only or [], configurations)
     if gpu:
         return
     if options.device == "cuda":

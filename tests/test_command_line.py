@@ -18,6 +18,7 @@ COMMANDS = {
     "data compare": ["data", "compare", "--svhn", "there"],
     "train": ["train", "classification-vgg"],
     "study": ["study"],
+    "why": ["why"],
 }
 
 

@@ -31,7 +31,7 @@ from lipguide.tasks.detection.recipes import DATA, build, load
 from lipguide.tasks.harness import ensure, recipe_of, trained
 from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED
 
-__all__ = ["CONFIGURATIONS", "EPSILON", "PLANS", "Plan", "budget", "entry_of", "evaluate", "study", "weights_of"]
+__all__ = ["CONFIGURATIONS", "EPSILON", "PLANS", "Plan", "budget", "entry_of", "evaluate", "one", "study", "weights_of"]
 
 logger = logging.getLogger(__name__)
 # The configurations, in the order of the study, and the networks of their recipes.
@@ -117,7 +117,7 @@ def study(
                 load(recipe_of(weights[name])[1], "train", TRAIN_SEED)
     seconds = time.perf_counter() - began
     logger.info("data: %.1f s, %s", seconds, test.name)
-    entries = [_one(name, weights[name], PLANS[plan], test, folder, where, seed, seconds) for name in names]
+    entries = [one(name, weights[name], PLANS[plan], test, folder, where, seed, seconds) for name in names]
     logger.info("%s", budget(entries, seconds))
     return entries
 
@@ -145,7 +145,7 @@ def budget(entries: Sequence[dict[str, Any]], data_seconds: float) -> str:
     return "\n".join([*lines, f"{'all':<16}{total:>8.1f}"])
 
 
-def _one(
+def one(
     name: str,
     weights: str,
     plan: Plan,
@@ -155,7 +155,14 @@ def _one(
     seed: int,
     data_seconds: float,
 ) -> dict[str, Any]:
-    """The entry of one configuration: read, or trained, attacked and scored now."""
+    """The entry of one detector: read, or trained, attacked and scored now.
+
+    Args:
+        name: of the entry.
+        weights: the name of its recipe.
+        folder: holds weights, results and what is needed to go on.
+        data_seconds: that the scenes took.
+    """
     _, recipe = recipe_of(weights)
     setting = {"recipe": asdict(recipe), "seed": seed, "plan": asdict(plan), "epsilon": EPSILON, "test": test.hash}
     record = folder / f"{weights}.json"

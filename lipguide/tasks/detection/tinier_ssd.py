@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lipguide.losses import OffsetCrossEntropy
 from lipguide.tasks.detection.boxes import decode, prior_boxes
 from lipguide.tasks.detection.losses import Multibox
 
@@ -46,6 +47,10 @@ class Parts(NamedTuple):
 class TinierSSD(nn.Module):
     """The macro-architecture over given parts.
 
+    Args:
+        tau: what a logit is multiplied by, in the loss and in the scores.
+        offset: the margin that the loss asks of the right class, of logits before `tau`.
+
     >>> def layer(inputs, outputs):
     ...     return nn.Conv2d(inputs, outputs, 3, padding=1)
     >>> model = TinierSSD(Parts(layer, layer, layer, layer, lambda window: nn.MaxPool2d(window, 2)))
@@ -55,9 +60,17 @@ class TinierSSD(nn.Module):
 
     priors: Tensor
 
-    def __init__(self, parts: Parts, stages: tuple[tuple[int | str, ...], ...] = STAGES, classes: int = 10) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        stages: tuple[tuple[int | str, ...], ...] = STAGES,
+        classes: int = 10,
+        tau: float = 1.0,
+        offset: float = 0.0,
+    ) -> None:
         super().__init__()
         self.classes = classes
+        self.tau, self.offset = tau, offset
         self.stages, self.class_heads, self.box_heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         channels = 3
         for stage in stages:
@@ -83,11 +96,13 @@ class TinierSSD(nn.Module):
 
     def training_loss(self, reduction: str = "mean") -> nn.Module:
         """The multibox loss over this model's priors."""
-        return Multibox(self.priors, reduction=reduction)
+        plain = self.tau == 1 and self.offset == 0
+        per_prior = None if plain else OffsetCrossEntropy(self.offset, 1 / self.tau, reduction="none")
+        return Multibox(self.priors, per_prior=per_prior, reduction=reduction)
 
     def log_scores(self, output: Output) -> Tensor:
         """(N, 1700, classes): logarithms of the probabilities of the classes, without background."""
-        return output[0].log_softmax(2)[..., :-1]
+        return (self.tau * output[0]).log_softmax(2)[..., :-1]
 
     def boxes(self, output: Output) -> Tensor:
         """(N, 1700, 4) xyxy, which may stick out of the picture."""
