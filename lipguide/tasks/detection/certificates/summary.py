@@ -13,7 +13,9 @@ whatever the attack, another one for each scene. *Proof.* Interpolated precision
 any threshold with recall r or more. For every t with R(t) ≥ r the attacked recall at t is r or more and the attacked
 precision P(t) or more; take the best such t. ∎
 
-Between two thresholds at which nothing changes, nothing is gained, so t runs over those just below each height.
+Between two thresholds at which nothing changes, nothing is gained, so t runs over those just below each height. Recall
+is read at the very numbers k / 100 at which `score` reads it, which are those of single precision: with others the
+certified value would come to lie above the measured one.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from lipguide.tasks.detection.boxes import NOTHING, Targets, check_number, check
 from lipguide.tasks.detection.certificates.alarms import births
 from lipguide.tasks.detection.certificates.answers import Answers
 from lipguide.tasks.detection.certificates.objects import heights, right
+from lipguide.tasks.detection.scores import RECALLS
 
 __all__ = ["Certificate", "certified_ap", "certified_precision", "certified_recall", "certify", "object_radii"]
 
@@ -144,12 +147,9 @@ def _average(own: Tensor, alarms: Tensor, least: float) -> float:
     found = (own[None] >= levels[:, None]).sum(1).double()
     possible = (alarms[None] >= levels[:, None]).sum(1).double()
     precision = found / torch.maximum(possible, found)
-    recall = found / len(own)
-    total = 0.0
-    for k in range(101):
-        enough = recall >= k / 100
-        total += float(precision[enough].max()) if enough.any() else 0.0
-    return total / 101
+    best = precision.flip(0).cummax(0).values.flip(0)  # at this recall or more
+    place = torch.searchsorted(found / len(own), RECALLS)
+    return float(torch.cat([best, best.new_zeros(1)])[place].mean())
 
 
 def object_radii(given: Answers, targets: Targets, grid: list[float], least: float = 0.0) -> Tensor:
