@@ -9,7 +9,7 @@ import torch
 
 from lipguide import lipschitz_bound
 from lipguide.layers.export import without_parametrizations
-from lipguide.tasks import TASKS, WEIGHTS, ensure, network_of, train_by, trained
+from lipguide.tasks import TASKS, TEST_SEED, WEIGHTS, ensure, network_of, train_by, trained
 from lipguide.tasks.detection import recipes as training
 from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
@@ -154,12 +154,12 @@ def test_both_kinds_of_recipes_answer_the_same_questions():
 def test_shipped_weights_score_what_their_run_says(name):
     model, run = trained(name)
     assert run["recipe"] == asdict(RECIPES[name]) and run["steps"] == RECIPES[name].steps
-    data = load(RECIPES[name], "test", 0)
+    data = load(RECIPES[name], "test", TEST_SEED if name == "detection-reader" else 0)  # the others were judged on 0
     facts = measure(model, RECIPES[name], data)
     assert data.hash == run["test"]["hash"], "the scenes have changed: python -m lipguide train makes the weights anew"
     assert facts["score"]["map50"] == pytest.approx(run["score"]["map50"], abs=0.5)
     if RECIPES[name].lipschitz:
-        assert facts["trunk"] <= 1 + 1e-4
+        assert facts.get("trunk", facts.get("window")) <= 1 + 1e-4
 
 
 @pytest.mark.parametrize("name", LIPSCHITZ)
