@@ -114,7 +114,7 @@ class _Pairs:
         tangent = torch.minimum(slope * (low - y), slope * (high - y)).sum(2)
         kept = (slope * y).sum(2) / 2 + tangent  # ≤ yᵀ (I − VᵀV + lifted) y over the box
         slack = (self.lifted + CUSHION) * self.pull.square().sum(2)
-        squared = self.length.square() * (1 + CUSHION) - (kept - slack).clamp(min=0)
+        squared = self.length.square() * (1 + CUSHION) - (kept - slack)  # of a V above norm 1 this may add
         return torch.minimum(squared.clamp(min=0).sqrt(), self.steepest()).clamp(min=SMALLEST)
 
     def _box(self, distance: Tensor) -> tuple[Tensor, Tensor]:
