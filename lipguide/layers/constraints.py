@@ -268,7 +268,7 @@ class Spectral(Constraint):
             waves = self._waves_in(kernel)  # (taps, frequencies)
             # contiguous: in channels_last the pairs would lie apart
             old = self.v.to(kernel.dtype, memory_format=torch.contiguous_format)  # (groups, inputs, frequencies, 2)
-            v = old * (root / _tiny(_lengths(old)))
+            v = torch.view_as_complex(old * (root / _tiny(_lengths(old))))  # (groups, inputs, frequencies)
             u = root * _symbol_times(rows, v, waves)  # (groups, outputs, frequencies, 2)
             lengths = _lengths(u)  # (groups, 1, frequencies, 1)
             u = u * (root / _tiny(lengths))
@@ -277,8 +277,7 @@ class Spectral(Constraint):
 
             best = lengths.flatten().argmax(0, keepdim=True)  # of all groups and frequencies
             direction = _gradient_of_sigma(u, v, waves, best)
-        group = best // lengths.shape[2]
-        chosen = rows if len(rows) == 1 else rows.index_select(0, group)
+        chosen = rows if len(rows) == 1 else rows.index_select(0, best // lengths.shape[2])  # of the best group
         sigma = chosen.flatten().dot(direction.flatten())  # that of the kernel with a largest entry of 1
         return root / _nonzero(sigma) * root
 
@@ -337,10 +336,9 @@ def _symbol_times(rows: Tensor, v: Tensor, waves: Tensor) -> Tensor:
 
     Args:
         rows: the kernel, (groups, outputs, inputs · taps).
-        v: (groups, inputs, frequencies, 2).
+        v: (groups, inputs, frequencies), complex.
         waves: (taps, frequencies).
     """
-    v = torch.view_as_complex(v)
     shifted = v[:, :, None] * waves  # (groups, inputs, taps, frequencies)
     columns = torch.view_as_real(shifted.flatten(1, 2)).flatten(2)  # (groups, inputs · taps, frequencies · 2)
     return (rows @ columns).unflatten(2, (-1, 2))
@@ -360,13 +358,14 @@ def _gradient_of_sigma(u: Tensor, v: Tensor, waves: Tensor, best: Tensor) -> Ten
     σ is linear in the kernel. The real part of a product of two numbers is a scalar product of pairs.
 
     Args:
-        u, v: (groups, n, frequencies, 2).
+        u: (groups, outputs, frequencies, 2).
+        v: (groups, inputs, frequencies), complex.
         waves: (taps, frequencies).
         best: a group and a frequency, in one number.
     """
     frequencies = waves.shape[1]
     left = u.transpose(0, 1).flatten(1, 2).index_select(1, best)  # (outputs, 1, 2)
-    right = torch.view_as_complex(v).transpose(0, 1).flatten(1).index_select(1, best)  # (inputs, 1)
+    right = v.transpose(0, 1).flatten(1).index_select(1, best)  # (inputs, 1)
     wave = waves.index_select(1, best % frequencies).T  # (1, taps)
     pairs = torch.view_as_real((right * wave).flatten())  # (inputs · taps, 2)
     return left.flatten(1) @ pairs.mT
