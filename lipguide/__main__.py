@@ -1,4 +1,4 @@
-"""The command line: `python -m lipguide` with `build`, `data`, `train`, `study` or `why`.
+"""The command line: `python -m lipguide` with `build`, `data`, `train`, `study`, `certify` or `why`.
 
 A command is a function of its options that does its work or raises; here, and nowhere else, an error becomes one line
 and an exit status: 0 well, 1 something failed, 2 wrongly called, 75 not finished when the time of `--minutes` was up,

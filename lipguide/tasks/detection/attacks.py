@@ -25,7 +25,7 @@ from lipguide.robustness.attacks import BlindAttack, pgd_l2
 from lipguide.tasks.detection.boxes import MIN_SCORE, NOTHING, Targets, check_number, check_targets
 from lipguide.tasks.detection.scores import check_call, detections, hits
 
-__all__ = ["ATTACKS", "TRAINING_LOSS", "attack_l2", "attacked", "most_harmful", "objective", "strongest"]
+__all__ = ["ATTACKS", "TRAINING_LOSS", "attack_l2", "attacked", "mixture", "most_harmful", "objective", "strongest"]
 
 TRAINING_LOSS = "training loss"  # the attack that the case study knows, beside those of `ATTACKS`
 
@@ -220,3 +220,17 @@ def most_harmful(found: dict[str, list[dict[str, Tensor]]], targets: Targets) ->
         made = torch.tensor([len(scene["labels"]) for scene in scenes], dtype=torch.float64)
         harm.append(-right + (made - right) / 1000)  # an object counts more than any number of alarms
     return torch.stack(harm).argmax(0).tolist()
+
+
+def mixture(found: dict[str, list[dict[str, Tensor]]], targets: Targets) -> list[dict[str, Tensor]]:
+    """What is found where each scene is under the attack that does it most harm.
+
+    Args:
+        found: as `most_harmful` takes it.
+
+    >>> from lipguide.tasks.detection.boxes import pad_targets
+    >>> mixture({"weak": [], "strong": []}, pad_targets([], []))
+    []
+    """
+    attacks = list(found.values())
+    return [attacks[attack][scene] for scene, attack in enumerate(most_harmful(found, targets))]

@@ -38,6 +38,7 @@ __all__ = [
 CENTRE, SIZE = 10.0, 5.0  # how finely offsets of centres and of logarithms of sizes are told apart
 NOTHING = -1  # the label of padding
 MIN_SCORE = 0.2  # above which a box counts as a detection
+SILENCES, KEPT = 0.3, 20  # the overlap above which a better box silences one, and how many a scene keeps
 
 
 class Targets(NamedTuple):
@@ -334,7 +335,12 @@ def _one_prior_each(overlaps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def detect(
-    scores: Tensor, boxes: Tensor, min_score: float = MIN_SCORE, overlap: float = 0.3, most: int = 20, first: int = 0
+    scores: Tensor,
+    boxes: Tensor,
+    min_score: float = MIN_SCORE,
+    overlap: float = SILENCES,
+    most: int = KEPT,
+    first: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Detections of every scene, as torchmetrics takes them: the boxes of each class that score above `min_score`,
     less those that overlap a better one of their class by more than `overlap`, the `most` best of a scene.

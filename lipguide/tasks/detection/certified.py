@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, strongest
+from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, mixture
 from lipguide.tasks.detection.boxes import NOTHING, unit_range
 from lipguide.tasks.detection.certificates import Answers, answers, certified_recall, certify, curve, hunt
 from lipguide.tasks.detection.data import Split
@@ -65,6 +65,10 @@ def certified(model: Detector, twin: nn.Module, scenes: Split, plan: Plan) -> di
     clean = score(given.detections(model.least), targets)
     logger.info("clean %.1f mAP; certified found %s", clean.map50, [round(row["found"], 1) for row in rows])
     each = len(images)
+
+    def first(number: int) -> tuple[Answers, Split]:
+        return given.part(slice(number)), scenes.part(slice(number))
+
     return {
         "scenes": each,
         "objects": int((targets.labels >= 0).sum()),
@@ -72,11 +76,9 @@ def certified(model: Detector, twin: nn.Module, scenes: Split, plan: Plan) -> di
         "steepness": given.steepness,
         "clean": clean._asdict(),
         "certificates": rows,
-        "attacked": [_attacked(model, scenes.part(slice(plan.attacked)), eps, plan.steps) for eps in plan.budgets],
-        "hunted": [_hunted(model, given, scenes, eps, plan) for eps in plan.hunts],
-        "smoothed": [
-            _smoothed(twin, given, scenes.part(slice(plan.smoothed)), *one, model.least) for one in plan.smoothings
-        ],
+        "attacked": [_attacked(model, *first(plan.attacked), eps, plan.steps) for eps in plan.budgets],
+        "hunted": [_hunted(model, *first(plan.hunted), eps, plan.steps) for eps in plan.hunts],
+        "smoothed": [_smoothed(twin, *first(plan.smoothed), model.least, *one) for one in plan.smoothings],
         "seconds": {"forward": forward / each, "certificate": bounds / each / max(len(plan.grid), 1)},
     }
 
@@ -86,20 +88,30 @@ def _timed(function: Any) -> tuple[Any, float]:
     return function(), time.perf_counter() - began
 
 
-def _attacked(model: Detector, scenes: Split, eps: float, steps: int) -> dict[str, Any]:
+def _attacked(model: Detector, given: Answers, scenes: Split, eps: float, steps: int) -> dict[str, Any]:
     """The scores that every attack leaves, and the lowest of them."""
     images, targets = unit_range(scenes.images), scenes.targets
-    moved = {name: attack_l2(model, images, targets, eps, name, steps) for name in (TRAINING_LOSS, *ATTACKS)}
-    moved["mixture"] = strongest(model, images, targets, moved)
-    left = {name: score(detections(model, pictures), targets)._asdict() for name, pictures in moved.items()}
+    found = {}
+    for name in (TRAINING_LOSS, *ATTACKS):
+        found[name] = detections(model, attack_l2(model, images, targets, eps, name, steps))
+    found["mixture"] = mixture(found, targets)
+    left = {name: score(some, targets)._asdict() for name, some in found.items()}
     by = min(left, key=lambda name: left[name]["map50"])
     logger.info("attacked at %g: %.1f mAP by %s", eps, left[by]["map50"], by)
-    clean = score(detections(model, images), targets)._asdict()
+    clean = score(given.detections(model.least), targets)._asdict()
     return {"eps": eps, "scenes": len(images), "clean": clean, "attacks": left, "strongest": left[by], "by": by}
 
 
+def _hunted(model: Detector, given: Answers, scenes: Split, eps: float, steps: int) -> dict[str, Any]:
+    """How many certified objects each aimed attack brings down: none, or the certificates are wrong."""
+    certificate = certify(given, scenes.targets, eps, model.least)
+    found = hunt(model, unit_range(scenes.images), scenes.targets, certificate, steps)
+    logger.info("hunted at %g: %s", eps, found)
+    return {"eps": eps, "scenes": len(scenes.images)} | found._asdict()
+
+
 def _smoothed(
-    twin: nn.Module, given: Answers, scenes: Split, eps: float, sigma: float, draws: int, least: float
+    twin: nn.Module, given: Answers, scenes: Split, least: float, eps: float, sigma: float, draws: int
 ) -> dict[str, Any]:
     """How many objects the smoothed twin is sure of, at what price, and the reader on the same scenes."""
     images, (boxes, labels) = unit_range(scenes.images), scenes.targets
@@ -109,21 +121,8 @@ def _smoothed(
         there = classes != NOTHING
         sure += surely_found(bounds, truth[there], classes[there]).tolist()
     seconds = (time.perf_counter() - began) / len(images)
-    number = len(images)
-    part = given._replace(scores=given.scores[:number], boxes=given.boxes[:number])
-    reader = certified_recall(certify(part, scenes.targets, eps, least))
+    reader = certified_recall(certify(given, scenes.targets, eps, least))
     logger.info("smoothed at %g: %d of %d found", eps, sum(sure), len(sure))
     found = 100 * sum(sure) / max(len(sure), 1)
-    what = {"eps": eps, "sigma": sigma, "draws": draws, "scenes": number, "objects": len(sure)}
+    what = {"eps": eps, "sigma": sigma, "draws": draws, "scenes": len(images), "objects": len(sure)}
     return what | {"found": found, "reader": reader, "seconds": seconds}
-
-
-def _hunted(model: Detector, given: Answers, scenes: Split, eps: float, plan: Plan) -> dict[str, Any]:
-    """How many certified objects each aimed attack brings down: none, or the certificates are wrong."""
-    few = scenes.part(slice(plan.hunted))
-    number = len(few.images)
-    part = given._replace(scores=given.scores[:number], boxes=given.boxes[:number])
-    certificate = certify(part, few.targets, eps, model.least)
-    found = hunt(model, unit_range(few.images), few.targets, certificate, plan.steps)
-    logger.info("hunted at %g: %s", eps, found)
-    return {"eps": eps, "scenes": number} | found._asdict()

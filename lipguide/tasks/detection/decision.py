@@ -86,7 +86,7 @@ def heard(scores: Tensor, graph: Tensor, least: float) -> Tensor:
 
 
 @torch.no_grad()
-def peaks(scores: Tensor, boxes: Tensor, graph: Tensor, least: float = 0.0) -> list[dict[str, Tensor]]:
+def peaks(scores: Tensor, boxes: Tensor, graph: Tensor, least: float = 0.0, first: int = 0) -> list[dict[str, Tensor]]:
     """Detections of every scene, as torchmetrics takes them, by falling score.
 
     Args:
@@ -94,6 +94,7 @@ def peaks(scores: Tensor, boxes: Tensor, graph: Tensor, least: float = 0.0) -> l
         boxes: (N, P, 4) xyxy.
         graph: (P, P), such as `rivals` gives it.
         least: a window speaks above it.
+        first: the number of the first scene, for errors.
 
     >>> boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.1, 0.0, 0.6, 0.5]]])
     >>> found = peaks(torch.tensor([[[0.9, 0.0], [0.8, 0.3]]]), boxes, torch.ones(2, 2).bool())
@@ -101,7 +102,7 @@ def peaks(scores: Tensor, boxes: Tensor, graph: Tensor, least: float = 0.0) -> l
     ([0, 1], [0.8999999761581421, 0.30000001192092896])
     """
     check_number("least", least)
-    check_finite(scores, boxes)
+    check_finite(scores, boxes, first)
     found = []
     for own_scores, own_boxes in zip(scores, boxes, strict=True):
         window, label = heard(own_scores, graph, least).nonzero(as_tuple=True)

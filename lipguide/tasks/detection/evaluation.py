@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lipguide import deadline, distributed
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.files import replacing
-from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attacked, most_harmful
+from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attacked, mixture
 from lipguide.tasks.detection.boxes import Targets, detect, unit_range
 from lipguide.tasks.detection.data import Split
 from lipguide.tasks.detection.scores import Score, detections, on_cpu, score
@@ -167,10 +167,8 @@ def _rated(found: Callable[[], list[dict[str, Tensor]]], targets: Targets) -> Ra
 
 
 def _mixture(found: dict[str, Found], targets: Targets) -> list[dict[str, Tensor]]:
-    """What is found where each scene is under the attack that does it most harm."""
-    attacks = [one.scenes[: len(targets.labels)] for one in found.values()]
-    worst = most_harmful(dict(zip(found, attacks, strict=True)), targets)
-    return [attacks[attack][scene] for scene, attack in enumerate(worst)]
+    """Of the scenes that every attack searched."""
+    return mixture({attack: one.scenes[: len(targets.labels)] for attack, one in found.items()}, targets)
 
 
 @torch.no_grad()

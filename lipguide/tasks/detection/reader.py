@@ -64,7 +64,6 @@ class Detector(nn.Module):
         reach: pixels of a level that one unit of the box head stands for.
         tau: temperature of the loss and of the scores.
         canvases: the levels.
-        least: what a window speaks above, see `decide`.
 
     >>> output = Detector((8, 8, 8), 16)(torch.rand(2, 3, 74, 74))
     >>> [tuple(part.shape) for part in output]
@@ -79,10 +78,9 @@ class Detector(nn.Module):
         tau: float = 5.0,
         classes: int = 10,
         canvases: Sequence[Canvas] = CANVASES,
-        least: float = LEAST,
     ) -> None:
         super().__init__()
-        self.reach, self.tau, self.canvases, self.least = reach, tau, tuple(canvases), least
+        self.reach, self.tau, self.canvases, self.least = reach, tau, tuple(canvases), LEAST
         self.brightless = Brightless()
         self.levels = nn.ModuleList(Level(PICTURE, canvas) for canvas in canvases)
         first, second, third = widths
@@ -145,9 +143,14 @@ class Detector(nn.Module):
         see `lipguide.tasks.detection.decision.radii`."""
         return radii(output.logits, self.class_head.weight.detach())
 
-    def decide(self, output: ReaderOutput) -> list[dict[str, Tensor]]:
-        """The detections of every scene: the peaks above `least`. This is the decision that the certificates are of."""
-        return peaks(self.scores(output), self.boxes(output), self.rivals(), self.least)
+    def decide(self, output: ReaderOutput, first: int = 0) -> list[dict[str, Tensor]]:
+        """The detections of every scene: the peaks above `least`. This is the decision that the certificates are of.
+
+        Args:
+            output: of the detector.
+            first: the number of the first scene, for errors.
+        """
+        return peaks(self.scores(output), self.boxes(output), self.rivals(), self.least, first)
 
     def rivals(self) -> Tensor:
         """(P, P): which windows could look at the same digit."""

@@ -78,7 +78,7 @@ def detections(
         for part in images.split(batch_size):
             output = model(part)
             if hasattr(model, "decide"):
-                found += model.decide(output)
+                found += model.decide(output, len(found))
                 continue
             scores = model.log_scores(output).exp()
             boxes = model.boxes(output)

@@ -25,14 +25,21 @@ from torch import Tensor
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.layers.export import without_parametrizations
 from lipguide.robustness.certificates.radii import slopes
-from lipguide.tasks.detection.boxes import CENTRE, MIN_SCORE, NOTHING, SIZE, Targets, check_targets
+from lipguide.tasks.detection.boxes import (
+    CENTRE,
+    KEPT,
+    MIN_SCORE,
+    NOTHING,
+    SILENCES,
+    SIZE,
+    Targets,
+    check_targets,
+)
 from lipguide.tasks.detection.certificates.answers import ROUNDING
 from lipguide.tasks.detection.certificates.objects import right
 from lipguide.tasks.detection.tinier_ssd import PICTURE, RATIOS, TinierSSD
 
 __all__ = ["Rates", "rates", "surely_found"]
-
-SILENCES, MOST = 0.3, 20  # an overlap, and the detections of a scene, as `detect` has them
 
 
 class Rates(NamedTuple):
@@ -101,7 +108,7 @@ def _found(
         prior = int(least[thing].argmax())
         rivals = ~good[thing] & (high[:, label] >= least[thing, prior])
         near = _most_overlap(placed[prior], radius[prior], placed, radius) > SILENCES
-        few = int((high >= least[thing, prior]).sum()) <= MOST
+        few = int((high >= least[thing, prior]).sum()) <= KEPT
         after.append(bool(before[thing]) and few and not bool((rivals & near).any()))
     return before, torch.tensor(after, dtype=torch.bool)
 

@@ -59,7 +59,6 @@ class TinierSSD(nn.Module):
     """
 
     priors: Tensor
-    tau, offset = 1.0, 0.0  # also where a subclass builds its parts itself
 
     def __init__(
         self,

@@ -43,6 +43,13 @@ def test_a_model_that_decides_for_itself_is_asked(reader, scenes):
     assert fewer < sum(len(found["labels"]) for found in mine)
 
 
+def test_pictures_of_nan_are_named_with_their_scene(reader, scenes):
+    images = unit_range(scenes.images[:4]).clone()
+    images[3] = float("nan")
+    with pytest.raises(ValueError, match="scene 3: the detector's scores or boxes are not finite"):
+        detections(reader, images, batch_size=2)
+
+
 @pytest.mark.parametrize("eps", [0.1, 0.25])
 def test_a_lower_threshold_certifies_no_less(reader, scenes, eps):
     given = answers(reader, unit_range(scenes.images))

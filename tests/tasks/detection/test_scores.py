@@ -80,6 +80,8 @@ def test_another_number_of_scenes_is_refused():
 class Brightness(TinierSSD):
     """Finds a digit of class 1 at each prior whose part of the picture is bright, of class 0 if it is very bright."""
 
+    tau, offset = 1.0, 0.0
+
     def __init__(self):
         nn.Module.__init__(self)
         self.register_buffer("priors", prior_boxes([2], [0.5], [1.0]))
@@ -391,6 +393,8 @@ def test_more_restarts_never_find_a_weaker_attack():
 
 class Pairs(TinierSSD):
     """The first pixel of each channel is the score of one box: of the object, of a copy that is no hit, of an alarm."""
+
+    tau, offset = 1.0, 0.0
 
     def __init__(self):
         nn.Module.__init__(self)

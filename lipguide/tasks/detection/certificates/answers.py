@@ -33,6 +33,10 @@ class Answers(NamedTuple):
     steepness: float
     reach: Tensor
 
+    def part(self, where: slice) -> Answers:
+        """The answers to some of the pictures."""
+        return self._replace(scores=self.scores[where], boxes=self.boxes[where])
+
     def detections(self, least: float = 0.0) -> list[dict[str, Tensor]]:
         """What the detector reports above `least`."""
         return peaks(self.scores, self.boxes, self.graph, least)

@@ -106,9 +106,12 @@ def hunt(
     rows = (certificate.heights > certificate.least).nonzero().squeeze(1)
     fallen = dict.fromkeys(AIMS, 0)
     overrun = 0
-    for part in rows.split(batch_size) if len(rows) else ():
+    if not len(rows):
+        return Hunted(0, fallen, overrun)
+    for part in rows.split(batch_size):
         scenes = certificate.scene[part]
-        prey = _prey(model, images, targets, certificate, part)
+        labels, truths, needs = _wanted(targets, certificate, part)
+        prey = _prey(model, images[scenes], labels, truths)
         for aim, function in AIMS.items():
 
             def ascend(output: Any, some: _Prey, function: Callable[..., Tensor] = function) -> Tensor:
@@ -116,8 +119,9 @@ def hunt(
 
             moved = pgd_l2(model, images[scenes], prey, certificate.eps, steps, loss=ascend)
             found = answers(model, moved).detections(certificate.least)
-            wanted = _wanted(targets, certificate, part)
-            for scene, detections, label, truth, least in zip(scenes.tolist(), found, *wanted, strict=True):
+            for scene, detections, label, truth, least in zip(
+                scenes.tolist(), found, labels, truths, needs, strict=True
+            ):
                 there = (detections["labels"] == label) & (overlap(detections["boxes"], truth) > least)
                 fallen[aim] += not bool(there.any())
                 overrun += _overrun(detections["labels"], certificate, scene)
@@ -138,10 +142,9 @@ def _wanted(targets: Targets, certificate: Certificate, part: Tensor) -> tuple[T
     return torch.stack(labels), torch.stack(truths), torch.stack(least)
 
 
-def _prey(model: nn.Module, images: Tensor, targets: Targets, certificate: Certificate, part: Tensor) -> _Prey:
+def _prey(model: nn.Module, images: Tensor, labels: Tensor, truths: Tensor) -> _Prey:
     """What is hunted goes by the boxes as they stand, not by what a certificate, which may be wrong, says of them."""
-    labels, truths, _ = _wanted(targets, certificate, part)
-    given = answers(model, images[certificate.scene[part]])
+    given = answers(model, images)
     good = overlap(given.boxes, truths[:, None]) > NEARLY
     beside = (good.float() @ given.graph.float() > 0) & ~good
     return _Prey(labels, good, beside, truths)

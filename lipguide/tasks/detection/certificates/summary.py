@@ -29,11 +29,9 @@ from lipguide.tasks.detection.boxes import NOTHING, Targets, check_number, check
 from lipguide.tasks.detection.certificates.alarms import births
 from lipguide.tasks.detection.certificates.answers import Answers
 from lipguide.tasks.detection.certificates.objects import heights, right
-from lipguide.tasks.detection.scores import RECALLS
+from lipguide.tasks.detection.scores import MOST, RECALLS
 
 __all__ = ["Certificate", "certified_ap", "certified_precision", "certified_recall", "certify", "object_radii"]
-
-MOST = 100  # detections of one class in one scene that COCO's evaluator takes
 
 
 class Certificate(NamedTuple):
