@@ -29,7 +29,7 @@ def largest_norm(matrices: Tensor) -> float:
     return torch.linalg.eigvalsh(wide @ wide.mH).max().clamp_min(0).sqrt().item()
 
 
-def steepest(model: nn.Module, shape: tuple[int, ...], points: int = 2) -> float:
+def steepest(model: nn.Module, shape: tuple[int, ...], points: int = 3) -> float:
     """σ_max of the true Jacobian at random points, in float64."""
     twin = without_parametrizations(model).double()
     return max(sigma_max(twin, 2 * randn(1, *shape, seed=seed)) for seed in range(points))

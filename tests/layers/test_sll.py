@@ -116,16 +116,16 @@ def test_the_true_jacobian_of_dense_sll_never_exceeds_1(features, inner, log_q, 
 
 
 @pytest.mark.parametrize(
-    ("make", "shape", "autocast"),
+    ("make", "shape"),
     [
-        (lambda: SLL(4, 6, 3), (8, 4, 5, 5), False),
-        (lambda: SLL(4, 6, 3), (8, 4, 5, 5), True),
-        (lambda: SLL(4, 4, 3, "circular"), (8, 4, 4, 4), True),
-        (lambda: SLL(4, 3, 5), (8, 4, 4, 4), False),
-        (lambda: SLL(4, 6, 2), (8, 4, 5, 4), False),
-        (lambda: SLLLinear(10, 14), (8, 10), True),
+        (lambda: SLL(4, 6, 3), (8, 4, 5, 5)),
+        (lambda: SLL(4, 4, 3, "circular"), (8, 4, 4, 4)),
+        (lambda: SLL(4, 3, 5), (8, 4, 4, 4)),
+        (lambda: SLL(4, 6, 2), (8, 4, 5, 4)),
+        (lambda: SLLLinear(10, 14), (8, 10)),
     ],
 )
+@pytest.mark.parametrize("autocast", [False, True])
 def test_a_hundred_steps_at_a_high_rate_do_not_break_the_bound(make, shape, autocast):
     """Training that tries to break it: it maximises the stretch of a pair, which it learns as well."""
     torch.manual_seed(0)
