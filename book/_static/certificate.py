@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 POINTS = [(95, 115, 0), (240, 95, 0), (400, 85, 0), (165, 245, 1), (330, 235, 1), (500, 250, 1)]
-COLOURS = ["#E69F00", "#0072B2"]
+COLOURS = ["#CC79A7", "#009E73"]
 
 
 def boundary(x: float) -> float:
@@ -19,8 +19,8 @@ def main() -> None:
     curve = " ".join(f"{x},{boundary(x):.1f}" for x in range(0, 601, 4))
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 330" role="img" aria-label="certified discs">',
-        '<rect width="600" height="330" fill="#CDE3F2"/>',
-        f'<polygon points="0,0 {curve} 600,0" fill="#FBE6C3"/>',
+        '<rect width="600" height="330" fill="#D3EBE2"/>',
+        f'<polygon points="0,0 {curve} 600,0" fill="#F5E1EC"/>',
         f'<polyline points="{curve}" fill="none" stroke="#333" stroke-width="2"/>',
     ]
     for x, y, label in POINTS:

@@ -3,7 +3,7 @@
 (() => {
   const VIEW = { left: -1.6, right: 2.6, bottom: -1.3, top: 1.8, scale: 150 };
   const WIDTH = (VIEW.right - VIEW.left) * VIEW.scale, HEIGHT = (VIEW.top - VIEW.bottom) * VIEW.scale;
-  const COLOURS = { "1": "#E69F00", "-1": "#0072B2" };
+  const COLOURS = { "1": "#CC79A7", "-1": "#009E73" };
   const STEP = 0.02; // of the grid on which the answers are known
 
   const relu = (values) => values.map((v) => Math.max(v, 0));
@@ -74,7 +74,7 @@
     const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
     signs.forEach((sign, place) => {
       const flipped = (rows - 1 - Math.floor(place / columns)) * columns + (place % columns);
-      image.data.set(sign > 0 ? [251, 230, 195, 255] : [205, 227, 242, 255], 4 * flipped);
+      image.data.set(sign > 0 ? [245, 225, 236, 255] : [211, 235, 226, 255], 4 * flipped);
     });
     context.putImageData(image, 0, 0);
     return canvas.toDataURL();

@@ -4,7 +4,7 @@
 
 Everything is written under a temporary name and renamed when it is whole, so an interruption at any moment leaves
 either the old state or the new one. An executed notebook carries the hash of all that it depends on, and runs again
-only when that changes.
+only when that changes. Prose is not among it: the text of today is set around the outputs of the run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from lipguide import deadline
 from lipguide.book.contents import pages_of
-from lipguide.book.execution import run, write_notebook
+from lipguide.book.execution import as_written_now, code_cells, run, write_notebook
 from lipguide.book.ledger import PROFILES, read
 from lipguide.book.staleness import chapter_key, file_hash, modules_behind, records_read
 from lipguide.distributed import choose_device
@@ -228,11 +228,11 @@ def _parameters(profile: str, device: str) -> dict[str, object]:
 def _key(book: Book, chapter: str, profile: str, device: str) -> str:
     """The hash of all that the outcome of a chapter depends on, as it stands now."""
     source = book.source(book.chapters[chapter])
-    text = source.read_text(encoding="utf-8")
-    cells = jupytext.reads(text, fmt="md:myst").cells
-    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    cells = code_cells(jupytext.read(source, fmt="md:myst"))
+    code = "\n".join(cell.source for cell in cells)
+    tagged = json.dumps([[cell.source, cell.metadata.get("tags", [])] for cell in cells])
     records = records_read(code, source.parent, book.ledger(chapter, profile))
-    return chapter_key(code, text, _parameters(profile, device), lock_hash(), records)
+    return chapter_key(code, tagged, _parameters(profile, device), lock_hash(), records)
 
 
 def _made_from(notebook: Path) -> dict[str, str] | None:
@@ -303,12 +303,9 @@ def _fold_parameters(notebook: nbformat.NotebookNode) -> None:
 def _render(book: Book, profile: str, device: str) -> int:
     """Stage the executed notebooks, run Jupyter Book on them without execution, and put the new HTML in place."""
     began = time.perf_counter()
-    missing = _stage(book, profile)
+    missing, stale = _stage(book, profile, device)
     if missing:
         print(f"rendered without outputs, for they have not run with profile {profile}: {', '.join(missing)}")
-    stale = [
-        chapter for chapter in book.chapters if chapter not in missing and not _is_true(book, chapter, profile, device)
-    ]
     if stale:
         print(f"rendered as they ran last, before something that they depend on changed: {', '.join(stale)}")
     key = _rendering_key(book.stage, profile)
@@ -358,8 +355,8 @@ def _foreign_hosts(html: Path) -> list[str]:
     return [f"{p.relative_to(html)}: {url}" for p in pages for url in fetch.findall(p.read_text(encoding="utf-8"))]
 
 
-def _stage(book: Book, profile: str) -> list[str]:
-    """Lay out a tree for Jupyter Book in which notebooks are executed already; name the chapters that are not."""
+def _stage(book: Book, profile: str, device: str) -> tuple[list[str], list[str]]:
+    """Lay out a tree of executed notebooks for Jupyter Book; name chapters that have not run, and those that are stale."""
     shutil.rmtree(book.stage, ignore_errors=True)
     book.stage.mkdir(parents=True)
     config = yaml.safe_load((book.root / "_config.yml").read_text(encoding="utf-8"))
@@ -367,18 +364,21 @@ def _stage(book: Book, profile: str) -> list[str]:
     (book.stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     shutil.copy(book.root / "_toc.yml", book.stage)
     shutil.copytree(book.root / "book", book.stage / "book", ignore=shutil.ignore_patterns("*.md", "*.ipynb", "_build"))
-    missing = []
+    missing, stale = [], []
     for page in book.pages:
         chapter = Path(page).name
         executed = book.executed(chapter, profile)
         if chapter not in book.chapters:
             shutil.copy(book.source(page), book.stage / f"{page}.md")
+        elif _is_true(book, chapter, profile, device):
+            nbformat.write(as_written_now(book.source(page), executed), book.stage / f"{page}.ipynb")
         elif _is_whole(book, chapter, profile):
+            stale.append(chapter)
             shutil.copy(executed, book.stage / f"{page}.ipynb")
         else:
             missing.append(chapter)
             jupytext.write(jupytext.read(book.source(page)), book.stage / f"{page}.ipynb", fmt="ipynb")
-    return missing
+    return missing, stale
 
 
 def _rendering_key(folder: Path, profile: str) -> str:

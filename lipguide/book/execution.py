@@ -20,7 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 from lipguide import deadline
 from lipguide.files import replacing
 
-__all__ = ["Ended", "first_line", "run", "write_notebook"]
+__all__ = ["Ended", "as_written_now", "code_cells", "first_line", "run", "write_notebook"]
 
 # How Python writes a warning: the file that it is laid to, its line, its kind. A file of ours is one of the package or,
 # by the name that the kernel gives it, a cell.
@@ -122,3 +122,24 @@ def _stderr_to(path: Path) -> Iterator[None]:
 def _what_is_left(cell: nbformat.NotebookNode) -> float:
     """Seconds that a cell may take: until the time is up, and some more, for trainings stop by themselves then."""
     return max(deadline.left() + deadline.grace(), 0.1)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The cells of a notebook that hold code, in order."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def as_written_now(source: Path, executed: Path) -> nbformat.NotebookNode:
+    """Today's text, captions included, around the outputs of a run with the same code.
+
+    Args:
+        source: the chapter.
+        executed: the notebook of its run.
+    """
+    today, ran = jupytext.read(source, fmt="md:myst"), nbformat.read(executed, as_version=4)
+    for cell, then in zip(code_cells(today), code_cells(ran), strict=True):
+        cell.source, cell.outputs, cell.execution_count = then.source, then.outputs, then.execution_count
+    for place, cell in enumerate(today.cells):  # not by chance, or every rendering would be another one
+        cell.id = f"cell-{place}"
+    today.metadata = ran.metadata
+    return today

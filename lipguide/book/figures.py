@@ -13,20 +13,21 @@ from matplotlib.figure import Figure
 
 __all__ = ["COLOURS", "LIPSCHITZ", "ORDINARY", "axes", "lines", "style"]
 
-# Okabe and Ito's palette without its yellow, ordered so that neighbours differ in lightness too.
+# Okabe and Ito's palette without its yellow. Curves are told apart by dash and marker as well.
 COLOURS = {
     "blue": "#0072B2",
     "orange": "#E69F00",
     "green": "#009E73",
+    "purple": "#CC79A7",
     "vermillion": "#D55E00",
     "sky": "#56B4E9",
-    "purple": "#CC79A7",
     "grey": "#6E6E6E",
 }
-# Through the whole book: a network with a bound is blue, an ordinary one is orange.
+# Through the whole book: a network with a bound is blue, an ordinary one is orange. No curve is orange by accident.
 LIPSCHITZ, ORDINARY = COLOURS["blue"], COLOURS["orange"]
-DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+FREE = [colour for colour in COLOURS.values() if colour != ORDINARY]
+DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
+MARKERS = ["o", "s", "^", "D", "v", "P"]
 
 
 def style() -> None:
@@ -61,7 +62,7 @@ def style() -> None:
             "legend.frameon": False,
             "image.cmap": "cividis",
             "image.interpolation": "none",  # a drawing keeps pixels as they are, and stays small
-            "axes.prop_cycle": cycler(color=list(COLOURS.values())) + cycler(linestyle=DASHES) + cycler(marker=MARKERS),
+            "axes.prop_cycle": cycler(color=FREE) + cycler(linestyle=DASHES) + cycler(marker=MARKERS),
         }
     )
     _draw_in_notebooks()
@@ -98,15 +99,24 @@ def axes(xlabel: str, ylabel: str, title: str = "", columns: int = 1, **keywords
     return figure, panels
 
 
-def lines(ax: Axes, x, curves: dict[str, object], **keywords) -> None:
+def lines(ax: Axes, x, curves: dict[str, object], colours: dict[str, str] | None = None, **keywords) -> None:
     """Plot one curve a name and a legend; markers are thinned so that the dashes stay visible.
 
+    Args:
+        ax: what to draw on.
+        x: the places of all curves.
+        curves: the values of each, by name.
+        colours: of those that have one for a reason, such as `ORDINARY`; the others share out the rest.
+        **keywords: handed on to `ax.plot`.
+
     >>> figure, ax = axes("x", "y")
-    >>> lines(ax, [0, 1], {"a": [0, 1], "b": [1, 0]})
-    >>> len(ax.get_legend().get_texts())
-    2
+    >>> lines(ax, [0, 1], {"a": [0, 1], "ordinary": [1, 0]}, {"ordinary": ORDINARY})
+    >>> [line.get_color() == ORDINARY for line in ax.lines]
+    [False, True]
     """
-    looks = cycle(plt.rcParams["axes.prop_cycle"])
-    for (name, values), look in zip(curves.items(), looks, strict=False):
+    colours = colours or {}
+    rest = cycle([colour for colour in FREE if colour not in colours.values()])
+    for (name, values), dash, marker in zip(curves.items(), cycle(DASHES), cycle(MARKERS), strict=False):
+        look = {"color": colours.get(name) or next(rest), "linestyle": dash, "marker": marker}
         ax.plot(x, values, label=name, markevery=max(1, len(np.asarray(x)) // 8), **{**look, **keywords})
     ax.legend()

@@ -29,7 +29,8 @@ def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str
 
     Args:
         code: the chapter's code cells, one after the other.
-        source: the whole chapter, prose included (it is part of the executed notebook).
+        source: what of the chapter's source bears on a run: its cells with their tags. Prose does not; it is set around
+            the outputs when the book is rendered.
         parameters: what papermill injects.
         lock: the hash of the locked environment.
         records: files beside the chapter that it reads, as `records_read` finds them.

@@ -17,6 +17,11 @@ BOOK = Book(ROOT)
 CHAPTERS = sorted(BOOK.chapters)
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["sphinx"]["config"]
 FOLDED = {name.removeprefix("nb_"): text for name, text in CONFIG.items() if name.startswith("nb_code_prompt")}
+VAGUE = re.compile(
+    r"\b(plot|figure|panel|picture|drawing|exercise|theorem)s? (above|below)"
+    r"|\b(first|second|third|last) exercise\b|chapter (before|above|below)",
+    re.IGNORECASE,
+)
 NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])|\d\s?%")
 
 
@@ -136,6 +141,15 @@ def test_cells_to_copy_print_what_they_prove(chapter):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
+def test_no_cell_echoes_a_value(chapter):
+    """What a cell shows, it shows by a call: `table`, `print`, `plt.show`. A dict on a page is nothing to read."""
+    for cell in code_cells(chapter):
+        last = ast.parse(cell.source).body[-1]
+        shown = last.value if isinstance(last, ast.Expr) else None
+        assert shown is None or isinstance(shown, ast.Call | ast.IfExp), cell.source
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_errors_are_printed_whole(chapter):
     for cell in code_cells(chapter):
         assert not re.search(r"str\(error\)\[", cell.source), cell.source
@@ -159,6 +173,29 @@ def test_every_figure_has_a_name_and_says_its_finding(chapter):
     for figure in figures:
         assert len(figure["caption"]) > 25 and figure["caption"].endswith("."), figure
         assert not NUMBER.search(figure["caption"]), figure
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_figure_is_spoken_of(chapter):
+    text = BOOK.source(BOOK.chapters[chapter]).read_text(encoding="utf-8")
+    names = re.findall(rf"name: (fig-{chapter}-[\w-]+)", text)
+    assert not [name for name in names if f"{{numref}}`{name}`" not in text]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_references_name_what_they_refer_to(chapter):
+    """Not "the figure above": a reader may come by search, and sections move."""
+    for cell in notebook(chapter).cells:
+        if cell.cell_type == "markdown":
+            found = VAGUE.search(re.sub(r"\s+", " ", cell.source))
+            assert not found, found
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_ordinary_networks_have_one_colour_and_nothing_else_has_it(chapter):
+    """It is called by what it means; `lines` gives it to no curve by chance."""
+    for cell in code_cells(chapter):
+        assert "orange" not in cell.source and "#E69F00" not in cell.source, cell.source
 
 
 def test_chapters_are_numbered_and_reference_is_not():

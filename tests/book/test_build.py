@@ -115,15 +115,22 @@ def test_build_rebuild_change_fail_and_recover(root, capsys):
     assert build(Book(root), "quick", "cpu") == 0
     assert capsys.readouterr().out.count("unchanged") == 3
 
-    write(root, "one", title="Changed", opening=OPENED)
+    write(root, "one", title="Reworded", opening=OPENED)
+    assert build(Book(root), "quick", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "unchanged" in lines[0] and "unchanged" in lines[1] and "rendered" in lines[2]
+    good = (root / "_build/html/book/one.html").read_text()
+    assert "Reworded" in good and "seven and thirty" not in good and ">42<" in good
+
+    write(root, "one", code="print('seven and thirty')", title="Changed", opening=OPENED)
     assert build(Book(root), "quick", "cpu") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "executed" in lines[0] and "unchanged" in lines[1] and "rendered" in lines[2]
     good = (root / "_build/html/book/one.html").read_text()
-    assert "Changed" in good
+    assert "Changed" in good and "seven and thirty" in good
 
     write(root, "one", code="raise ArithmeticError('seven')")
-    write(root, "two", title="Also changed")
+    write(root, "two", code="print('another')")
     assert build(Book(root), "quick", "cpu") == 1
     out = capsys.readouterr().out
     assert (
@@ -136,6 +143,12 @@ def test_build_rebuild_change_fail_and_recover(root, capsys):
     write(root, "one", title="Mended")
     assert build(Book(root), "quick", "cpu", only=["one"]) == 0
     assert "Mended" in (root / "_build/html/book/one.html").read_text()
+    write(root, "one", title="Reworded again")
+    write(root, "two", title="So is this", code="print('another')")
+    assert build(Book(root), "quick", "cpu", only=["one"]) == 0
+    assert "Reworded again" in (root / "_build/html/book/one.html").read_text()
+    two = (root / "_build/html/book/two.html").read_text()
+    assert "So is this" in two and "another" in two, "a chapter that was not asked for shows its text of today, too"
 
 
 def test_a_warning_is_in_the_log_and_not_on_the_page_and_our_own_fail_under_ci(root, capsys, monkeypatch):
@@ -224,7 +237,7 @@ def test_chapters_that_take_longer_than_what_is_left_wait_for_the_next_slice(
 ):
     assert build(Book(root), "quick", "cpu") == 0
     for chapter in ("one", "two"):
-        write(root, chapter, title="Changed")
+        write(root, chapter, code="changed = True")
     with (
         deadline.limit(5),
         pytest.raises(deadline.OutOfTime, match=r"1 of 2 .*two \(takes 10000 s, and 28\d s are left"),
@@ -234,7 +247,7 @@ def test_chapters_that_take_longer_than_what_is_left_wait_for_the_next_slice(
     assert "one              executed" in lines[0] and "two              left" in lines[1]
     with deadline.limit(5):  # now it is the first, and has all the time that there is
         assert build(Book(root), "quick", "cpu") == 0
-    write(root, "one", title="Changed again")
+    write(root, "one", code="changed = 'again'")
     monkeypatch.setenv(deadline.VARIABLE, f"{time.time() - 1} 3")
     with pytest.raises(deadline.OutOfTime, match=r"one \(not begun\)"):
         build(Book(root), "quick", "cpu")
@@ -243,7 +256,7 @@ def test_chapters_that_take_longer_than_what_is_left_wait_for_the_next_slice(
 def test_seconds_on_another_device_say_nothing(root, rendered, without_kernels):
     assert build(Book(root), "quick", "cpu") == 0
     for chapter in ("one", "two"):
-        write(root, chapter, title="Changed")
+        write(root, chapter, code="changed = True")
     ledger = root / "book/results/two.quick.json"
     content = read(ledger)
     content["provenance"]["device"] = "NVIDIA H100"
@@ -320,9 +333,9 @@ def test_a_first_run_that_fails_leaves_no_ledger(root):
 
 
 def test_chapters_that_are_not_asked_for_are_shown_as_they_are(root, capsys, without_kernels):
-    """A fresh clone holds ledgers and no notebooks; a page that has changed since its run says so."""
+    """A fresh clone holds ledgers and no notebooks; a page whose code has changed since its run says so."""
     assert build(Book(root), "quick", "cpu") == 0
-    write(root, "two", title="Changed")
+    write(root, "two", code="changed = True")
     capsys.readouterr()
     assert build(Book(root), "quick", "cpu", only=["one"]) == 0
     assert "before something that they depend on changed: two" in capsys.readouterr().out
