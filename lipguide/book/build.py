@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from lipguide import deadline
 from lipguide.book.contents import pages_of
-from lipguide.book.execution import as_written_now, code_cells, run, write_notebook
+from lipguide.book.execution import as_written_now, code_cells, not_run, run, write_notebook
 from lipguide.book.ledger import PROFILES, read
 from lipguide.book.staleness import chapter_key, file_hash, modules_behind, records_read
 from lipguide.distributed import choose_device
@@ -356,7 +356,7 @@ def _foreign_hosts(html: Path) -> list[str]:
 
 
 def _stage(book: Book, profile: str, device: str) -> tuple[list[str], list[str]]:
-    """Lay out a tree of executed notebooks for Jupyter Book; name chapters that have not run, and those that are stale."""
+    """Lay out a tree of executed notebooks for Jupyter Book; name chapters that have not run, and the stale ones."""
     shutil.rmtree(book.stage, ignore_errors=True)
     book.stage.mkdir(parents=True)
     config = yaml.safe_load((book.root / "_config.yml").read_text(encoding="utf-8"))
@@ -377,7 +377,7 @@ def _stage(book: Book, profile: str, device: str) -> tuple[list[str], list[str]]
             shutil.copy(executed, book.stage / f"{page}.ipynb")
         else:
             missing.append(chapter)
-            jupytext.write(jupytext.read(book.source(page)), book.stage / f"{page}.ipynb", fmt="ipynb")
+            nbformat.write(not_run(book.source(page)), book.stage / f"{page}.ipynb")
     return missing, stale
 
 

@@ -20,12 +20,19 @@ from papermill.exceptions import PapermillExecutionError
 from lipguide import deadline
 from lipguide.files import replacing
 
-__all__ = ["Ended", "as_written_now", "code_cells", "first_line", "run", "write_notebook"]
+__all__ = ["Ended", "as_written_now", "code_cells", "first_line", "not_run", "run", "write_notebook"]
 
 # How Python writes a warning: the file that it is laid to, its line, its kind. A file of ours is one of the package or,
 # by the name that the kernel gives it, a cell.
 PACKAGE = re.escape(str(Path(__file__).resolve().parents[1]))
 OURS = re.compile(rf"^(?:{PACKAGE}/.*|\S*/ipykernel_\d+/\d+)\.py:\d+: \w*Warning: .*$", re.MULTILINE)
+
+
+BLANK = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 60" width="480" height="60">
+<rect width="480" height="60" fill="white" stroke="#6E6E6E"/>
+<text x="240" y="35" text-anchor="middle" font-family="sans-serif" font-size="14">The chapter has not run yet.</text>
+</svg>
+"""
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,15 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def not_run(source: Path) -> nbformat.NotebookNode:
+    """A chapter without its outputs. Blank frames stand for its figures, for the text speaks of them by number."""
+    notebook = jupytext.read(source, fmt="md:myst")
+    for cell in code_cells(notebook):
+        if "figure" in cell.metadata.get("mystnb", {}):
+            cell.outputs = [nbformat.v4.new_output("display_data", {"image/svg+xml": BLANK})]
+    return _with_settled_names(notebook)
+
+
 def as_written_now(source: Path, executed: Path) -> nbformat.NotebookNode:
     """Today's text, captions included, around the outputs of a run with the same code.
 
@@ -139,7 +155,12 @@ def as_written_now(source: Path, executed: Path) -> nbformat.NotebookNode:
     today, ran = jupytext.read(source, fmt="md:myst"), nbformat.read(executed, as_version=4)
     for cell, then in zip(code_cells(today), code_cells(ran), strict=True):
         cell.source, cell.outputs, cell.execution_count = then.source, then.outputs, then.execution_count
-    for place, cell in enumerate(today.cells):  # not by chance, or every rendering would be another one
-        cell.id = f"cell-{place}"
     today.metadata = ran.metadata
-    return today
+    return _with_settled_names(today)
+
+
+def _with_settled_names(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Cells are named by chance otherwise, and then every rendering would be another one."""
+    for place, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{place}"
+    return notebook

@@ -40,10 +40,8 @@ class Words:
             return self._page(title, Path(target).name)
         if kind == "eq":
             return f"({self.number('equation', target)})"
-        if name == "prf:ref":
+        if name in ("prf:ref", "numref"):
             return title or f"{self._kind(target).capitalize()} {self.number(self._kind(target), target)}".strip()
-        if kind == "numref":
-            return f"Figure {self.number('figure', target)}".strip()
         if kind == "ref":
             label = self.env.get_domain("std").labels.get(target)
             return title or (label[2] if label else target)

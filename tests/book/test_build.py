@@ -1,6 +1,7 @@
 """The build: what runs again and what does not, failures that are named, and HTML replaced whole or not at all."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ PROVENANCE = {
 CONFIG = """title: test
 only_build_toc_files: true
 execute: {execute_notebooks: cache}
-sphinx: {extra_extensions: [lipguide.book.roles]}
+sphinx: {extra_extensions: [lipguide.book.roles], config: {numfig: true}}
 """
 
 
@@ -240,7 +241,7 @@ def test_chapters_that_take_longer_than_what_is_left_wait_for_the_next_slice(
         write(root, chapter, code="changed = True")
     with (
         deadline.limit(5),
-        pytest.raises(deadline.OutOfTime, match=r"1 of 2 .*two \(takes 10000 s, and 28\d s are left"),
+        pytest.raises(deadline.OutOfTime, match=r"1 of 2 .*two \(takes 10000 s, and 2\d\d s are left"),
     ):
         build(Book(root), "quick", "cpu")
     lines = capsys.readouterr().out.splitlines()[-2:]
@@ -340,9 +341,23 @@ def test_chapters_that_are_not_asked_for_are_shown_as_they_are(root, capsys, wit
     assert build(Book(root), "quick", "cpu", only=["one"]) == 0
     assert "before something that they depend on changed: two" in capsys.readouterr().out
     (root / "_build/notebooks/two.quick.ipynb").unlink()
+    speaks_of_its_figure(root / "book" / "two.md")
     assert build(Book(root), "quick", "cpu", only=["one"]) == 0
     assert "rendered without outputs, for they have not run with profile quick: two" in capsys.readouterr().out
-    assert ">42<" in (root / "_build/html/book/two.html").read_text()
+    two = (root / "_build/html/book/two.html").read_text()
+    assert (
+        ">42<" in two
+        and "A finding." in two
+        and "has not run yet" in next((root / "_build/html").rglob("*.svg")).read_text()
+    )
+    assert re.search(r'href="#fig-two"><span class="std std-numref">Fig. \d</span>', two)
+
+
+def speaks_of_its_figure(path: Path) -> None:
+    figure = (
+        "```{code-cell}\n---\nmystnb: {image: {alt: a}, figure: {name: fig-two, caption: A finding.}}\n---\nplot()\n```"
+    )
+    path.write_text(f"{path.read_text()}\n{figure}\n\nSee {{numref}}`fig-two`.\n")
 
 
 def test_a_wrong_ledger_key_fails_the_rendering(root, capsys, without_kernels):

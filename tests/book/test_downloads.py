@@ -1,11 +1,13 @@
 """Notebooks to take away hold plain Markdown: no role, no directive, nothing lost."""
 
 import re
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
 from lipguide.book.downloads import plain_markdown, resolve_notebook
+from lipguide.book.words import Words
 
 
 class Page:
@@ -63,3 +65,17 @@ def test_a_notebook_is_rewritten_in_place_without_its_bookkeeping(tmp_path):
     cells = nbformat.read(path, as_version=4).cells
     assert [cell.source.strip() for cell in cells] == ["# T", "1 + 1", "<ledger|a:d>"]
     assert not any(re.search(r"\{[a-z:]+\}`", cell.source) for cell in cells)
+
+
+@pytest.mark.parametrize(
+    "role, label, words",
+    [
+        ("numref", "fig-a-one", "Figure 3.1"),
+        ("numref", "a-exercise", "Exercise 3.2"),
+        ("prf:ref", "a-theorem", "Theorem 3.4"),
+    ],
+)
+def test_a_notebook_names_what_its_page_numbers(role, label, words):
+    numbers = {"figure": {"fig-a-one": (3, 1)}, "exercise": {"a-exercise": (3, 2)}, "theorem": {"a-theorem": (3, 4)}}
+    env = SimpleNamespace(toc_fignumbers={"book/a": numbers}, config=SimpleNamespace(bibtex_bibfiles=[]), srcdir=".")
+    assert Words(env, "book/a").role(role, label) == words
