@@ -18,20 +18,19 @@ CHAPTER = Path(__file__).resolve().parents[2] / "book" / "frontier.md"
 SIDE = 16
 
 
-def stretched(brick, rate):
+def stretched(brick):
     """A small network after a few steps, at a rate at which nobody would train."""
     torch.manual_seed(0)
     model = classifier(brick, 8, pixels=SIDE)
     data = torch.rand(64, 3, SIDE, SIDE), torch.randint(10, (64,))
-    sgd = torch.optim.SGD(model.parameters(), lr=rate)
+    sgd = torch.optim.SGD(model.parameters(), lr=3.0)
     fit(model, data, Supervised(OffsetCrossEntropy(2.0)), sgd, steps=4, batch_size=32, schedule="constant")
     return without_parametrizations(model.eval())
 
 
 @pytest.mark.parametrize("brick", FAMILIES)
-@pytest.mark.parametrize("rate", [0.0, 3.0], ids=["at first", "after steps at a rate of 3"])
-def test_every_network_is_1_lipschitz_by_its_bound_and_by_its_true_jacobian(brick, rate):
-    model = stretched(brick, rate)
+def test_every_network_is_1_lipschitz_by_its_bound_and_by_its_true_jacobian(brick):
+    model = stretched(brick)
     trunk, x = model[:-1].eval(), torch.rand(1, 3, SIDE, SIDE)
     assert lipschitz_bound(trunk, (3, SIDE, SIDE)).value <= 1 + 1e-4
     jacobian = torch.autograd.functional.jacobian(trunk.double(), x.double()).reshape(-1, x.numel())
@@ -78,11 +77,11 @@ def test_the_bricks_are_those_of_the_chapter():
     torch.testing.assert_close(bricks.BlockReflector()(raw), theirs["BlockReflector"]()(raw))
 
 
-@pytest.mark.parametrize("brick", ["aol", "reflector"])
-def test_no_width_comes_nearer_to_a_number_of_parameters(brick):
-    counts = {width: parameters(classifier(brick, width)) for width in range(8, 31, 2)}
-    for budget in (0, 70_000, 100_000, 111_111, 150_000):
-        assert abs(counts[width_for(brick, budget)] - budget) == min(abs(count - budget) for count in counts.values())
+def test_no_width_comes_nearer_to_a_number_of_parameters():
+    counts = {width: parameters(classifier("reflector", width)) for width in range(8, 21, 2)}
+    for budget in (0, 40_000, 60_000, 81_234):
+        width = width_for("reflector", budget)
+        assert abs(counts[width] - budget) == min(abs(count - budget) for count in counts.values())
 
 
 @pytest.mark.parametrize("brick, width", [("tanh", 8), ("aol", 9), ("aol", 6)])
