@@ -282,10 +282,14 @@ class Spectral(Constraint):
         return root / _nonzero(sigma) * root
 
     def _waves_in(self, kernel: Tensor) -> Tensor:
-        """The waves as made, or in another precision: a layer cast to half precision has cast them as well."""
-        if self.waves.dtype == kernel.dtype:
-            return torch.view_as_complex(self.waves)
-        return _waves(kernel)
+        """The waves in the precision of the kernel.
+
+        In float64 they stay as exact as float32 was, which is enough where nothing is proved. A layer cast to half
+        precision has cast them as well, which is not.
+        """
+        if self.waves.dtype in (torch.float16, torch.bfloat16):
+            return _waves(kernel)
+        return torch.view_as_complex(self.waves.to(kernel.dtype))
 
     def _proved_norm(self, weight: Tensor) -> float:
         known = self.proof is not None and self.proof[0].device == weight.device

@@ -109,9 +109,10 @@ class GramScale(Constraint):
     def _watched_bound(self, kernel: Tensor) -> Tensor:
         """The T of the frequencies that are watched."""
         waves = self.waves
-        if waves.dtype != kernel.dtype:  # a layer cast to half precision has cast them as well
-            waves = _spread(_waves(kernel.shape[-1], self.density)).to(kernel)
-        symbol = _symbol(kernel, waves.index_select(0, self.watched))
+        if waves.dtype in (torch.float16, torch.bfloat16):  # a layer cast to half precision has cast them as well
+            waves = _spread(_waves(kernel.shape[-1], self.density)).to(waves.device)
+        # In float64 they stay as exact as float32 was, which is enough where nothing is proved.
+        symbol = _symbol(kernel, waves.index_select(0, self.watched).to(kernel.dtype))
         log_bounds = _log_row_sums(symbol, self.iterations)  # (watched, filters)
         self._watch(log_bounds.detach())
         return log_bounds.amax(0).exp()
