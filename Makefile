@@ -9,10 +9,14 @@ BIN := $(VENV)/bin
 # with current setuptools and is not used here, hence --no-deps.
 ATTACKS := adv-lib==0.2.8
 
-.PHONY: book serve pdf check-pages test bench setup lint clean
+.PHONY: book rehearse serve pdf check-pages test bench setup lint clean
 
 book: setup
 	$(BIN)/python -m lipguide build --profile $(PROFILE) --device $(DEVICE) $(if $(MINUTES),--minutes $(MINUTES))
+
+# What PROFILE=full runs, at the size of a CPU and in a copy: seen to run before a GPU is asked for.
+rehearse: setup
+	$(BIN)/python -m tests.book.rehearsal $(if $(MINUTES),--minutes $(MINUTES))
 
 # Read it at http://localhost:8000: opened as a file, a browser refuses the excerpts of search results.
 serve:
