@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,7 @@ class Constraint(nn.Module):
     """
 
     projects = True  # whether `constrained(right_inverse(W))` is W where W obeys the constraint
+    batches = False  # whether `together` may map several at once in training: no step of it asks for a number
 
     def forward(self, *raw: Tensor) -> Tensor:
         given, wide = raw[0].dtype, _working_dtype(raw[0])
@@ -95,6 +97,10 @@ class Constraint(nn.Module):
     def rounded(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The result in the precision of the layer."""
         return weight.to(dtype)
+
+    def settings(self) -> Hashable:
+        """What, beside tensors, two constraints that `batches` must have in common to map alike in training."""
+        return None
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
         return weight
@@ -126,9 +132,14 @@ class Scaled(Constraint):
 class UnitRows(Constraint):
     """w_k ↦ w_k / ‖w_k‖₂ for the filter w_k of each output."""
 
+    batches = True
+
     def __init__(self, transposed: bool) -> None:
         super().__init__()
         self.transposed = transposed
+
+    def settings(self) -> Hashable:
+        return self.transposed
 
     def constrained(self, weight: Tensor) -> Tensor:
         # Stored as (outputs, inputs, …), or as (inputs, outputs, …) if the layer is a transposed convolution.
@@ -213,6 +224,8 @@ class Spectral(Constraint):
         geometry: of a convolution; None for a dense layer.
     """
 
+    batches = True
+
     def __init__(self, weight: Tensor, geometry: Geometry | None) -> None:
         super().__init__()
         self.geometry = geometry
@@ -227,6 +240,9 @@ class Spectral(Constraint):
         with torch.no_grad():
             for _ in range(WARM_UP):
                 self._power_step(kernel)
+
+    def settings(self) -> Hashable:
+        return self.geometry
 
     def constrained(self, weight: Tensor) -> Tensor:
         if self.training:

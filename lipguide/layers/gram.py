@@ -35,6 +35,7 @@ so ‖V‖ ≤ 1 holds for pictures of every size.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,8 @@ class GramScale(Constraint):
         iterations: of the Gram iteration, 0 for plain row sums.
     """
 
+    batches = True
+
     def __init__(self, shape: torch.Size | tuple[int, ...], iterations: int) -> None:
         super().__init__()
         if iterations < 0:
@@ -79,6 +82,9 @@ class GramScale(Constraint):
             waves = _spread(_waves(shape[-1], self.density)).float()
             self.register_buffer("waves", waves, persistent=False)  # (frequencies, 2, taps)
             self.register_buffer("watched", torch.arange(KEPT + SCANNED))  # which of them, the scanned ones last
+
+    def settings(self) -> Hashable:
+        return self.iterations
 
     def constrained(self, filters: Tensor) -> Tensor:
         kernel = filters * _column(self._first_scale(filters), filters)  # Q K

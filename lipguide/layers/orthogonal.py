@@ -14,6 +14,8 @@ matrix on the stride's own block of pixels (reshaped kernel) ends the chain and 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -100,6 +102,8 @@ def _orthonormal_in(constraint: Constraint, raw: Tensor) -> Tensor:
 class OrthogonalMatrix(Constraint):
     """W ↦ Q of W = QR; what is registered is the nearest orthogonal matrix to the weight that it finds."""
 
+    batches = True
+
     def constrained(self, raw: Tensor) -> Tensor:
         return _orthonormal_in(self, raw)
 
@@ -114,6 +118,8 @@ class OrthogonalKernel(Constraint):
     1×1 lift where there are more outputs than R could reach otherwise. Each of the three is made of matrices with
     orthonormal columns or rows, whose free parameters are the originals: one for R, one for all B_i, one for L.
     """
+
+    batches = True
 
     def __init__(self, shape: torch.Size, stride: tuple[int, int], groups: int) -> None:
         super().__init__()
@@ -133,6 +139,9 @@ class OrthogonalKernel(Constraint):
         self.shifts = bool(self.axes) and self.rank > 0
         self.lifts = self.middle > self.inputs
         self.projects = not self.axes and not self.lifts
+
+    def settings(self) -> Hashable:
+        return self.stride, self.groups, self.outputs, self.inputs, tuple(self.axes)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """R is the block of the weight's first taps; all else is drawn."""

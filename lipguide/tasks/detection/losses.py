@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lipguide.distributed import mean_over_ranks
 from lipguide.layers.arguments import whole
+from lipguide.layers.together import together
 from lipguide.tasks.detection.boxes import Checked, Targets, encode, match, offsets, single, unit_range
 
 __all__ = ["DetectionStep", "Multibox", "check_output"]
@@ -109,7 +110,8 @@ class DetectionStep(nn.Module):
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         images, boxes, labels = batch
-        output = model(unit_range(images))
+        with together(model):
+            output = model(unit_range(images))
         if self.classes is None:
             return self.loss(output, Targets(boxes, labels))
         return self.loss(output, Checked(boxes, labels, self.classes))
