@@ -12,6 +12,7 @@ from PIL import Image
 from sphinx.addnodes import index as index_node
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
 
 import lipguide
@@ -19,7 +20,7 @@ from lipguide.book.downloads import resolve_notebook
 from lipguide.book.icons import icon_sheet
 from lipguide.book.words import Words
 
-__all__ = ["footer", "mended", "setup"]
+__all__ = ["by_letter", "footer", "mended", "setup"]
 
 REPLACED = {
     # a first visit has no mode on record, and the theme complains of an empty one
@@ -74,6 +75,14 @@ def leave_out_scripts(app: Sphinx, page: str, template: str, context: dict, doct
     if page == app.config.root_doc:
         for name in ("moons-data.js", "moons.js"):
             app.add_js_file(name)
+
+
+def by_letter(app: Sphinx, env: BuildEnvironment) -> None:
+    """An appendix has a letter in its title, and its figures and exercises count by that: Fig. A.1."""
+    for docname, kinds in env.toc_fignumbers.items():
+        letter = re.match(r"([A-Z])\. ", env.titles[docname].astext())
+        for numbers in kinds.values() if letter else ():
+            numbers.update({name: (letter[1], *place) for name, place in numbers.items() if place[0] != letter[1]})
 
 
 def tidy(app: Sphinx, doctree: nodes.document, docname: str) -> None:
@@ -186,6 +195,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_transform(Terms)
     app.connect("config-inited", prepare)
     app.connect("html-page-context", leave_out_scripts, priority=900)
+    app.connect("env-updated", by_letter)
     app.connect("doctree-resolved", tidy, priority=900)
     app.connect("build-finished", finish, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

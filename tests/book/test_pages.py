@@ -4,16 +4,18 @@ import base64
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pydata_sphinx_theme
 import pytest
+from docutils import nodes
 from fontTools.ttLib import TTFont
 
 import lipguide as lip
 from lipguide.book.api import _label, docstring, names
 from lipguide.book.citations import citations
 from lipguide.book.icons import icon_sheet
-from lipguide.book.pages import mended
+from lipguide.book.pages import by_letter, mended
 from lipguide.book.pdf import one_document
 from lipguide.book.records import flat
 
@@ -40,6 +42,16 @@ def test_a_page_loses_the_heavy_icons_and_keeps_its_text():
     page = mended(f'<head>{head}<!-- Pre-loaded -->{script}</head><p id="search-input"><p id="search-input">kept', "..")
     assert "fontawesome" not in page and "../_static/icons.css" in page and page.endswith("kept")
     assert re.findall('id="([^"]*)"', page) == ["search-input", "search-input-2"]
+
+
+def test_an_appendix_counts_by_its_letter():
+    data, layers = {"figure": {"a": (1,), "b": (2,)}, "exercise": {"c": (1,)}}, {"figure": {"d": (3, 1)}}
+    titles = {"data": nodes.title("", "A. Data"), "layers": nodes.title("", "Affine layers")}
+    env = SimpleNamespace(toc_fignumbers={"data": data, "layers": layers}, titles=titles)
+    for _ in range(2):  # a second build finds what the first has done
+        by_letter(None, env)
+    assert data == {"figure": {"a": ("A", 1), "b": ("A", 2)}, "exercise": {"c": ("A", 1)}}
+    assert layers == {"figure": {"d": (3, 1)}}
 
 
 def test_one_document_keeps_every_link_inside(tmp_path):
