@@ -1,5 +1,6 @@
 """Networks of seven kinds of brick: each is 1-Lipschitz, and the bricks are the cells of the chapter `frontier`."""
 
+import math
 from pathlib import Path
 
 import jupytext
@@ -47,6 +48,22 @@ def test_a_reflector_by_frequency_keeps_every_length_and_undoes_itself(channels,
     torch.testing.assert_close(layer(x).norm(), x.norm())
     nn.init.ones_(layer.bias)
     torch.testing.assert_close(layer(torch.zeros_like(x)), torch.ones_like(x))
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+def test_reflectors_keep_every_length_whatever_the_condition_of_v(condition):
+    """The inverse of a Gram matrix loses the square of the condition: at 1e4 the layer would stretch sixfold."""
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(8, 8)).Q
+    mixed = torch.logspace(0, -math.log10(condition), 8)[:, None] * turn
+    raw = torch.randn(16, 16)
+    raw[:, :8] = raw[:, :8] @ mixed
+    w = bricks.BlockReflector()(raw)
+    torch.testing.assert_close(w @ w.mT, torch.eye(16), atol=1e-5, rtol=0)
+    layer, x = bricks.FrequencyReflector(16), torch.randn(4, 16, 6, 6)
+    with torch.no_grad():
+        layer.kernel.copy_(torch.einsum("cnyx,nm->cmyx", layer.kernel, mixed))
+        torch.testing.assert_close(layer(x).flatten(1).norm(dim=1), x.flatten(1).norm(dim=1), rtol=1e-4, atol=0)
 
 
 def cells():
