@@ -104,15 +104,19 @@ class Api(SphinxDirective):
 
 
 def docstring(text: str) -> Iterator[nodes.Node]:
-    """A docstring of the house as nodes: paragraphs, arguments, examples.
+    """A docstring of the house as nodes: paragraphs, arguments, formulas, examples.
 
     >>> [type(node).__name__ for node in docstring("What it is.\\n\\nArgs:\\n    x: a number.\\n\\n>>> 1 + 1\\n2")]
     ['paragraph', 'definition_list', 'literal_block']
+    >>> [node.astext() for node in docstring("The loss:\\n\\n.. math:: a +\\n    b")]
+    ['The loss:', 'a + b']
     """
     for block in re.split(r"\n\s*\n", text):
         first = block.strip().splitlines()[0] if block.strip() else ""
         if first.startswith(">>>"):
             yield _code(inspect.cleandoc(block), "pycon")
+        elif first.startswith(".. math::"):
+            yield _formula(" ".join(block.split()).removeprefix(".. math:: "))
         elif first in ("Args:", "Returns:", "Raises:", "Attributes:"):
             yield _definitions(first.rstrip(":"), block)
         elif block.startswith(" "):
@@ -135,14 +139,21 @@ def _definitions(title: str, block: str) -> nodes.definition_list:
 
 
 def _paragraph(text: str) -> nodes.paragraph:
+    """Words with `code`, *stress* and formulas in them."""
     paragraph = nodes.paragraph()
-    for place, part in enumerate(re.split(r"`+([^`]+)`+", text)):
+    for place, part in enumerate(re.split(r"(:math:`[^`]+`|`+[^`]+`+)", text)):
         if place % 2:
-            paragraph += nodes.literal("", part)
+            formula = part.startswith(":math:")
+            words = part.removeprefix(":math:").strip("`")
+            paragraph += nodes.math("", words) if formula else nodes.literal("", words)
             continue
         for inner, words in enumerate(re.split(r"(?<!\w)\*(\w[^*]*\w)\*(?!\w)", part)):
             paragraph += nodes.emphasis("", words) if inner % 2 else nodes.Text(words)
     return paragraph
+
+
+def _formula(latex: str) -> nodes.math_block:
+    return nodes.math_block("", latex, **{"nowrap": False, "no-wrap": False, "number": None, "label": None})
 
 
 def _code(text: str, language: str = "python") -> nodes.literal_block:

@@ -104,6 +104,31 @@ def adaptive_max_pool(layer: nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d, call: 
     return math.sqrt(shared)
 
 
+def norm_pool(layer: nn.LPPool1d | nn.LPPool2d, call: Call) -> float:
+    """√ of the largest Σ c_w over the windows w that share a pixel: 1 where the stride is the size.
+
+    The norm of a window moves no further than the window does. With `ceil_mode` torch takes the mean square of the n
+    pixels that a window at the border has, times the k of a whole window: c_w = k / n, and 1 elsewhere.
+
+    >>> norm_pool(nn.LPPool2d(2, 2), Call((1, 1, 4, 4), (1, 1, 2, 2)))
+    1.0
+    >>> norm_pool(nn.LPPool2d(2, 2, ceil_mode=True), Call((1, 1, 5, 5), (1, 1, 3, 3)))
+    2.0
+    """
+    check_batched(layer, call)
+    if layer.norm_type != 2:
+        raise NoBound(f"it takes norms of order {layer.norm_type}, which is known for 2 only; give it norm_type=2")
+    sizes, strides = (
+        (value,) * (len(call.input) - 2) if isinstance(value, int) else value
+        for value in (layer.kernel_size, layer.stride or layer.kernel_size)
+    )
+    squared = 1.0
+    for n, out, size, stride in zip(call.input[2:], call.output[2:], sizes, strides, strict=True):
+        windows = [(i * stride, min(i * stride + size, n)) for i in range(out)]
+        squared *= max(sum(size / (high - low) for low, high in windows if low <= x < high) for x in range(n))
+    return math.sqrt(squared)
+
+
 def _check_maxima(layer: nn.Module, call: Call) -> None:
     check_batched(layer, call)
     if layer.return_indices:
@@ -206,6 +231,7 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
     **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d), nonnegative_linear),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), max_pool),
     **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d), adaptive_max_pool),
+    **dict.fromkeys((nn.LPPool1d, nn.LPPool2d), norm_pool),
     **dict.fromkeys((nn.Identity, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), isometry),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), isometry),
     **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d), constant_pad),

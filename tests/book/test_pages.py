@@ -79,8 +79,19 @@ def test_no_word_of_a_docstring_is_lost():
     for value in names().values():
         text = value.__doc__
         shown = " ".join(node.astext() for node in docstring(__import__("inspect").cleandoc(text)))
-        words = set(re.findall(r"\w{4,}", text)) - {"Args", "Returns", "Raises", "Attributes"}
+        words = set(re.findall(r"\w{4,}", text)) - {"Args", "Returns", "Raises", "Attributes", "math"}
         assert words <= set(re.findall(r"\w{4,}", shown)), value
+
+
+def test_formulas_of_docstrings_are_mathematics():
+    formulas = 0
+    for name, value in names().items():
+        text = __import__("inspect").cleandoc(value.__doc__)
+        for node in docstring(text):
+            assert "math:" not in node.astext(), name
+            formulas += len(list(node.findall(lambda found: isinstance(found, nodes.math | nodes.math_block))))
+        formulas -= text.count(":math:`") + text.count(".. math::")
+    assert formulas == 0
 
 
 def test_citations_read_as_in_the_text():

@@ -10,6 +10,8 @@ from torch import nn
 
 from lipguide.bounds.network import Unbounded, lipschitz_bound
 from lipguide.layers.affine import aol, frobenius, orthogonal, spectral
+from lipguide.layers.export import export
+from lipguide.layers.pooling import ScaledL2NormPool2d
 from lipguide.layers.sll import SLL
 from tests.oracles import largest_singular_value, steepest
 
@@ -194,6 +196,43 @@ def test_max_pooling_counts_the_windows_that_share_a_pixel(layer, shape):
     assert steepest(layer, shape) <= above * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.LPPool2d(2, 2), (2, 6, 6)),
+        (nn.LPPool2d(2.0, (2, 3), (2, 3)), (1, 5, 7)),
+        (nn.LPPool2d(2, 2, 3), (1, 8, 7)),
+        (nn.LPPool2d(2, 3, 2), (1, 7, 7)),
+        (nn.LPPool2d(2, 3, 1), (1, 6, 6)),
+        (nn.LPPool2d(2, 2, ceil_mode=True), (1, 6, 6)),
+        (nn.LPPool2d(2, 2, ceil_mode=True), (1, 5, 7)),
+        (nn.LPPool2d(2, 3, 2, ceil_mode=True), (2, 6, 8)),
+        (nn.LPPool1d(2, 4, 3), (2, 14)),
+        (nn.LPPool1d(2, 3, ceil_mode=True), (1, 7)),
+    ],
+    ids=str,
+)
+def test_pooling_by_norm_counts_the_windows_that_share_a_pixel(layer, shape):
+    above = bound(layer, shape)
+    reached = 0.0
+    for place in range(int(torch.tensor(shape[1:]).prod())):
+        x = torch.zeros(1, *shape, dtype=torch.float64)
+        x[0, 0].view(-1)[place] = 1
+        reached = max(reached, float(layer(x).norm()))
+    assert reached == pytest.approx(above)  # a single bright pixel is the worst picture
+    assert steepest(layer, shape) <= above * (1 + 1e-9)
+
+
+def test_a_network_with_torch_s_pooling_by_norm_is_bounded_as_with_ours():
+    torch.manual_seed(0)
+    conv = spectral(nn.Conv2d(2, 4, 3, padding=1))
+    ours, theirs = nn.Sequential(conv, ScaledL2NormPool2d(2)), nn.Sequential(conv, nn.LPPool2d(2, 2))
+    assert bound(theirs, (2, 5, 6)) == bound(ours, (2, 5, 6))
+    exported = export(theirs.eval())
+    assert bound(exported, (2, 5, 6)) == pytest.approx(bound(export(ours.eval()), (2, 5, 6)))
+    assert steepest(exported, (2, 5, 6)) <= bound(exported, (2, 5, 6))
+
+
 def test_softmax_is_half_lipschitz():
     layer = nn.Softmax(dim=1)
     assert bound(layer, (5,)) == 0.5
@@ -310,6 +349,8 @@ def negative_variance() -> nn.BatchNorm1d:
     [
         (nn.CELU(-1.0), (3,), "grows without end"),
         (nn.LeakyReLU(float("nan")), (3,), "slope is nan"),
+        (nn.LPPool2d(3, 2), (1, 4, 4), "norm_type=2"),
+        (nn.LPPool2d(2, 2), (4, 4), "takes for one sample"),
         (nn.MaxPool1d(2, return_indices=True), (1, 4), "places of the maxima"),
         (nn.AdaptiveMaxPool2d(2, return_indices=True), (1, 4, 4), "places of the maxima"),
         (nn.Softmax(dim=-2), (3,), "batch"),
