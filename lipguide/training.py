@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lipguide import deadline
+from lipguide.arguments import whole
 from lipguide.batches import batch_indices, mixed, on_device, samples_in, taken
 from lipguide.checkpoint import Checkpoint, Progress, Tally, content_of, kind_of
 from lipguide.distributed import gathered, rank_and_ranks, share_buffers
@@ -197,7 +197,7 @@ def fit(
     3.0
     """
     samples = samples_in(data)
-    _check_numbers(clip=clip, seed=seed, steps=steps, batch_size=batch_size, log_every=log_every)
+    _check_numbers(clip, seed=seed, steps=steps, batch_size=batch_size, log_every=log_every)
     _check_names(schedule, precision)
     _check_optimizer(optimizer, model, step_loss)
     rank, ranks = rank_and_ranks()
@@ -296,14 +296,9 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 def _check_numbers(clip: float | None, seed: int, **counts: int) -> None:
-    for name, value in {"seed": seed, **counts}.items():
-        try:
-            operator.index(value)
-        except TypeError:
-            raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+    whole("seed", seed, least=0)
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+        whole(name, value)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, the largest norm of the gradient, or None, not {clip}")
 

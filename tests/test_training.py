@@ -548,8 +548,8 @@ def test_weights_that_were_never_finite_are_named():
         ({"data": (torch.zeros(3, 6), torch.zeros(2))}, r"one length.*\[2, 3\]"),
         ({"data": (torch.zeros(0, 6), torch.zeros(0))}, "not empty"),
         ({"data": ()}, "not empty"),
-        ({"steps": 0}, "at least 1"),
-        ({"batch_size": 0}, "at least 1"),
+        ({"steps": 0}, "steps is 0: give it a whole number ≥ 1"),
+        ({"batch_size": 0}, "batch_size is 0: give it a whole number ≥ 1"),
         ({"schedule": "linear"}, "constant, cosine, one-cycle"),
         ({"precision": torch.float64}, "torch.float32"),
     ],
@@ -575,10 +575,10 @@ def test_unknown_device_is_named(monkeypatch):
 
 NUMBERS = {
     "clip": [-1.0, 0.0, math.nan, -math.inf],
-    "steps": [0, -3, 2.5, None],
+    "steps": [0, -3, 2.5, None, True],
     "batch_size": [0, -1, 2.0, math.nan],
     "log_every": [0, -1, 0.5],
-    "seed": [0.5, None, "one"],
+    "seed": [0.5, None, "one", -1, False],
 }
 
 

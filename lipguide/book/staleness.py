@@ -20,6 +20,9 @@ NAME = PACKAGE.name
 LEDGER = f"{NAME}.book.ledger"
 IMPORTERS = {"__import__", "import_module"}
 RUNNERS = {"eval", "exec", "reload", "run_module", "run_path"}
+SHOWS = {"print", "text", "annotate", "set_title", "suptitle", "set_xlabel", "set_ylabel", "set_label"}
+LOOKS_UP = {"get", "pop", "setdefault"}
+CAPTIONS = {"title", "label", "xlabel", "ylabel"}
 # A line of the package with this comment loads nothing but modules that count already.
 PROMISE = "# loads what its caller has named"
 
@@ -90,14 +93,36 @@ def records_read(code: str, folder: Path, own: Path | None = None) -> list[Path]
     """
     tree = ast.parse(code)
     parts = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    keys = {node.slice for node in ast.walk(tree) if isinstance(node, ast.Subscript)}  # as in record["results"]
-    texts = {_pattern(node) for node in ast.walk(tree) if node not in parts | keys}
+    texts = {_pattern(node) for node in ast.walk(tree) if node not in parts}
     patterns = {text for text in texts if text and text.startswith("results/")}
     # Where only the folder is named, or not even that, any record may be meant.
-    if texts & {"results", "results/"} or _reads_what_is_named_elsewhere(tree):
+    if _names_the_folder(tree) or _reads_what_is_named_elsewhere(tree):
         patterns.add("results/*")
     found = {path for pattern in patterns for path in folder.glob(pattern.rstrip("/"))}
     return sorted(path for path in found if path.is_file() and path != own)
+
+
+def _names_the_folder(tree: ast.AST) -> bool:
+    """Whether the name of the folder stands anywhere in code but where it can only be shown, compared or looked up."""
+    words = {part for node in ast.walk(tree) for part in _mere_words(node)}
+    return any(_pattern(node) in ("results", "results/") for node in ast.walk(tree) if node not in words)
+
+
+def _mere_words(node: ast.AST) -> Sequence[ast.AST]:
+    """The parts of a node that no file is opened by, even where they are strings."""
+    if isinstance(node, ast.JoinedStr):
+        return node.values  # the whole of it is looked at
+    if isinstance(node, ast.Expr):
+        return [node.value]
+    if isinstance(node, ast.Subscript):  # as in record["results"]
+        return [node.slice]
+    if isinstance(node, ast.Compare):
+        return [node.left, *node.comparators]
+    if isinstance(node, ast.Call) and _called(node) in SHOWS | LOOKS_UP:
+        return node.args
+    if isinstance(node, ast.keyword) and node.arg in CAPTIONS:
+        return [node.value]
+    return []
 
 
 def _pattern(node: ast.AST) -> str | None:

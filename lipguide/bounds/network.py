@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from lipguide.bounds.below import lipschitz_lower_bound
 from lipguide.bounds.calls import NoBound
-from lipguide.bounds.walk import LayerBound, Unbounded, Walk, check_batch, check_hooks, own_tensors, record
+from lipguide.bounds.walk import LayerBound, Unbounded, Walk, check_hooks, own_tensors, record
 from lipguide.checks import check_eval
 from lipguide.layers.export import fresh_weights
 
@@ -85,9 +85,7 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
     with torch.inference_mode(False), fresh_weights(model), parametrize.cached():
         walk = Walk(names, record(model, input_shape))
         outcome = walk(model, 1.0)
-        walk.check_complete()
-        if model not in walk.followed:
-            check_batch(model, input_shape)
+        walk.check(input_shape)
     heads = dict(_leaves(outcome, ""))
     value = math.sqrt(sum(constant**2 for constant in heads.values()))
     return Bound(value, heads if len(heads) > 1 else {}, walk.rows)

@@ -15,20 +15,21 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lipguide.bounds.calls import Call, NoBound
 from lipguide.bounds.forwards import only_shrinks, travel, versions
 from lipguide.bounds.torch_layers import LAYERS
-from lipguide.layers.brick import overtaken, own_rule, voucher
+from lipguide.layers.brick import Brick, overtaken, own_rule, voucher
 from lipguide.layers.export import equation_of
 
 __all__ = ["LayerBound", "Record", "Unbounded", "Walk", "check_batch", "check_hooks", "own_tensors", "record"]
 
 # What every module holds beside what its own class gives it; none of it is a method that somebody may have replaced.
 HELD_BY_ALL = vars(nn.Module()).keys()
+BRICKS = f"{Brick.__module__.rpartition('.')[0]}."  # where our own layers are
 
 
 class Unbounded(ValueError):
@@ -166,6 +167,7 @@ class Walk:
         self.rows: list[LayerBound] = []
         self.accounted: set[nn.Module] = set()
         self.followed: set[nn.Module] = set()  # traced, and so run on a batch of one and on one of two
+        self.believed: set[nn.Module] = set()  # what a class says that is neither torch's nor in `lipguide.layers`
 
     def __call__(self, module: nn.Module, constant: float) -> Any:
         self.accounted.add(module)
@@ -186,6 +188,8 @@ class Walk:
 
     def _through(self, module: nn.Module, constant: float) -> Any:
         if rule := _rule_of(module):
+            if isinstance(module, fx.GraphModule) or not rule.__module__.startswith(BRICKS):
+                self.believed.add(module)
             return self._by_its_own_rule(module, rule, constant)
         if kind := voucher(module, LAYERS.__contains__):
             return self._layer(module, LAYERS[kind], constant)
@@ -266,7 +270,18 @@ class Walk:
         self.rows.append(LayerBound(self.names[module], kind, shape[1:], own, after))
         return after
 
-    def check_complete(self) -> None:
+    def check(self, input_shape: tuple[int, ...]) -> None:
+        """What is known only when all of the model is: that no part was forgotten, and that samples stay apart.
+
+        Each of torch's layers and of lipguide's keeps them apart if there is a batch, and a forward that was traced has
+        been run on two sizes of it. What is left is somebody's own method: it may speak of a forward that takes the
+        batch for a side.
+        """
+        self._check_complete()
+        if self.model not in self.followed and (self.believed or not input_shape):
+            check_batch(self.model, input_shape)
+
+    def _check_complete(self) -> None:
         """A `lipschitz` method of somebody's own may have forgotten a part."""
         for module in self.seen.calls:
             name = self.names[module]
@@ -290,7 +305,7 @@ def _number(value: Any, what: str) -> float:
         value = value.item()
     if value is None:
         raise NoBound(f"{what} is None; is a return missing?")
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, float | Real):  # a float is told apart faster
         raise NoBound(f"{what} is {value!r}, which is no number")
     if not 0 <= value < math.inf:
         raise NoBound(f"{what} is {value}, and a constant is a finite number that is not negative")

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
-from lipguide.data.arguments import whole
+from lipguide.arguments import whole
 from lipguide.data.items import Scene
 from lipguide.data.windows import to_pixels
 
@@ -58,8 +58,8 @@ def contact_sheet(
     (304, 144)
     """
     indices = range(min(100, len(dataset))) if indices is None else indices
-    columns = whole("columns", columns, 1)
-    cell = whole("the cell's width", cell[0], 1), whole("the cell's height", cell[1], 1)
+    columns = whole("columns", columns)
+    cell = whole("the cell's width", cell[0]), whole("the cell's height", cell[1])
     width, height = cell[0] + 2, cell[1] + 2
     rows = math.ceil(len(indices) / columns)
     sheet = Image.new("RGB", (columns * width, max(rows, 1) * height), (255, 255, 255))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lipguide.data.arguments import whole
+from lipguide.arguments import whole
 from lipguide.data.crops import Cutting, stacked
 from lipguide.data.items import Scene
 from lipguide.data.windows import as_pictures, check_dtype, to_pixels
@@ -68,7 +68,7 @@ def scenes(
     if view not in ("number", "frame"):
         raise ValueError(f'view must be "number" or "frame", not {view!r}')
     check_dtype(dtype)
-    cutting = Cutting(view, whole("size", size, 1), whole("seed", seed, 0))
+    cutting = Cutting(view, whole("size", size), whole("seed", seed, least=0))
     kept = getattr(dataset, "cuttings", None)
     if kept is not None:
         rows = kept(cutting)

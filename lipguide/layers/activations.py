@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipguide.layers.arguments import whole
+from lipguide.arguments import whole
 from lipguide.layers.brick import Brick, Through
 
 __all__ = ["FullSort", "GroupSort", "GroupSort2", "Householder", "MaxMin", "MaxMinDouble"]
@@ -239,10 +239,10 @@ class Householder(Brick):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if whole("channels", channels, "Householder reflects pairs of channels", least=2) % 2:
+        self.channels = whole("channels", channels, "Householder reflects pairs of channels", least=2)
+        if self.channels % 2:
             raise ValueError(f"channels is {channels}: Householder needs an even number, it reflects pairs")
-        self.channels = channels
-        self.theta = nn.Parameter(torch.full((channels // 2,), math.pi / 2))
+        self.theta = nn.Parameter(torch.full((self.channels // 2,), math.pi / 2))
 
     def forward(self, x: Tensor) -> Tensor:
         _check_channels(self, x, 2)

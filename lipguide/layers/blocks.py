@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipguide.layers.arguments import whole
+from lipguide.arguments import whole
 from lipguide.layers.brick import Brick, Through
 
 __all__ = ["BatchCentering", "Concat", "PadChannels", "Patches", "Residual"]

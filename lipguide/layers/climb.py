@@ -32,22 +32,33 @@ def climb(kernel: Tensor, start: Tensor) -> float:
     """
     groups, outputs, inputs, height, width = kernel.shape
     taps = centred_places(height, width, kernel.device)  # (taps, 2)
-    rows = kernel.float().permute(0, 3, 4, 1, 2).flatten(1, 3)  # (groups, taps · outputs, inputs)
-    start = start[:: math.ceil(9 * len(start) * len(taps) * groups / MEMORY)]
+    rows = kernel.float().permute(0, 3, 4, 1, 2)  # (groups, k₁, k₂, outputs, inputs)
+    rows = rows.flatten(1, 3)  # (groups, taps · outputs, inputs)
+    start = _some_of(start, groups * len(taps))
     omega = start.expand(groups, -1, 2)  # (groups, places, 2)
     v = _random(groups, inputs, len(start)).to(kernel.device)  # (groups, inputs, places)
+    degree = max(1.0, (max(height, width) - 1) / 2)
     for step in range(STEPS):
         v = _of_length_one(v)
         products = _real_product(rows, v)  # W_t v: (groups, taps · outputs, places)
         products = products.unflatten(1, (len(taps), outputs))  # (groups, taps, outputs, places)
-        length = FIRST_STEP * SHRINK**step / max(1.0, (max(height, width) - 1) / 2)
+        length = FIRST_STEP * SHRINK**step / degree
         omega = _uphill(omega, products, taps, length)
         # u ← Ŵ(ω) v, then v ← Ŵ(ω)ᴴ u, at the new ω
         waves = _waves(omega, taps)  # (groups, taps, 1, places)
         u = (products * waves).sum(1)  # (groups, outputs, places)
         back = u[:, None] * waves.conj()  # (groups, taps, outputs, places)
-        v = _real_product(rows.mT, back.flatten(1, 2))  # (groups, inputs, places)
-    return _evaluated(kernel, omega, taps, found=torch.linalg.vector_norm(u, dim=1))
+        back = back.flatten(1, 2)
+        v = _real_product(rows.mT, back)  # (groups, inputs, places)
+    found = torch.linalg.vector_norm(u, dim=1)  # (groups, places)
+    return _evaluated(kernel, omega, taps, found)
+
+
+def _some_of(start: Tensor, numbers: int) -> Tensor:
+    """As many of the frequencies, evenly, as memory can hold with their neighbours; each takes so many numbers."""
+    in_all = 9 * len(start) * numbers
+    every = math.ceil(in_all / MEMORY)
+    return start[::every]
 
 
 def _random(groups: int, inputs: int, places: int) -> Tensor:
@@ -73,13 +84,14 @@ def _uphill(omega: Tensor, products: Tensor, taps: Tensor, length: float) -> Ten
         taps: (taps, 2).
         length: of one move along an axis.
     """
-    u = (products * _waves(omega, taps)).sum(1)  # (groups, outputs, places)
+    waves = _waves(omega, taps)  # (groups, taps, 1, places)
+    u = (products * waves).sum(1)  # (groups, outputs, places)
     to = torch.tensor([-1.0, 0.0, 1.0], device=omega.device, dtype=torch.float64)
     moves = length * torch.cartesian_prod(to, to)  # (moves, 2)
     around = omega[:, :, None] + moves  # (groups, places, moves, 2)
-    angles = (around @ taps.T).float()  # (groups, places, moves, taps)
+    angles = around @ taps.T  # (groups, places, moves, taps)
     one = torch.ones((), device=omega.device, dtype=torch.float32)
-    waves = torch.polar(one, angles)
+    waves = torch.polar(one, angles.float())
     sums = torch.einsum("gtom,gom,gmnt->gmn", products, u.conj(), waves)  # (groups, places, moves)
     best = sums.abs().argmax(2)  # (groups, places)
     which = best[:, :, None, None].expand(-1, -1, 1, 2)
@@ -96,19 +108,22 @@ def _evaluated(kernel: Tensor, omega: Tensor, taps: Tensor, found: Tensor) -> fl
         found: how large σ_max seems to be there, (groups, places).
     """
     places = found.shape[1]
-    best = found.flatten().topk(min(EVALUATED, found.numel())).indices
+    count = min(EVALUATED, found.numel())
+    best = found.flatten().topk(count).indices
     group = best // places
     place = best % places
     angles = omega[group, place] @ taps.T  # (best, taps)
     waves = torch.polar(torch.ones_like(angles), angles)
-    matrices = kernel[group].flatten(3).to(torch.complex128)  # (best, outputs, inputs, taps)
-    symbol = torch.einsum("foit,ft->foi", matrices, waves)
-    return float(torch.linalg.matrix_norm(symbol, ord=2).max())
+    matrices = kernel[group].flatten(3)  # (best, outputs, inputs, taps)
+    symbol = torch.einsum("foit,ft->foi", matrices.to(torch.complex128), waves)
+    norms = torch.linalg.matrix_norm(symbol, ord=2)  # (best,)
+    return float(norms.max())
 
 
 def _waves(omega: Tensor, taps: Tensor) -> Tensor:
     """e^{i⟨ω, t⟩} as (groups, taps, 1, places)."""
-    angles = (omega @ taps.T).mT.float()  # (groups, taps, places)
+    angles = omega @ taps.T  # (groups, places, taps)
+    angles = angles.mT.float()
     waves = torch.polar(torch.ones_like(angles), angles)
     return waves[:, :, None]
 
@@ -117,4 +132,5 @@ def _real_product(matrix: Tensor, columns: Tensor) -> Tensor:
     """A real matrix times complex columns, as one real product."""
     pairs = torch.view_as_real(columns).flatten(2)  # (groups, m, columns · 2)
     product = matrix @ pairs
-    return torch.view_as_complex(product.unflatten(2, (-1, 2)))
+    product = product.unflatten(2, (-1, 2))
+    return torch.view_as_complex(product)

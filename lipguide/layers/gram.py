@@ -47,6 +47,8 @@ __all__ = ["GramScale", "between_frequencies", "diagonal_bound", "off_centre"]
 FLOAT32_ROOM = 2**8  # units of rounding by which V is made smaller
 LEAST_DENSITY = 4  # frequencies of the grid a wavelength
 KEPT, SCANNED = 6, 2  # frequencies that a training step looks at: those that matter, and the next ones of the grid
+WATCHED = KEPT + SCANNED
+HALF = (torch.float16, torch.bfloat16)
 
 
 class GramScale(Constraint):
@@ -79,46 +81,53 @@ class GramScale(Constraint):
         self.log_q = nn.Parameter(torch.zeros(shape[0]))
         self.varies = len(shape) > 2 and shape[-1] > 1  # does the symbol depend on the frequency?
         if self.varies:
-            waves = _spread(_waves(shape[-1], self.density)).float()
+            waves = _spread_waves(shape[-1], self.density).float()
+            watched = torch.arange(WATCHED)  # which of them, the scanned ones last
             self.register_buffer("waves", waves, persistent=False)  # (frequencies, 2, taps)
-            self.register_buffer("watched", torch.arange(KEPT + SCANNED))  # which of them, the scanned ones last
+            self.register_buffer("watched", watched)
 
     def settings(self) -> Hashable:
         return self.iterations
 
     def constrained(self, filters: Tensor) -> Tensor:
-        kernel = filters * _column(self._first_scale(filters), filters)  # Q K
-        t = self._watched_bound(kernel) if self.training and self.varies else self._proved_bound(kernel)
+        q = self._first_scale(filters)  # (filters,)
+        kernel = filters * _column(q, filters)  # Q K
+        t = self._bound(kernel)  # (filters,)
         scale = t.rsqrt()  # (filters,)
         if self.varies:
             scale = scale / self._allowance(kernel, scale)
         return kernel * _column(scale, kernel)
 
-    def _allowance(self, kernel: Tensor, scale: Tensor) -> Tensor:
-        """By how much ‖V‖ may exceed 1 between the frequencies of the grid; in training without a gradient."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
-            others = off_centre(kernel) * scale[:, None]  # those of V
-            return between_frequencies(others, self.density)
+    def _bound(self, kernel: Tensor) -> Tensor:
+        """The diagonal of T."""
+        if self.training and self.varies:
+            return self._watched_bound(kernel)
+        return self._proved_bound(kernel)
 
     def _first_scale(self, filters: Tensor) -> Tensor:
         """q, divided so that the largest entry of Q K is 1: V depends on directions only, and no power overflows."""
         log_q = self.log_q.to(filters.dtype)
         q = torch.exp(log_q - log_q.detach().amax())
         with torch.no_grad():
-            largest = torch.linalg.vector_norm(filters.flatten(1), math.inf, 1)  # (filters,)
-            size = _nonzero((q * largest).amax()).clamp_min(torch.finfo(q.dtype).tiny)
+            rows = filters.flatten(1)
+            largest = torch.linalg.vector_norm(rows, math.inf, 1)  # (filters,)
+            size = (q * largest).amax()
+            size = _nonzero(size).clamp_min(torch.finfo(q.dtype).tiny)
         return q / size
 
     def _proved_bound(self, kernel: Tensor) -> Tensor:
-        return diagonal_bound(_symbol_on_grid(kernel, self.density), self.iterations)
+        """The T of the whole grid."""
+        symbol = _symbol_on_grid(kernel, self.density)  # (frequencies, filters, channels)
+        return diagonal_bound(symbol, self.iterations)
 
     def _watched_bound(self, kernel: Tensor) -> Tensor:
         """The T of the frequencies that are watched."""
         waves = self.waves
-        if waves.dtype in (torch.float16, torch.bfloat16):  # a layer cast to half precision has cast them as well
-            waves = _spread(_waves(kernel.shape[-1], self.density)).to(waves.device)
+        if waves.dtype in HALF:  # a layer cast to half precision has cast them as well
+            waves = _spread_waves(kernel.shape[-1], self.density).to(waves.device)
+        waves = waves.index_select(0, self.watched)
         # In float64 they stay as exact as float32 was, which is enough where nothing is proved.
-        symbol = _symbol(kernel, waves.index_select(0, self.watched).to(kernel.dtype))
+        symbol = _symbol(kernel, waves.to(kernel.dtype))  # (watched, filters, channels)
         log_bounds = _log_row_sums(symbol, self.iterations)  # (watched, filters)
         self._watch(log_bounds.detach())
         return log_bounds.amax(0).exp()
@@ -126,23 +135,36 @@ class GramScale(Constraint):
     def _watch(self, log_bounds: Tensor) -> None:
         """Keep the frequencies that set the T of the most filters; scan the next ones."""
         sets = log_bounds.argmax(0)  # (filters,)
-        which = torch.arange(KEPT + SCANNED, device=sets.device)
+        which = torch.arange(WATCHED, device=sets.device)
         filters = (sets == which[:, None]).sum(1)  # (watched,)
-        kept = self.watched.index_select(0, filters.topk(KEPT).indices)
-        next_ones = (self.watched[KEPT:] + SCANNED) % len(self.waves)
+        most = filters.topk(KEPT).indices
+        kept = self.watched.index_select(0, most)
+        scanned = self.watched[KEPT:]
+        next_ones = (scanned + SCANNED) % len(self.waves)
         self.watched.copy_(torch.cat((kept, next_ones)))
+
+    def _allowance(self, kernel: Tensor, scale: Tensor) -> Tensor:
+        """By how much ‖V‖ may exceed 1 between the frequencies of the grid; in training without a gradient."""
+        has_gradient = torch.is_grad_enabled() and not self.training
+        with torch.set_grad_enabled(has_gradient):
+            others = off_centre(kernel) * scale[:, None]  # those of V
+            return between_frequencies(others, self.density)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         """A file from before training watched anything says nothing of it: then what is watched stays."""
         if self.varies:
-            state_dict = {prefix + "watched": self.watched.clone(), **state_dict}
+            watched = {prefix + "watched": self.watched.clone()}
+            state_dict = watched | state_dict
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def rounded(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """V in the precision of the layer, a little smaller, so that its norm is at most 1 after rounding too."""
-        room = FLOAT32_ROOM * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-        if dtype in (torch.float16, torch.bfloat16):
-            room = room + (torch.finfo(dtype).eps if self.training else self._room_for(weight, dtype))
+        wide = torch.promote_types(dtype, torch.float32)
+        room = FLOAT32_ROOM * torch.finfo(wide).eps
+        if dtype in HALF and self.training:
+            room = room + torch.finfo(dtype).eps
+        elif dtype in HALF:
+            room = room + self._room_for(weight, dtype)
         return (weight / (1 + room)).to(dtype)
 
     @torch.no_grad()
@@ -154,29 +176,42 @@ class GramScale(Constraint):
         number, from Schur's bound of ‖|V|‖.
         """
         unit = torch.finfo(dtype).eps
-        smallest = torch.finfo(dtype).smallest_normal * unit
         smaller = v / (1 + unit + FLOAT32_ROOM * torch.finfo(torch.float32).eps)
-        error = smaller.to(dtype).to(v.dtype) - smaller
+        half = smaller.to(dtype)
+        error = half.to(v.dtype) - smaller
         fits = 1 / (1 + unit) + self._norm(error) <= 1
-
-        taps = v.abs().flatten(2).sum(2) if v.dim() > 2 else v.abs()  # (filters, channels)
-        columns, rows = taps.sum(0), taps.sum(1)
-        schur = (columns.amax() * rows.amax()).sqrt()
-        any_error = unit / 2 * schur
-        row, column = v.numel() / v.shape[0], v.numel() / v.shape[1]  # how many entries each has
-        below_the_smallest = smallest / 2 * (row * column) ** 0.5
-        room_for_any = any_error + 2 * below_the_smallest * (1 + any_error)
-        return torch.where(fits, unit, room_for_any)
+        return torch.where(fits, unit, _room_for_any_error(v, dtype))
 
     def _norm(self, kernel: Tensor) -> Tensor:
         """Upper bound of the norm of any kernel, from the same row sums."""
         largest = _nonzero(kernel.abs().amax())
-        on_grid = self._proved_bound(kernel / largest).amax().sqrt()
-        return largest * on_grid / math.cos(math.pi / (2 * self.density)) ** 2
+        squares = self._proved_bound(kernel / largest)  # (filters,)
+        on_grid = squares.amax().sqrt()
+        theta = math.pi / (2 * self.density)
+        return largest * on_grid / math.cos(theta) ** 2
+
+
+def _room_for_any_error(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖E‖ for every E with |E_ij| ≤ ½ unit |V_ij| or ½ the smallest number, and what a smaller V adds to it."""
+    unit = torch.finfo(dtype).eps
+    smallest = torch.finfo(dtype).smallest_normal * unit
+    taps = v.abs()
+    if v.dim() > 2:
+        taps = taps.flatten(2).sum(2)  # (filters, channels)
+    columns = taps.sum(0)
+    rows = taps.sum(1)
+    schur = (columns.amax() * rows.amax()).sqrt()
+    any_error = unit / 2 * schur
+    row = v.numel() / v.shape[0]  # how many entries a row has
+    column = v.numel() / v.shape[1]
+    below_the_smallest = smallest / 2 * (row * column) ** 0.5
+    return any_error + 2 * below_the_smallest * (1 + any_error)
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
+    """One value a filter, beside filters of as many axes as they have."""
+    ones = [1] * (like.dim() - 1)
+    return values.view(-1, *ones)
 
 
 def _nonzero(value: Tensor) -> Tensor:
@@ -190,40 +225,50 @@ def _nonzero(value: Tensor) -> Tensor:
 def _waves(kernel_size: int, density: int) -> Tensor:
     """cos⟨ω, t⟩ and sin⟨ω, t⟩ as (frequencies, 2, taps), for one of each pair ±ω of the grid: the other mirrors it."""
     side = density * (kernel_size - 1)
-    places = torch.cartesian_prod(torch.arange(side), torch.arange(side // 2 + 1))
+    down = torch.arange(side)
+    across = torch.arange(side // 2 + 1)
+    places = torch.cartesian_prod(down, across)  # (places, 2)
     rows, columns = places.unbind(1)
     # In the first column and, of an even side, in the last one the mirror image is in the same column.
     mirrored = (columns == 0) | (2 * columns == side)
     first_of_two = 2 * rows <= side
-    places = places[~mirrored | first_of_two]
-    omega = places.double() * (2 * math.pi / side)  # (frequencies, 2)
+    kept = ~mirrored | first_of_two
+    omega = places[kept].double() * (2 * math.pi / side)  # (frequencies, 2)
     along = torch.arange(kernel_size).double()
     taps = torch.cartesian_prod(along, along)  # (taps, 2)
     angles = omega @ taps.T  # (frequencies, taps)
     return torch.stack((angles.cos(), angles.sin()), 1)
 
 
-def _spread(waves: Tensor) -> Tensor:
+def _spread_waves(kernel_size: int, density: int) -> Tensor:
     """The same frequencies in an order in which any few that follow one another lie far apart."""
+    waves = _waves(kernel_size, density)
     count = len(waves)
-    stride = next(n for n in range(round(0.618 * count), count + 1) if math.gcd(n, count) == 1)
-    return waves[torch.arange(count) * stride % count]
+    stride = round(0.618 * count)
+    while math.gcd(stride, count) > 1:  # else some would come twice
+        stride += 1
+    order = torch.arange(count) * stride % count
+    return waves[order]
 
 
 def _symbol(kernel: Tensor, waves: Tensor) -> Tensor:
     """The filters (n, c, k, k) at some frequencies: complex matrices F in (frequencies, n, c)."""
     n, c = kernel.shape[:2]
-    taps = kernel.flatten(2).permute(2, 0, 1).flatten(1)  # (taps, n · c)
+    taps = kernel.flatten(2)  # (n, c, taps)
+    taps = taps.permute(2, 0, 1).flatten(1)  # (taps, n · c)
     sums = waves.flatten(0, 1) @ taps  # (frequencies · 2, n · c)
-    real, imaginary = sums.view(-1, 2, n, c).unbind(1)
+    sums = sums.view(-1, 2, n, c)
+    real, imaginary = sums.unbind(1)
     return torch.complex(real, imaginary)
 
 
 def _symbol_on_grid(kernel: Tensor, density: int) -> Tensor:
     """The same on the whole grid; one real matrix if the filters are vectors."""
     if kernel.dim() == 2 or kernel.shape[-1] == 1:
-        return kernel.flatten(1)[None]
-    return _symbol(kernel, _waves(kernel.shape[-1], density).to(kernel))
+        matrix = kernel.flatten(1)  # (n, c)
+        return matrix[None]
+    waves = _waves(kernel.shape[-1], density)
+    return _symbol(kernel, waves.to(kernel))
 
 
 def diagonal_bound(symbol: Tensor, iterations: int) -> Tensor:
@@ -237,12 +282,15 @@ def diagonal_bound(symbol: Tensor, iterations: int) -> Tensor:
     """
     has_gradient = torch.is_grad_enabled() and symbol.requires_grad
     if len(symbol) == 1 or not has_gradient:
-        return _log_row_sums(symbol, iterations).amax(0).exp()
+        log_sums = _log_row_sums(symbol, iterations)  # (frequencies, n)
+        return log_sums.amax(0).exp()
     with torch.no_grad():
-        log_bound, frequency = _log_row_sums(symbol, iterations).max(0)
+        log_sums = _log_row_sums(symbol, iterations)
+        log_bound, frequency = log_sums.max(0)  # (n,)
     where = frequency.unique()
-    with_gradient = _log_row_sums(symbol[where], iterations).amax(0)
-    return (log_bound + (with_gradient - with_gradient.detach())).exp()
+    with_gradient = _log_row_sums(symbol[where], iterations).amax(0)  # (n,), the same values
+    gradient_alone = with_gradient - with_gradient.detach()
+    return (log_bound + gradient_alone).exp()
 
 
 def _log_row_sums(symbol: Tensor, iterations: int) -> Tensor:
@@ -256,26 +304,38 @@ def _log_row_sums(symbol: Tensor, iterations: int) -> Tensor:
     power = symbol.mH @ symbol if tall else symbol @ symbol.mH
     log_size: Tensor | float = 0.0  # power · exp(log_size) is what it stands for
     for _ in range(iterations):
-        # The largest diagonal entry is the largest of all, and at most the largest eigenvalue: scaled by it, the
-        # next power neither overflows nor fades.
-        diagonal = power.detach().diagonal(dim1=-2, dim2=-1).real
-        size = _nonzero(diagonal.amax())
+        size = _size(power)
         power = power * size.reciprocal()
         power = power @ power
         log_size = 2 * (log_size + size.log())
+    p = 2**iterations
     if tall:
         power = symbol @ power @ symbol.mH
+        p += 1
     # Rows that are small, raised to a high power, can vanish below the smallest number: never count them as zero.
-    sums = power.abs().sum(-1) + torch.finfo(symbol.dtype).tiny * 2**26
-    p = 2**iterations + 1 if tall else 2**iterations
+    least = torch.finfo(symbol.dtype).tiny * 2**26
+    sums = power.abs().sum(-1) + least
     return (sums.log() + log_size) / p
+
+
+def _size(power: Tensor) -> Tensor:
+    """The largest diagonal entry of positive matrices (frequencies, n, n), without a gradient.
+
+    It is the largest of all entries, and at most the largest eigenvalue: scaled by it, the next power neither overflows
+    nor fades.
+    """
+    diagonal = power.detach().diagonal(dim1=-2, dim2=-1)
+    return _nonzero(diagonal.real.amax())
 
 
 def off_centre(kernel: Tensor) -> Tensor:
     """Σ |taps| but for the largest tap of each filter, as (filters, channels)."""
+    filters, channels = kernel.shape[:2]
     taps = kernel.abs().flatten(2)  # (filters, channels, taps)
-    own = taps.detach().sum(1).argmax(1)  # (filters,)
-    own_taps = taps.gather(2, own.view(-1, 1, 1).expand(*kernel.shape[:2], 1))[:, :, 0]
+    together = taps.detach().sum(1)  # (filters, taps)
+    own = together.argmax(1)  # (filters,)
+    where = own.view(-1, 1, 1).expand(filters, channels, 1)
+    own_taps = taps.gather(2, where)[:, :, 0]  # (filters, channels)
     return taps.sum(2) - own_taps
 
 
@@ -290,6 +350,10 @@ def between_frequencies(others: Tensor, density: int) -> Tensor:
     tensor(1.0718)
     """
     theta = math.pi / (2 * density)
-    b = (others.sum(0).amax() + others.sum(1).amax()) / 2  # Schur's bound, ‖A‖² ≤ ‖A‖₁ ‖A‖_∞, and means
-    around_a_constant = 1 + 2 * b * (1 - math.cos(2 * theta))
-    return around_a_constant.clamp_max(1 / math.cos(theta) ** 2)
+    columns = others.sum(0)
+    rows = others.sum(1)
+    b = (columns.amax() + rows.amax()) / 2  # Schur's bound, ‖A‖² ≤ ‖A‖₁ ‖A‖_∞, and means
+    fall = b * (1 - math.cos(2 * theta))  # along one axis
+    anywhere = 1 / math.cos(theta) ** 2
+    around_a_constant = 1 + 2 * fall
+    return around_a_constant.clamp_max(anywhere)

@@ -39,10 +39,11 @@ def orthonormal(raw: Tensor) -> Tensor:
     """
     if raw.shape[-2] < raw.shape[-1]:
         return orthonormal(raw.mT).mT
-    q, r = torch.linalg.qr(raw)  # raw: (…, n, m), n ≥ m
+    q, r = torch.linalg.qr(raw)  # (…, n, m) with n ≥ m, and (…, m, m)
     # QR is unique, and so a continuous function of `raw`, only with a sign chosen for the diagonal of R.
-    diagonal = r.diagonal(dim1=-2, dim2=-1)
-    sign = torch.where(diagonal < 0, -torch.ones_like(diagonal), 1)
+    diagonal = r.diagonal(dim1=-2, dim2=-1)  # (…, m)
+    minus_one = -torch.ones_like(diagonal)
+    sign = torch.where(diagonal < 0, minus_one, 1)
     return q * sign.unsqueeze(-2)
 
 
@@ -61,12 +62,17 @@ def orthonormal_by_products(raw: Tensor) -> Tensor:
     """
     if raw.shape[-2] < raw.shape[-1]:
         return orthonormal_by_products(raw.mT).mT
-    # The squares of any float32 are in the range of float64; its own may not be.
-    v = at_scale_one(raw, (-2, -1)) if raw.dtype == torch.float64 else raw.double()  # (…, n, m), n ≥ m
-    eye = torch.eye(raw.shape[-1], dtype=torch.float64, device=raw.device)
-    x = v @ _inverse_of_r(v.detach(), eye)
-    half = torch.triu(torch.ones_like(eye)) - eye / 2  # the upper triangle and half of the diagonal
-    upper = half * (x.mT @ x)  # P + I / 2
+    v = raw.double()  # (…, n, m), n ≥ m
+    if raw.dtype == torch.float64:  # squares of any float32 are in the range of float64; its own may not be
+        v = at_scale_one(raw, (-2, -1))
+    m = raw.shape[-1]
+    eye = torch.eye(m, dtype=torch.float64, device=raw.device)
+    inverse = _inverse_of_r(v.detach(), eye)  # (…, m, m)
+    x = v @ inverse
+    triangle = torch.triu(torch.ones_like(eye))
+    half = triangle - eye / 2  # the upper triangle and half of the diagonal
+    gram = x.mT @ x  # (…, m, m)
+    upper = half * gram  # P + I / 2
     q = x @ (1.5 * eye - upper)
     return q.to(raw.dtype)
 
@@ -74,11 +80,14 @@ def orthonormal_by_products(raw: Tensor) -> Tensor:
 def _inverse_of_r(v: Tensor, eye: Tensor) -> Tensor:
     """R⁻¹ with VᵀV = RᵀR; a small multiple of I is added so that there is a factorisation."""
     gram = v.mT @ v  # (…, m, m)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    trace = diagonal.sum(-1)[..., None, None]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)  # (…, m)
+    trace = diagonal.sum(-1)
+    trace = trace[..., None, None]
     shift = SHIFT * trace + torch.finfo(gram.dtype).tiny
-    lower = torch.linalg.cholesky_ex(gram + shift * eye).L
-    return torch.linalg.solve_triangular(lower.mT, eye.expand_as(gram), upper=True)
+    shifted = gram + shift * eye
+    lower = torch.linalg.cholesky_ex(shifted).L
+    eyes = eye.expand_as(gram)
+    return torch.linalg.solve_triangular(lower.mT, eyes, upper=True)
 
 
 def polar(weight: Tensor) -> Tensor:
@@ -95,8 +104,9 @@ def polar(weight: Tensor) -> Tensor:
 
 def _orthonormal_in(constraint: Constraint, raw: Tensor) -> Tensor:
     """By products where that is faster, but only in training."""
-    fast = constraint.training and raw.device.type in BY_PRODUCTS
-    return orthonormal_by_products(raw) if fast else orthonormal(raw)
+    if constraint.training and raw.device.type in BY_PRODUCTS:
+        return orthonormal_by_products(raw)
+    return orthonormal(raw)
 
 
 class OrthogonalMatrix(Constraint):
@@ -133,7 +143,8 @@ class OrthogonalKernel(Constraint):
         self.axes = [0, 1] * min(rows, columns)
         self.axes += [0] * (rows - columns)
         self.axes += [1] * (columns - rows)
-        self.middle = max(self.inputs, self.outputs // (stride[0] * stride[1]))
+        pixels = stride[0] * stride[1]  # of a block
+        self.middle = max(self.inputs, self.outputs // pixels)
         # A shift moves half of the channels; one channel cannot be split into a part that stays and a part that moves.
         self.rank = self.middle // 2
         self.shifts = bool(self.axes) and self.rank > 0
@@ -145,49 +156,64 @@ class OrthogonalKernel(Constraint):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """R is the block of the weight's first taps; all else is drawn."""
-        s1, s2 = self.stride
-        kernel = at_scale_one(exact(weight)).unflatten(0, (self.groups, -1))
-        block = kernel[..., :s1, :s2]  # (groups, outputs, inputs, s₁, s₂)
-        ending = block.new_zeros(self.groups, self.outputs, self.middle, s1, s2)
-        ending[:, :, : self.inputs] = block
-        others = ending[:, :, self.inputs :]
-        others.copy_(torch.randn_like(others) * block.std(correction=0))
+        weight_at_one = at_scale_one(exact(weight))
+        kernel = weight_at_one.unflatten(0, (self.groups, -1))  # (groups, outputs, inputs, k₁, k₂)
+        ending = self._first_ending(kernel)  # (groups, outputs, middle, s₁, s₂)
         raw = [polar(ending.flatten(2))]
         if self.shifts:
             raw.append(_drawn(weight, self.groups, len(self.axes), self.middle, self.rank))
         if self.lifts:
-            raw.append(polar(_drawn(weight, self.groups, self.middle, self.inputs)))
+            lift = _drawn(weight, self.groups, self.middle, self.inputs)
+            raw.append(polar(lift))
         return tuple(part.to(weight.dtype) for part in raw)
 
+    def _first_ending(self, kernel: Tensor) -> Tensor:
+        """The taps of the first block, with random ones for channels that the kernel does not have."""
+        s1, s2 = self.stride
+        block = kernel[..., :s1, :s2]  # (groups, outputs, inputs, s₁, s₂)
+        ending = block.new_zeros(self.groups, self.outputs, self.middle, s1, s2)
+        ending[:, :, : self.inputs] = block
+        others = ending[:, :, self.inputs :]
+        size = block.std(correction=0)
+        others.copy_(torch.randn_like(others) * size)
+        return ending
+
     def constrained(self, *raw: Tensor) -> Tensor:
-        ending, *others = (_orthonormal_in(self, part) for part in raw)
-        taps = self._shifts(others[0]) if self.shifts else self._one_tap(ending)  # (groups, k₁, k₂, middle, middle)
+        parts = [_orthonormal_in(self, part) for part in raw]
+        ending = parts[0]  # (groups, outputs, middle · s₁ · s₂)
+        taps = self._shifts(parts[1]) if self.shifts else self._one_tap(ending)  # (groups, k₁, k₂, middle, middle)
         if self.lifts:
-            lift = others[-1][:, None, None]  # (groups, 1, 1, middle, inputs)
-            taps = taps @ lift
+            lift = parts[-1]  # (groups, middle, inputs)
+            taps = taps @ lift[:, None, None]
         last = ending.unflatten(2, (self.middle, *self.stride))
         last = last.permute(0, 3, 4, 1, 2)  # (groups, s₁, s₂, outputs, middle)
         kernel = chained(taps, last)  # (groups, k₁, k₂, outputs, inputs)
+        kernel = kernel.permute(0, 3, 4, 1, 2)
         # contiguous: torch's convolutions are slower on a permuted kernel
-        return kernel.permute(0, 3, 4, 1, 2).flatten(0, 1).contiguous()
+        return kernel.flatten(0, 1).contiguous()
 
     def _one_tap(self, like: Tensor) -> Tensor:
         """The identity, or for a single channel a plain shift."""
         rows = self.axes.count(0)
         columns = self.axes.count(1)
-        down = rows // 2, rows - rows // 2  # in front and behind
-        across = columns // 2, columns - columns // 2
-        return F.pad(self._identity(like), (0, 0, 0, 0, *across, *down))
+        above = rows // 2
+        left = columns // 2
+        around = left, columns - left, above, rows - above
+        identity = self._identity(like)
+        return F.pad(identity, (0, 0, 0, 0, *around))
 
     def _shifts(self, v: Tensor) -> Tensor:
         """B_n ⊛ … ⊛ B_1; each B keeps P x and shifts (I − P) x, with P the projector on the columns of one V."""
         taps = self._identity(v)
         for i, axis in enumerate(self.axes):
             basis = v[:, i, None, None]  # (groups, 1, 1, middle, rank)
-            kept = (taps @ basis) @ basis.mT
+            seen = taps @ basis
+            kept = seen @ basis.mT
             moved = taps - kept
-            before = (0, 0, 0, 0) if axis == 1 else (0, 0, 0, 0, 0, 0)  # the axes behind the one that grows
-            taps = F.pad(kept, (*before, 0, 1)) + F.pad(moved, (*before, 1, 0))
+            behind = (0, 0) * (3 - axis)  # the axes behind the one that grows
+            kept = F.pad(kept, (*behind, 0, 1))
+            moved = F.pad(moved, (*behind, 1, 0))
+            taps = kept + moved
         return taps
 
     def _identity(self, like: Tensor) -> Tensor:
@@ -196,4 +222,5 @@ class OrthogonalKernel(Constraint):
 
 
 def _drawn(weight: Tensor, *shape: int) -> Tensor:
+    """Random numbers of the kind of a weight, in float32 or better."""
     return torch.randn(shape, dtype=exact(weight).dtype, device=weight.device)

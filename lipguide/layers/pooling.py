@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipguide.layers.arguments import pair, whole
+from lipguide.arguments import pair, whole
 from lipguide.layers.brick import Brick, Through
 
 __all__ = [

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lipguide.layers.arguments import whole
+from lipguide.arguments import whole
 from lipguide.layers.brick import Brick, Through
 from lipguide.layers.export import are_fresh
 from lipguide.layers.gram import GramScale

@@ -17,6 +17,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from lipguide.arguments import whole
 from lipguide.checks import IGNORE, check_eval, check_numbers, class_indices
 from lipguide.robustness.scores import counted, labelled
 
@@ -58,10 +59,10 @@ def votes(
     tensor([[[20, 20]]])
     """
     _check_sigma(sigma)
-    if guesses < 1 or draws < 1 or len(images) == 0:
-        raise ValueError(f"{len(images)} pictures, {guesses} guesses and {draws} draws: each must be 1 or more")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if len(images) == 0:
+        raise ValueError("no pictures: give one or more")
+    for name, value in (("guesses", guesses), ("draws", draws), ("batch_size", batch_size)):
+        whole(name, value)
     check_numbers(images, "a picture")
     if isinstance(model, torch.nn.Module):
         check_eval(model, "it votes")

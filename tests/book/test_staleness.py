@@ -159,6 +159,19 @@ IMPORT = "from lipguide.book.ledger import read\n"
         ("open(name).read()", []),
         ("file.read(100)", []),
         ("ledger['results of today'] = 1", []),
+        # The word alone is no folder where it is only shown, compared or looked up, …
+        ("print('results')", []),
+        ("curve = axes(title='results')\nlines(curve, label='results')", []),
+        ("whole = 'results' in record and record.get('results') and record['results']", []),
+        ("'results'\nprint(f'{len(found)} results')", []),
+        (f"{IMPORT}print(read('results/study.cpu.json')['results'])", ["study.cpu.json"]),
+        # … and wherever else it stands it may be one.
+        ("folder = 'results'\nopen(f'{folder}/{name}.json')", "all"),
+        ("files = here / 'results' / name", "all"),
+        ("files = os.listdir('results/')", "all"),
+        ("files = found(folder='results')", "all"),
+        ("for folder in {'results': 1}:\n    scan(folder)", "all"),
+        ("print(open(os.path.join('results', name)).read())", "all"),
     ],
 )
 def test_the_records_that_a_chapter_reads_are_found(tmp_path, code, counts):

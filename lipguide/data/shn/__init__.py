@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lipguide.data.arguments import whole
+from lipguide.arguments import whole
 from lipguide.data.crops import Cutting
 from lipguide.data.facts import svhn_facts
 from lipguide.data.items import Annotation, Scene, make_scene
@@ -60,11 +60,11 @@ class SyntheticHouseNumbers(Dataset[Scene]):
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-        size = svhn_facts()[split]["images"] if size is None else whole("size", size, 0)
+        size = svhn_facts()[split]["images"] if size is None else whole("size", size, least=0)
         if workers is None:
             workers = (os.cpu_count() or 1) if size >= 8 * BLOCK else 1
-        workers = whole("workers", workers, 1)
-        self.split, self.seed = split, whole("seed", seed, 0)
+        workers = whole("workers", workers)
+        self.split, self.seed = split, whole("seed", seed, least=0)
         self.difficulty = Difficulty() if difficulty is None else difficulty
         self._cache, self._workers = cache, workers
         self._pages = load_pages(split, size, self.seed, self.difficulty, cache, workers)

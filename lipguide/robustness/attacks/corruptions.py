@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from lipguide.arguments import whole
 from lipguide.robustness.attacks.objectives import (
     Model,
     Objective,
@@ -43,8 +44,7 @@ def noise(
     torch.Size([3, 1, 2, 2])
     """
     check_pictures(x, severity)
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, not {draws}: without a draw the clean picture would be the worst")
+    whole("draws", draws, "without a draw the clean picture would be the worst")
     generator = generator or default_generator(x)
     candidates = (x + severity * normal(x, generator) for _ in range(draws))
     return _worst_of(model, x, y, candidates, score)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipguide.arguments import whole
 from lipguide.checks import check_eval
 from lipguide.robustness.attacks.objectives import Model, like, misclassified
 from lipguide.robustness.attacks.pgd import pgd_l2
@@ -34,8 +35,7 @@ def least_norm_l2(
     >>> round(least_norm_l2(model, x, y, max_eps=1.0)[1].item(), 2)
     0.2
     """
-    if halvings < 0:
-        raise ValueError(f"halvings must be 0 or more, not {halvings}")
+    whole("halvings", halvings, least=0)
     if not max_eps >= 0:
         raise ValueError(f"max_eps must be 0 or more, not {max_eps}")
     furthest = min(float(max_eps), math.sqrt(x[:1].numel()))  # no picture is further from another
@@ -80,8 +80,7 @@ def robust_accuracy_curve(
     """
     if len(x) == 0:
         raise ValueError("the robust accuracy of no samples is undefined")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    whole("batch_size", batch_size)
     check_eval(model, "measuring its robustness")
     strengths = torch.as_tensor(epsilons, dtype=torch.float64).cpu()
     if strengths.ndim != 1 or not (strengths >= 0).all():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from lipguide.arguments import whole
 from lipguide.robustness.attacks.objectives import (
     Model,
     Objective,
@@ -170,8 +171,8 @@ class _Search:
 
 def _pgd(search: _Search, x: Tensor, y: Any, eps: float | Tensor, enough: Tensor | None = None) -> Tensor:
     check_pictures(x, eps, unbounded=True)
-    if search.steps < 1 or search.restarts < 1:
-        raise ValueError(f"steps and restarts must be at least 1, not {search.steps} and {search.restarts}")
+    whole("steps", search.steps)
+    whole("restarts", search.restarts)
     classification = isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point()
     # Inside cached(), parametrized weights are computed once for all steps.
     with torch.inference_mode(False), torch.enable_grad(), parametrize.cached():

@@ -20,7 +20,6 @@ swapped.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.layers.export import uncached
 from lipguide.layers.sll import SLLLinear
-from lipguide.robustness.certificates.conditions import checked_logits
+from lipguide.robustness.certificates.conditions import checked_logits, in_float64
 from lipguide.robustness.certificates.radii import ATTACKERS_FAVOUR, SMALLEST, check_logits
 
 __all__ = ["local_radius"]
@@ -69,7 +68,7 @@ def local_radius(model: nn.Sequential, images: Tensor, labels: Tensor | None = N
     logits = checked_logits(model, images, through, head.weight.detach(), batch_size)
     labels = check_logits(logits, logits.argmax(1) if labels is None else labels, head.weight)
     with torch.inference_mode(False), torch.no_grad(), uncached():
-        twin = copy.deepcopy(model).double()
+        twin = in_float64(model)
         features = torch.cat([twin[:-2](part.double()) for part in images.split(batch_size)])
         v_t, bias, rows = twin[-2].weight, twin[-2].bias, twin[-1].weight
         parts = zip(*(every.split(batch_size) for every in (features, logits, labels)), strict=True)

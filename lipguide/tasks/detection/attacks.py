@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from lipguide.layers.arguments import whole
+from lipguide.arguments import whole
 from lipguide.robustness.attacks import BlindAttack, pgd_l2
-from lipguide.tasks.detection.boxes import MIN_SCORE, NOTHING, Targets, check_number, check_targets
+from lipguide.tasks.detection.boxes import NOTHING, Targets, check_number, check_targets
 from lipguide.tasks.detection.scores import check_call, detections, hits
+from lipguide.tasks.detection.suppression import MIN_SCORE
 
 __all__ = ["ATTACKS", "TRAINING_LOSS", "attack_l2", "attacked", "mixture", "most_harmful", "objective", "strongest"]
 

@@ -21,9 +21,10 @@ from lipguide import deadline, distributed
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.files import replacing
 from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attacked, mixture
-from lipguide.tasks.detection.boxes import Targets, detect, unit_range
+from lipguide.tasks.detection.boxes import Targets, unit_range
 from lipguide.tasks.detection.data import Split
 from lipguide.tasks.detection.scores import Score, detections, on_cpu, score
+from lipguide.tasks.detection.suppression import detect
 from lipguide.tasks.detection.tinier_ssd import PICTURE
 from lipguide.tasks.weights import fingerprint
 

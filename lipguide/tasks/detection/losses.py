@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lipguide.arguments import whole
 from lipguide.distributed import mean_over_ranks
-from lipguide.layers.arguments import whole
 from lipguide.layers.together import together
 from lipguide.tasks.detection.boxes import Checked, Targets, encode, match, offsets, single, unit_range
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lipguide.layers.arguments import whole
+from lipguide.arguments import whole
 from lipguide.layers.brick import Brick, Through
 
 __all__ = ["Canvas", "Level", "averages"]

@@ -16,6 +16,7 @@ Only the weights of `RECIPES` ship.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -47,19 +48,50 @@ DATA = ("house-numbers", "svhn")
 
 
 @dataclass(frozen=True)
-class Recipe(task.Recipe):
+class Detection(task.Recipe, ABC):
+    """How a detector is trained; what differs from one kind to another, each kind says below.
+
+    Which scenes (`data`, `items`, `test_items`), in what `precision`, and from which weights it goes on (`start`) is a
+    field where recipes of one kind differ in it. A file of weights holds the fields of its recipe, so what is alike in
+    all of them is none.
+    """
+
+    items: int | None = None  # None: all
+    test_items: int | None = 400
+
+    data: ClassVar[str] = "house-numbers"
+    precision: ClassVar[str] = "float32"
+    start: ClassVar[str | None] = None
+
+    @abstractmethod
+    def networks(self) -> dict[str, Callable[[], nn.Module]]:
+        """The networks that such a recipe can train, by their names."""
+
+    @abstractmethod
+    def bound(self, model: nn.Module) -> dict[str, float]:
+        """The bound of what carries the certificates, by its name; nothing where there is none."""
+
+    def training_step(self, model: nn.Module, data: task.Data) -> nn.Module:
+        """The step of `lipguide.training.fit`."""
+        _, boxes, labels = data.columns
+        return DetectionStep(model.training_loss(), check_targets(Targets(boxes, labels)))
+
+    def take_over(self, model: nn.Module, weights: nn.Module) -> None:
+        """Begin with the weights that `start` names."""
+        _take_over(model, weights)
+
+
+@dataclass(frozen=True)
+class Recipe(Detection):
     """How an FCOS is trained, on what, and for how long."""
 
     batch_size: int = 32
     rate: float = 8e-3
     width: int = 24
     tau: float = 20.0  # of the 1-Lipschitz networks
-    start: str | None = None  # the weights to go on from
-    items: int | None = 7000  # None: all
-    test_items: int | None = 400
+    start: str | None = None
+    items: int | None = 7000
 
-    # Not fields: they are alike in all recipes, and a file of weights holds the fields of its own.
-    data: ClassVar[str] = "house-numbers"
     precision: ClassVar[str] = "bfloat16"
 
     def networks(self) -> dict[str, Callable[[], FCOS]]:
@@ -90,25 +122,32 @@ class Reading(Recipe):
         """The networks that such a recipe can train, by their names."""
         return {"reader": partial(detector, self.width, tau=self.tau)}
 
+    def training_step(self, model: Detector, data: task.Data) -> ReaderStep:
+        """The step of a reader, which looks for its targets on the levels itself."""
+        return ReaderStep(model.training_loss())
+
+    def take_over(self, model: Detector, weights: nn.Module) -> None:
+        """Begin with those of another reader, or with a classifier of single digits."""
+        if isinstance(weights, Detector):
+            super().take_over(model, weights)
+        else:
+            take_over(model, weights)
+
     def bound(self, model: Detector) -> dict[str, float]:
         """The bound of a window's features, which is what the certificates go by."""
         return {"window": lipschitz_bound(model.window(), (3, WINDOW, WINDOW)).value}
 
 
 @dataclass(frozen=True)
-class CaseStudy(task.Recipe):
+class CaseStudy(Detection):
     """How a configuration of Tinier SSD is trained, on what, and for how long."""
 
     steps: int = 3788  # eight times all scenes
     batch_size: int = 64
     rate: float = 2e-3
     width: int = 32  # of the SLL layers
-    items: int | None = None  # None: all
-    test_items: int | None = 400
     data: str = "house-numbers"
     precision: str = "bfloat16"
-
-    start: ClassVar[str | None] = None
 
     @property
     def lipschitz(self) -> bool:
@@ -150,7 +189,7 @@ class Unlearnt(CaseStudy):
         return {change: partial(unlearnt, change, **options) for change in CHANGES}
 
 
-def build(recipe: Recipe | CaseStudy) -> FCOS | TinierSSD:
+def build(recipe: Detection) -> nn.Module:
     """The untrained network of a recipe.
 
     >>> build(Recipe("fcos", steps=1, width=4, tau=5.0)).tau
@@ -162,7 +201,7 @@ def build(recipe: Recipe | CaseStudy) -> FCOS | TinierSSD:
     return networks[recipe.network]()
 
 
-def load(recipe: Recipe | CaseStudy, split: str, seed: int) -> task.Data:
+def load(recipe: Detection, split: str, seed: int) -> task.Data:
     """The scenes that a recipe trains or tests on."""
     if recipe.data not in DATA:
         raise ValueError(f"no data {recipe.data!r}; there are: {', '.join(DATA)}")
@@ -177,23 +216,16 @@ def _scenes(split: str, items: int | None, seed: int, svhn: Path | None) -> Spli
     return load_split(split, items, seed, torch.device("cpu"), svhn)
 
 
-def step(model: FCOS | TinierSSD, recipe: Recipe | CaseStudy, data: task.Data) -> DetectionStep:
+def step(model: nn.Module, recipe: Detection, data: task.Data) -> nn.Module:
     """The training step of a recipe."""
-    if isinstance(model, Detector):
-        return ReaderStep(model.training_loss())
-    _, boxes, labels = data.columns
-    return DetectionStep(model.training_loss(), check_targets(Targets(boxes, labels)))
+    return recipe.training_step(model, data)
 
 
-def begin(model: FCOS | TinierSSD, recipe: Recipe | CaseStudy) -> None:
+def begin(model: nn.Module, recipe: Detection) -> None:
     """Give a network the weights that its recipe goes on from, and the memory format that trains fastest."""
     model.to(memory_format=torch.channels_last)
     if recipe.start is not None:
-        weights = trained(recipe.start, next(model.parameters()).device)[0]
-        if isinstance(model, Detector) and not isinstance(weights, Detector):
-            take_over(model, weights)
-        else:
-            _take_over(model, weights)
+        recipe.take_over(model, trained(recipe.start, next(model.parameters()).device)[0])
 
 
 @torch.no_grad()
@@ -211,7 +243,7 @@ def _take_over(model: nn.Module, plain: nn.Module) -> None:
 
 
 @torch.no_grad()
-def measure(model: FCOS | TinierSSD, recipe: Recipe | CaseStudy, data: task.Data) -> dict[str, Any]:
+def measure(model: nn.Module, recipe: Detection, data: task.Data) -> dict[str, Any]:
     """The score on scenes, and the bound of the network or, of a 1-Lipschitz FCOS, of its trunk."""
     device = next(model.parameters()).device
     images, boxes, labels = (column.to(device) for column in data.columns)
@@ -220,7 +252,7 @@ def measure(model: FCOS | TinierSSD, recipe: Recipe | CaseStudy, data: task.Data
     return {"score": {name: round(value, 3) for name, value in scores._asdict().items()}} | recipe.bound(model)
 
 
-def precision(recipe: Recipe | CaseStudy) -> torch.dtype:
+def precision(recipe: Detection) -> torch.dtype:
     """What a recipe trains in: half precision around the constraints, which stay in single precision."""
     return getattr(torch, recipe.precision)
 
@@ -234,7 +266,7 @@ STUDY = {
     "tinier-ssd-standard-conv": CaseStudy("standard-conv"),
     "tinier-ssd-l2-normalised": CaseStudy("l2-normalised"),
 }
-RECIPES: dict[str, Recipe | CaseStudy] = {
+RECIPES: dict[str, Detection] = {
     "detection-fcos": Recipe("fcos", steps=3000),
     **{
         f"detection-fcos-tau-{tau}": Recipe("fcos", steps=1000, rate=5e-3, tau=float(tau), start="detection-fcos")
@@ -247,7 +279,7 @@ RECIPES: dict[str, Recipe | CaseStudy] = {
 
 # About 50 epochs. Not run for this book, for want of a GPU: the rates are those of the runs above, nothing is tuned.
 _FULL = Recipe("fcos", steps=12_000, batch_size=128, width=96, items=None, test_items=None)
-LARGE: dict[str, Recipe | CaseStudy] = {
+LARGE: dict[str, Detection] = {
     "detection-fcos-full": _FULL,
     **{f"detection-fcos-tau-{tau}-full": replace(_FULL, tau=float(tau)) for tau in (5, 80)},  # the first one has 20
     "detection-reader-full": Reading("reader", steps=20_000, batch_size=128, width=32, start=None, test_items=None),

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lipguide.arguments import whole
 from lipguide.checks import check_eval
-from lipguide.layers.arguments import whole
-from lipguide.tasks.detection.boxes import (
-    MIN_SCORE,
-    NOTHING,
-    Targets,
-    check_finite,
-    check_number,
-    check_targets,
-    detect,
-)
+from lipguide.tasks.detection.boxes import NOTHING, Targets, check_finite, check_number, check_targets
+from lipguide.tasks.detection.suppression import MIN_SCORE, detect
 
 __all__ = ["Score", "detections", "hits", "on_cpu", "score"]
 

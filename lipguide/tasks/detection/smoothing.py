@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lipguide.layers.arguments import whole
+from lipguide.arguments import whole
 from lipguide.robustness.smoothing import noisy_copies
 from lipguide.tasks.detection.boxes import check_number
 from lipguide.tasks.detection.certificates.overlap import overlap

@@ -25,18 +25,10 @@ from torch import Tensor
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.layers.export import without_parametrizations
 from lipguide.robustness.certificates.radii import slopes
-from lipguide.tasks.detection.boxes import (
-    CENTRE,
-    KEPT,
-    MIN_SCORE,
-    NOTHING,
-    SILENCES,
-    SIZE,
-    Targets,
-    check_targets,
-)
+from lipguide.tasks.detection.boxes import CENTRE, NOTHING, SIZE, Targets, check_targets
 from lipguide.tasks.detection.certificates.answers import ROUNDING
 from lipguide.tasks.detection.certificates.objects import right
+from lipguide.tasks.detection.suppression import KEPT, MIN_SCORE, SILENCES
 from lipguide.tasks.detection.tinier_ssd import PICTURE, RATIOS, TinierSSD
 
 __all__ = ["Rates", "rates", "surely_found"]

@@ -100,9 +100,9 @@ def test_wrong_input_is_named(models, test_set):
         robust_accuracy_curve(model, x, y, 0.1)
     with pytest.raises(ValueError, match="the model .* is in training mode"):
         robust_accuracy_curve(nn.Sequential(model, nn.Dropout()), x, y, [0.1])
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size is 0: give it a whole number"):
         robust_accuracy_curve(model, x, y, [0.1], batch_size=0)
-    with pytest.raises(ValueError, match="halvings must be 0 or more"):
+    with pytest.raises(ValueError, match="halvings is -1: give it a whole number"):
         least_norm_l2(model, x, y, 1.0, halvings=-1)
     with pytest.raises(ValueError, match="max_eps must be 0 or more"):
         least_norm_l2(model, x, y, math.nan)

@@ -265,8 +265,9 @@ def test_pixels_outside_the_box_are_refused(name, models, test_set):
 
 def test_other_wrong_input_is_named(models, test_set):
     (x, y), model = (test_set[0][:3], test_set[1][:3]), models["ordinary"]
-    with pytest.raises(ValueError, match="at least 1"):
-        pgd_l2(model, x, y, 0.1, steps=0)
+    for number in ("steps", "restarts"):
+        with pytest.raises(ValueError, match=f"{number} is 0: give it a whole number"):
+            pgd_l2(model, x, y, 0.1, **{number: 0})
     with pytest.raises(ValueError, match='reduction="none"'):
         pgd_l2(model, x, y, 0.1, loss=nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match="NaN for 3 of 3"):

@@ -13,7 +13,6 @@ from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, 
 from lipguide.tasks.detection.boxes import (
     Targets,
     check_targets,
-    detect,
     encode,
     match,
     pad_targets,
@@ -25,6 +24,7 @@ from lipguide.tasks.detection.configurations import l2_normalised, naive, spectr
 from lipguide.tasks.detection.fcos import Brightless, assign, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import Multibox
 from lipguide.tasks.detection.scores import detections, hits, score
+from lipguide.tasks.detection.suppression import detect
 from tests.tasks.detection.test_boxes import PRIORS, random_boxes, random_scenes
 
 MAKERS = {

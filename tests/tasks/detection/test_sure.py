@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lipguide.tasks.detection.boxes import Targets, _overlaps, decode, detect
+from lipguide.tasks.detection.boxes import Targets, decode
 from lipguide.tasks.detection.scores import hits
+from lipguide.tasks.detection.suppression import _overlaps, detect
 from lipguide.tasks.detection.sure import Rates, _found, _most_overlap, _radius, _scores
 
 PRIORS = torch.tensor([[0.3, 0.5, 0.3, 0.6], [0.33, 0.5, 0.3, 0.6], [0.7, 0.5, 0.3, 0.6], [0.5, 0.5, 0.3, 0.6]])

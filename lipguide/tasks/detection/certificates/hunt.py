@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lipguide.layers.arguments import whole
+from lipguide.arguments import whole
 from lipguide.robustness.attacks import pgd_l2
 from lipguide.tasks.detection.boxes import NOTHING, Targets
 from lipguide.tasks.detection.certificates.answers import answers
