@@ -97,9 +97,15 @@ def grams_at(cells: Tensor, correlation: Tensor) -> Iterator[Tensor]:
     at_once = max(1, MEMORY // (groups * n * n))
     for piece in cells.split(at_once):
         angles = piece @ lags.T  # (some cells, half of the lags)
-        real = angles.cos() @ even
-        imaginary = angles.sin() @ odd
-        yield torch.complex(real, imaginary).reshape(len(piece), groups, n, n)
+        gram = _waves_times(angles, even, odd)
+        yield gram.reshape(len(piece), groups, n, n)
+
+
+def _waves_times(angles: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    """Both parts are as large as what is made of them; here they are gone before anybody works with it."""
+    real = angles.cos() @ even  # (some cells, groups · n · n)
+    imaginary = angles.sin() @ odd
+    return torch.complex(real, imaginary)
 
 
 def centred_places(height: int, width: int, device: torch.device) -> Tensor:
