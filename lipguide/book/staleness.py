@@ -95,7 +95,6 @@ def records_read(code: str, folder: Path, own: Path | None = None) -> list[Path]
     parts = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     texts = {_pattern(node) for node in ast.walk(tree) if node not in parts}
     patterns = {text for text in texts if text and text.startswith("results/")}
-    # Where only the folder is named, or not even that, any record may be meant.
     if _names_the_folder(tree) or _reads_what_is_named_elsewhere(tree):
         patterns.add("results/*")
     found = {path for pattern in patterns for path in folder.glob(pattern.rstrip("/"))}
