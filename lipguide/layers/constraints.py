@@ -387,6 +387,7 @@ def _gradient_of_sigma(u: Tensor, v: Tensor, waves: Tensor, best: Tensor) -> Ten
     frequencies = waves.shape[1]
     left = u.transpose(0, 1).flatten(1, 2).index_select(1, best)  # (outputs, 1, 2)
     right = v.transpose(0, 1).flatten(1).index_select(1, best)  # (inputs, 1)
-    wave = waves.index_select(1, best % frequencies).T  # (1, taps)
+    frequency = best if len(u) == 1 else best % frequencies
+    wave = waves.index_select(1, frequency).T  # (1, taps)
     pairs = torch.view_as_real((right * wave).flatten())  # (inputs · taps, 2)
     return left.flatten(1) @ pairs.mT

@@ -60,7 +60,7 @@ def votes(
     """
     _check_sigma(sigma)
     if len(images) == 0:
-        raise ValueError("no pictures: give one or more")
+        raise ValueError("0 pictures have no votes: give one or more")
     for name, value in (("guesses", guesses), ("draws", draws), ("batch_size", batch_size)):
         whole(name, value)
     check_numbers(images, "a picture")

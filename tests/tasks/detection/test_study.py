@@ -429,7 +429,7 @@ LIMITS = {"naive": (400, 0), "spectral-norm": (1170, 0), "standard conv": (640, 
 def test_a_training_step_calls_no_more_operators_than_it_did(name, test_split):
     model = untrained(name, width=8).train().to(memory_format=torch.channels_last)
     data = test_split.part(slice(2)).columns
-    step = TASK.step(model, None, tasks.task.Data("two scenes", data, ""))
+    step = TASK.step(model, TASK.recipes[weights_of(name)], tasks.task.Data("two scenes", data, ""))
 
     def forward_and_back():
         model.zero_grad()
