@@ -292,7 +292,7 @@ class Spectral(Constraint):
             back = root * _adjoint_times(rows, u, waves)  # as v
             self.v.copy_(torch.where(lengths > 0, back, old))  # a kernel of zeros leaves v as it is
 
-            best = lengths.argmax()  # of all groups and frequencies
+            best = lengths.flatten().argmax(0, keepdim=True)  # of all groups and frequencies
             direction = _gradient_of_sigma(u, v, waves, best)
         chosen = rows if len(rows) == 1 else rows.index_select(0, best // lengths.shape[2])  # of the best group
         sigma = chosen.flatten().dot(direction.flatten())  # that of the kernel with a largest entry of 1
