@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from lipguide.bounds.calls import NoBound
+from lipguide.bounds.functionals import advice
 from lipguide.bounds.rules import operation_of, rule_of
 from lipguide.bounds.torch_layers import LAYERS
 from lipguide.layers.brick import Through, voucher
@@ -252,12 +253,21 @@ class Traveller(fx.Interpreter):
     def value(self, argument: Any) -> Any:
         return self.env[argument] if isinstance(argument, fx.Node) else argument
 
-    def refuse(self, node: fx.Node) -> Any:
+    def earlier(self, argument: Any) -> Any:
+        """The same on the first of the two batches."""
+        return self.value(argument)
+
+    def written(self, node: fx.Node) -> str:
+        """The call that a node is."""
         arguments = [str(argument) for argument in node.args]
         arguments += [f"{name}={argument}" for name, argument in node.kwargs.items()]
-        call = f"{_name(node)}({', '.join(arguments)})"
+        return f"{_name(node)}({', '.join(arguments)})"
+
+    def refuse(self, node: fx.Node) -> Any:
         named = ", or not with tensors that are given by name" if not node.args else ""
-        raise NoBound(f"its forward uses {call}, for which no constant is known{named}")
+        instead = advice(_name(node))
+        instead = f"; {instead}" if instead else ""
+        raise NoBound(f"its forward uses {self.written(node)}, for which no constant is known{named}{instead}")
 
 
 class _Again(Traveller):
@@ -269,6 +279,9 @@ class _Again(Traveller):
 
     def part(self, node: fx.Node) -> Any:
         return self.first.constants[node]
+
+    def earlier(self, argument: Any) -> Any:
+        return self.first.value(argument)
 
     def _constant(self, node: fx.Node, value: Any) -> Any:
         constant = super()._constant(node, value)

@@ -10,6 +10,7 @@ The truth lies between.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from lipguide.bounds.below import lipschitz_lower_bound
 from lipguide.bounds.calls import NoBound
+from lipguide.bounds.rules import known
 from lipguide.bounds.walk import LayerBound, Unbounded, Walk, check_hooks, own_tensors, record
 from lipguide.checks import check_eval
 from lipguide.layers.export import fresh_weights
@@ -55,9 +57,10 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
     """A sound upper bound of a network's Lipschitz constant in the L2 norm, in eval mode, with one row a layer.
 
     It knows torch's layers and activations with a bounded slope, lipguide's bricks, `nn.Sequential`, what `lip.export`
-    made of them, and any module of your own whose forward `torch.fx` can trace through sums, concatenations, slices and
-    reshapings. Several outputs (a tuple, a list or a dict) are several heads. Where a forward cannot be traced, give
-    its class a method that is the forward with constants instead of tensors:
+    made of them, and any module of your own whose forward `torch.fx` can trace through sums, concatenations, slices,
+    reshapings and functions that are layers, such as `F.max_pool2d`. Several outputs (a tuple, a list or a dict) are
+    several heads. Where a forward cannot be traced, give its class a method that is the forward with constants instead
+    of tensors:
 
         def forward(self, x): ...
         def lipschitz(self, constant, through):
@@ -66,6 +69,8 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
     A class speaks for a module only where no subclass has changed what the forward computes. Samples of a batch must
     stay apart, along dimension 0. Whatever is not known is an error that names it. The bound is about exact arithmetic
     with the weights at hand: the rounding of a forward pass comes on top of it (TF32 above all).
+
+    {known}
 
     Args:
         model: a network in eval mode.
@@ -89,6 +94,11 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
     heads = dict(_leaves(outcome, ""))
     value = math.sqrt(sum(constant**2 for constant in heads.values()))
     return Bound(value, heads if len(heads) > 1 else {}, walk.rows)
+
+
+if lipschitz_bound.__doc__:  # python -OO has none
+    _lines = textwrap.fill(known(), 112, break_on_hyphens=False).replace("\n", "\n    ")
+    lipschitz_bound.__doc__ = lipschitz_bound.__doc__.replace("{known}", _lines)
 
 
 def _check_shape(input_shape: tuple[int, ...]) -> None:

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from lipguide.bounds.calls import NoBound
+from lipguide.bounds.functionals import TWINS, functions, layer_rule
+from lipguide.bounds.torch_layers import LAYERS
 
 if TYPE_CHECKING:
     from lipguide.bounds.forwards import Traveller
 
-__all__ = ["operation_of", "rule_of"]
+__all__ = ["known", "operation_of", "rule_of"]
 
 Rule = Callable[["Traveller", fx.Node, Any], Any]
 
@@ -45,6 +46,21 @@ def rule_of(node: fx.Node) -> Rule | None:
     return RULES.get(operation_of(node))
 
 
+def known() -> str:
+    """All that has a constant, in words.
+
+    >>> "`nn.ReLU`" in known(), "`F.max_pool1d`" in known(), "`movedim`" in known()
+    (True, True, True)
+    """
+    layers = [f"`nn.{kind.__name__}`" for kind in LAYERS]
+    calls = [f"`F.{name}`" for name in TWINS]
+    others = [f"`{name}`" for name in RULES if name not in TWINS]
+    return (
+        f"The layers {', '.join(sorted(layers))}. The functions, which have their layer's constant, "
+        f"{', '.join(sorted(calls))}. What else a forward may do to tensors: {', '.join(sorted(others))}."
+    )
+
+
 def _same(walk: Traveller, node: fx.Node, value: Any) -> Any:
     """Moves values about, drops some, or hands out pieces: each changes at most as much as the whole."""
     if isinstance(value, Tensor) and value.dtype != walk.value(node.args[0]).dtype:
@@ -52,13 +68,17 @@ def _same(walk: Traveller, node: fx.Node, value: Any) -> Any:
     return walk.number(node, node.args[0])
 
 
-def _slope(slope: float) -> Rule:
-    """A function of each entry, of at most this slope."""
+def _moves_no_further(walk: Traveller, node: fx.Node, value: Any) -> float:
+    """A function of each entry, of slope 1 at most."""
+    return walk.number(node, node.args[0])
 
-    def rule(walk: Traveller, node: fx.Node, value: Any) -> float:
-        return slope * walk.number(node, node.args[0])
 
-    return rule
+def _clamp(walk: Traveller, node: fx.Node, value: Tensor) -> float:
+    """1, if the limits do not depend on the input, and it is not repeated to fit them."""
+    limits = [*node.args[1:], *node.kwargs.values()]
+    if any(walk.of(limit) != 0.0 for limit in limits) or walk.value(node.args[0]).shape != value.shape:
+        return walk.refuse(node)
+    return walk.number(node, node.args[0])
 
 
 def _mean(walk: Traveller, node: fx.Node, value: Tensor) -> float:
@@ -158,16 +178,13 @@ RULES: dict[str, Rule] = {
     "unsqueeze": _same,
     "contiguous": _same,
     "clone": _same,
-    "pixel_shuffle": _same,
-    "pixel_unshuffle": _same,
     "chunk": _same,
     "split": _same,
     "unbind": _same,
-    "relu": _slope(1.0),
-    "tanh": _slope(1.0),
-    "abs": _slope(1.0),
-    "neg": _slope(1.0),
-    "sigmoid": _slope(0.25),
+    "abs": _moves_no_further,
+    "neg": _moves_no_further,
+    "clamp": _clamp,
+    "clip": _clamp,
     "mean": _mean,
     "add": _sum,
     "sub": _sum,
@@ -183,8 +200,9 @@ RULES: dict[str, Rule] = {
     "size": _size,
     "dim": _size,
 }
+RULES |= {name: layer_rule(twin) for name, twin in TWINS.items()}
 
 FUNCTIONS: dict[Any, str] = {getattr: "getattr"}
 FUNCTIONS |= {getattr(torch, name): name for name in RULES if hasattr(torch, name)}
-FUNCTIONS |= {getattr(F, name): name for name in ("relu", "tanh", "sigmoid", "pixel_shuffle", "pixel_unshuffle")}
+FUNCTIONS |= functions()
 FUNCTIONS |= {getattr(operator, name): name for name in ("add", "sub", "iadd", "mul", "truediv", "neg", "getitem")}

@@ -172,9 +172,23 @@ def softmax(layer: nn.Softmax, call: Call) -> float:
     >>> softmax(nn.Softmax(1), Call((1, 2), (1, 2)))
     0.5
     """
+    _check_dimension(layer, call)
+    return 0.5
+
+
+def log_softmax(layer: nn.LogSoftmax, call: Call) -> float:
+    """√C for C values: its Jacobian I − 1pᵀ is a projection and has the norm of the other one, ‖1‖ ‖p‖ ≤ √C.
+
+    >>> log_softmax(nn.LogSoftmax(1), Call((1, 4), (1, 4)))
+    2.0
+    """
+    _check_dimension(layer, call)
+    return math.sqrt(call.input[layer.dim])
+
+
+def _check_dimension(layer: nn.Softmax | nn.LogSoftmax, call: Call) -> None:
     if layer.dim is None or layer.dim % len(call.input) == 0:
         raise NoBound("it normalises over the batch; give it dim=1")
-    return 0.5
 
 
 def _slope(value: float) -> Callable[[nn.Module, Call], float]:
@@ -244,6 +258,7 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, Call], float]] = {
     nn.Sigmoid: _slope(0.25),
     nn.Hardsigmoid: _slope(0.1666667),
     nn.Softmax: softmax,
+    nn.LogSoftmax: log_softmax,
     nn.SELU: _slope(1.7581),
     nn.GELU: _slope(1.129),
     nn.SiLU: _slope(1.09984),

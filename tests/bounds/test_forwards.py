@@ -153,7 +153,8 @@ KINDS = {
     **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d), (1, 0.5)),
     **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), (2,)),
     nn.Unflatten: (1, (2, 2)),
-    nn.Softmax: (1,),
+    **dict.fromkeys((nn.Softmax, nn.LogSoftmax), (1,)),
+    **dict.fromkeys((nn.LPPool1d, nn.LPPool2d), (2, 2)),
 }
 BRICKS = [
     lip.GroupSort2(),
