@@ -75,20 +75,32 @@ def check_binary(logits: Tensor, labels: Tensor) -> None:
 def check_eval(model: nn.Module, before: str) -> None:
     """Raise ValueError for a model in training mode: it would not answer as it will in use.
 
+    A slice `model[:-1]` of an `nn.Sequential` is a new module, in training mode whatever the model is in. It computes
+    what its parts compute one after the other, in either mode: so a plain `nn.Sequential` is judged by its parts.
+
     Args:
         before: what is about to be done, for the message.
 
     >>> check_eval(nn.Linear(2, 3).eval(), "measuring its robustness")
+    >>> check_eval(nn.Sequential(nn.Flatten(), nn.Linear(2, 3)).eval()[:-1], "measuring its robustness")
     >>> check_eval(nn.Sequential(nn.Dropout()), "measuring its robustness")
     Traceback (most recent call last):
     ...
     ValueError: the model (Sequential) is in training mode: call model.eval() before measuring its robustness
     """
-    for name, module in model.named_modules():
-        if module.training:
+    in_training = [(name, module) for name, module in model.named_modules() if module.training]
+    if all(_merely_a_row(module) for _, module in in_training):
+        return
+    for name, module in in_training:
+        if not _merely_a_row(module) or module is model:
             where = f"module {name!r}" if name else "the model"
             kind = type(module).__name__
             raise ValueError(f"{where} ({kind}) is in training mode: call model.eval() before {before}")
+
+
+def _merely_a_row(module: nn.Module) -> bool:
+    """A plain `nn.Sequential`, whose mode nothing looks at: neither a forward of its own nor a hook."""
+    return type(module) is nn.Sequential and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def check_numbers(output: Tensor, what: str = "the model's output", infinite: bool = True) -> None:

@@ -20,26 +20,37 @@ function nameCopyButtons() {
   }
 }
 
+/** A region that scrolls can be reached by the keyboard. */
+function reachWhatScrolls() {
+  const regions =
+    "div.highlight pre, div.cell_output pre, div.math, .pst-scrollable-table-container, .wide-table, " +
+    "div.cell_output div.output.text_html, #names-side-by-side table";
+  for (const block of document.querySelectorAll(regions)) {
+    if (block.scrollWidth > block.clientWidth) block.tabIndex = 0;
+  }
+}
+
 /** Excerpts of search results without code, outputs and TeX. */
 function searchInWords() {
   if (typeof Search === "undefined") return;
   const plain = Search.htmlToText;
   Search.htmlToText = (page, anchor) => {
     const parsed = new DOMParser().parseFromString(page, "text/html");
-    const noise = ".cell_input, .cell_output, .math, pre, table, .run-box, .headerlink";
+    const noise =
+      ".cell_input, .cell_output, .math, pre, table, .run-box, .headerlink, #jb-print-docs-body, #jb-print-toc, nav";
     parsed.querySelectorAll(noise).forEach((element) => element.remove());
     return plain(parsed.documentElement.outerHTML, anchor);
   };
 }
 
-searchInWords();
 document.addEventListener("DOMContentLoaded", () => {
+  searchInWords(); // sphinx loads its search after this file, and starts it after this listener
   nameCopyButtons();
   new MutationObserver(nameCopyButtons).observe(document.body, { childList: true, subtree: true });
   const typeset = window.MathJax?.startup?.promise;
   if (typeset) typeset.then(fitFormulas);
   window.addEventListener("resize", fitFormulas);
-  for (const block of document.querySelectorAll("div.highlight pre, div.cell_output pre, div.math")) {
-    if (block.scrollWidth > block.clientWidth) block.tabIndex = 0; // a region that scrolls can be reached by keyboard
-  }
+  reachWhatScrolls();
+  window.addEventListener("load", reachWhatScrolls); // fonts and formulas have widened some
+  window.addEventListener("resize", reachWhatScrolls);
 });

@@ -29,14 +29,15 @@ class Centred(Brick):
         pixels: H and W, if the network takes pictures of one size only.
 
     >>> import torch
-    >>> Centred(3, halvings=2)(torch.zeros(1, 3, 74, 72))
+    >>> Centred(3, halvings=2)(torch.zeros(1, 3, 75, 72))
     Traceback (most recent call last):
     ...
-    ValueError: a picture of 74×72 cannot be halved 2 times: 72×72 or 76×72 would do (crop it, or pad it with grey)
-    >>> Centred(3, halvings=3, pixels=74)
+    ValueError: a picture of 75×72 cannot be halved 2 times: 72×72 or 76×72 would do (crop it, or pad it with grey)
+    >>> Centred(3, halvings=3, pixels=74)  # doctest: +NORMALIZE_WHITESPACE
     Traceback (most recent call last):
     ...
-    ValueError: a picture of 74×74 cannot be halved 3 times: 72×72 or 80×80 would do (crop it, or pad it with grey)
+    ValueError: a picture of 74×74 cannot be halved 3 times: 72×72 or 80×80 would do (crop it, or pad it with grey), or
+    halve it once, by fewer `widths`
     """
 
     def __init__(self, channels: int, halvings: int, pixels: int | None = None) -> None:
@@ -77,8 +78,19 @@ class Centred(Brick):
         would_do = [f"{h}×{w}" for h, w in (below, above) if h > 0 and w > 0] or [f"{multiple}×{multiple}"]
         raise ValueError(
             f"a picture of {height}×{width} cannot be halved {self.halvings} times: {' or '.join(would_do)} would do "
-            "(crop it, or pad it with grey)"
+            f"(crop it, or pad it with grey){_fewer(height, width)}"
         )
+
+
+def _fewer(height: int, width: int) -> str:
+    """What else would do: to halve the picture only as often as its sides can be halved."""
+    possible = 0
+    while height and width and height % 2 == width % 2 == 0:
+        height, width, possible = height // 2, width // 2, possible + 1
+    if not possible:
+        return ""
+    often = "once" if possible == 1 else f"{possible} times"
+    return f", or halve it {often}, by fewer `widths`"
 
 
 class _PlainCentred(nn.Module):

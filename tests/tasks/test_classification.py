@@ -96,6 +96,15 @@ def test_sides_that_cannot_be_halved_are_named_with_those_that_can(name, pixels,
         NETWORKS[name](**{**SMALL, "pixels": pixels})
 
 
+def test_fewer_widths_are_offered_where_they_would_do():
+    with pytest.raises(ValueError, match="or halve it 2 times, by fewer `widths`"):
+        NETWORKS["vgg"](channels=1, pixels=28)
+    model = NETWORKS["vgg"](widths=(2, 4), features=8, channels=1, pixels=28)
+    assert model.eval()(torch.rand(1, 1, 28, 28)).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"pad it with grey\)$"):
+        NETWORKS["vgg"](channels=1, pixels=27)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 8, 12), (2, 3, 9, 9)])
 def test_pictures_of_another_size_are_refused_with_the_size_that_would_do(shape):
     model = NETWORKS["vgg"](**SMALL).eval()

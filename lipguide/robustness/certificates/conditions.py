@@ -150,9 +150,19 @@ def _try_to_refute(model: nn.Module, images: Tensor, lipschitz: float, rows: Ten
     if not steepness[worst] <= allowed[worst] * (1 + 1e-6):
         raise ValueError(
             f"lipschitz = {lipschitz} is refuted by picture {worst}: the gap between its two best classes grows by "
-            f"{steepness[worst]:.4g} per unit of the input, and {allowed[worst]:.4g} was allowed. A normalisation of "
-            "the input inside the model multiplies the constant by 1 / min(std)"
+            f"{steepness[worst]:.4g} per unit of the input, and {allowed[worst]:.4g} was allowed. "
+            f"{_what_may_be_wrong(model, rows)}"
         )
+
+
+def _what_may_be_wrong(model: nn.Module, rows: Tensor | None) -> str:
+    normalisation = "A normalisation of the input inside the model multiplies the constant by 1 / min(std)"
+    children = list(model.named_children())
+    if rows is not None or not children or not isinstance(children[-1][1], (nn.Linear, *CONVOLUTIONS[:2])):
+        return normalisation
+    name = children[-1][0]
+    head = "model[-1]" if isinstance(model, nn.Sequential) else f"model.{name}"
+    return f"Is this the constant of the trunk, all but the last layer? Then pass rows={head}.weight. {normalisation}"
 
 
 def _check_images(images: Tensor) -> None:

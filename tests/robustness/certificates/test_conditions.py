@@ -75,6 +75,46 @@ def test_training_mode_is_caught_and_dropout_named():
         checked_logits(model, images())
 
 
+def test_a_slice_of_a_model_is_judged_by_its_parts():
+    model = nn.Sequential(lipschitz_network(0).float(), nn.Dropout(0.5)).eval()
+    assert model[:-1].training
+    checked_logits(model[:-1], images())
+    checked_logits(nn.Sequential(model[:-1]), images())
+    model[0][1].train()
+    with pytest.raises(ValueError, match=r"the model \(Sequential\) is in training mode"):
+        checked_logits(model[:-1], images())
+
+
+def test_a_sequential_whose_mode_something_looks_at_must_be_in_eval_mode():
+    class Noisy(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2 if self.training else 1)
+
+    part = lipschitz_network(0).float()
+    hooked = nn.Sequential(part)
+    hooked.register_forward_hook(lambda module, args, output: output * (2 if module.training else 1))
+    for model in (Noisy(part), hooked):
+        with pytest.raises(ValueError, match="the model .* is in training mode"):
+            checked_logits(model, images())
+        checked_logits(model.eval(), images())
+
+
+def test_forgotten_rows_are_thought_of():
+    head = nn.Linear(4, 3, bias=False)
+    head.weight.data = 10 * torch.eye(3, 4)
+    whole = nn.Sequential(lipschitz_network(0).float(), head).eval()
+    with pytest.raises(ValueError, match=r"constant of the trunk.*rows=model\[-1\]\.weight"):
+        checked_logits(whole, images())
+    checked_logits(whole, images(), rows=head.weight)
+    with pytest.raises(ValueError, match="refuted") as error:
+        checked_logits(whole, images(), 0.01, head.weight)
+    assert "trunk" not in str(error.value)
+    named = nn.Sequential()
+    named.trunk, named.head = whole
+    with pytest.raises(ValueError, match="refuted.*rows=model"):
+        checked_logits(named, images())
+
+
 class TensorFloat(nn.Linear):
     """What TF32 does on a GPU: inputs and weights keep 10 bits of their fraction, sums are in float32."""
 
