@@ -1,4 +1,4 @@
-"""The command line: `python -m lipguide` with `build`, `data`, `train`, `study`, `certify` or `why`.
+"""The command line: `python -m lipguide` with `build`, `data`, `train`, `study`, `certify`, `why` or `compare`.
 
 A command is a function of its options that does its work or raises; here, and nowhere else, an error becomes one line
 and an exit status: 0 well, 1 something failed, 2 wrongly called, 75 not finished when the time of `--minutes` was up,
@@ -9,6 +9,7 @@ them installed.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import sys
@@ -99,6 +100,7 @@ def _parser() -> Parser:
     _add_study(commands)
     _add_certify(commands)
     _add_why(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -173,6 +175,16 @@ def _add_why(commands: Any) -> None:
     _add_minutes(parser)
     _add_device(parser)
     _add_seed(parser)
+
+
+def _add_compare(commands: Any) -> None:
+    says = (
+        "which brick to take: seven classifiers of one size learn for the same seconds, and the best with other losses"
+    )
+    parser = _add(commands, "compare", _compare_bricks, says)
+    parser.add_argument("--folder", type=Path, default=Path("study", "compare"), help="runs and record (study/compare)")
+    _add_minutes(parser)
+    _add_device(parser)
 
 
 def _add_minutes(parser: Parser) -> None:
@@ -327,6 +339,29 @@ def _why(options: argparse.Namespace) -> int:
     ledger.used(data["name"], data["hash"])
     ledger["networks"] = entries
     print(f"on record: {ledger.save(sum(entry['run']['seconds'] for entry in entries))}")
+    return 0
+
+
+def _compare_bricks(options: argparse.Namespace) -> int:
+    from lipguide.book import cost
+    from lipguide.book.ledger import Ledger
+    from lipguide.distributed import choose_device
+    from lipguide.files import write_json
+    from lipguide.tasks.classification.comparison import PLAN, compare, training_steps
+
+    device = choose_device(options.device)
+    ledger = Ledger("comparison", device.type, device.type, 0, folder=options.folder)
+    timed = options.folder / "costs.json"  # once: the same command goes on with the same steps
+    if not timed.exists():
+        costs = cost.compare(training_steps(PLAN, device))
+        write_json(timed, {brick: (spent.seconds, spent.mebibytes) for brick, spent in costs.items()})
+    with _progress_on_stdout():
+        record = compare(options.folder, json.loads(timed.read_text(encoding="utf-8")), device)
+    for split in record["data"].values():
+        ledger.used(split["name"], split["hash"])
+    for what, value in record.items():
+        ledger[what] = value
+    print(f"on record: {ledger.save()}")
     return 0
 
 
