@@ -1,4 +1,4 @@
-"""One classifier, seven times: the same network from seven kinds of brick, for the comparison of the chapter `frontier`.
+"""One classifier, seven times: one network from each of seven kinds of brick, for the chapter `frontier`.
 
 =========== =====================================================================================================
 brick       a block of it, on `width` channels
@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 
 from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import aol, orthogonal, spectral, unit_rows
-from lipguide.layers.brick import Brick, Through
+from lipguide.layers.brick import Through
 from lipguide.layers.sll import SLL, SLLLinear
 from lipguide.tasks.twins import Centred
 
@@ -46,7 +46,7 @@ __all__ = [
 
 SIZES = (1, 2, 4)  # widths at the three sizes of the picture, as multiples of the first
 DEPTH = 2  # blocks at each size
-FEATURES = 128
+FEATURES = 64
 
 
 class BlockReflector(nn.Module):
@@ -60,13 +60,12 @@ class BlockReflector(nn.Module):
 
     def forward(self, raw: Tensor) -> Tensor:
         tall = raw if raw.shape[0] >= raw.shape[1] else raw.mT
-        v = tall[:, : max(1, len(tall) // 2)]  # (m, n)
-        identity = torch.eye(len(v), dtype=raw.dtype, device=raw.device)
-        w = identity - 2 * v @ torch.linalg.solve(v.mT @ v, v.mT)
+        q, _ = torch.linalg.qr(tall[:, : max(1, len(tall) // 2)])  # V (VᵀV)⁻¹ Vᵀ = Q Qᵀ, (m, n)
+        w = torch.eye(len(q), dtype=raw.dtype, device=raw.device) - 2 * q @ q.mT
         return w[: raw.shape[0], : raw.shape[1]]
 
 
-class FrequencyReflector(Brick):
+class FrequencyReflector(nn.Module):
     """y = z − 2 V (VᴴV)⁻¹ Vᴴ z + b at each frequency of a circle.
 
     >>> layer, x = FrequencyReflector(8), torch.randn(2, 8, 6, 6)
@@ -83,14 +82,15 @@ class FrequencyReflector(Brick):
         size = x.shape[-2:]
         v = torch.fft.rfft2(self.kernel, size).permute(2, 3, 0, 1)  # (H, W', C, n)
         z = torch.fft.rfft2(x).permute(2, 3, 1, 0)  # (H, W', C, N)
-        z = z - 2 * v @ torch.linalg.solve(v.mH @ v, v.mH @ z)
+        q, _ = torch.linalg.qr(v)
+        z = z - 2 * q @ (q.mH @ z)
         return torch.fft.irfft2(z.permute(3, 2, 0, 1), size) + self.bias
 
     def lipschitz(self, constant: float, through: Through) -> float:
         return constant  # a unitary matrix at each frequency, between unitary maps
 
 
-class Shift(Brick):
+class Shift(nn.Module):
     """Four eighths of the channels move by one pixel, on a circle: down, up, right, left.
 
     >>> Shift()(torch.eye(3).expand(1, 8, 3, 3))[0, 0]
@@ -109,7 +109,7 @@ class Shift(Brick):
         return constant  # values change their place, none is lost or doubled
 
 
-class HalfAbs(Brick):
+class HalfAbs(nn.Module):
     """|x| on the first half of the channels.
 
     >>> HalfAbs()(torch.tensor([[-1.0, -2.0]]))
@@ -124,7 +124,7 @@ class HalfAbs(Brick):
         return constant
 
 
-class ShiftBlock(Brick):
+class ShiftBlock(nn.Module):
     """z = σ(M Rᵀ S R (x + p) + b), with a learned picture p, for pictures of one size.
 
     >>> ShiftBlock(16, 8)(torch.randn(2, 16, 8, 8)).shape

@@ -68,12 +68,12 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
 class Plan:
     """What all bricks are given alike."""
 
-    seconds: float = 180.0  # of each training
-    search: float = 36.0  # of each training that looks for a rate
+    seconds: float = 150.0  # of each training
+    search: float = 48.0  # of each training that looks for a rate
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
-    parameters: int = 200_000
-    batch_size: int = 128
+    parameters: int = 80_000
+    batch_size: int = 64
     train_items: int | None = None
     choosing_items: int | None = 1000
     test_items: int | None = 2000
