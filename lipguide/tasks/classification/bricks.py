@@ -5,7 +5,7 @@ brick       a block of it, on `width` channels
 =========== =====================================================================================================
 orthogonal  `lip.orthogonal`, sorted pairs
 spectral    `lip.spectral`, sorted pairs
-aol         `lip.aol`, sorted pairs
+aol         `lip.aol`, begun near the identity as in its paper, sorted pairs
 sll         `lip.SLL`, which has its activation inside
 reflector   a block reflector at each frequency (BRO; Lai et al., 2025), sorted pairs
 residual    x + K ∗ x over its norm (LiResNet; Hu et al., 2023), sorted pairs
@@ -171,11 +171,16 @@ def _sorted(constraint: Constraint) -> Family:
     return Family(block, dense)
 
 
-def _linear_residual(width: int, side: int) -> list[nn.Module]:
-    conv = nn.Conv2d(width, width, 3, padding=1)
-    with torch.no_grad():
-        conv.weight.mul_(0.1).add_(nn.init.dirac_(torch.empty_like(conv.weight)))
-    return [spectral(conv), GroupSort2()]
+def _near_identity(constraint: Constraint) -> Callable[[int, int], list[nn.Module]]:
+    """Blocks whose kernel begins as one pixel kept where it is, and a tenth of torch's random one."""
+
+    def block(width: int, side: int) -> list[nn.Module]:
+        conv = nn.Conv2d(width, width, 3, padding=1)
+        with torch.no_grad():
+            conv.weight.mul_(0.1).add_(nn.init.dirac_(torch.empty_like(conv.weight)))
+        return [constraint(conv), GroupSort2()]
+
+    return block
 
 
 def _reflecting(inputs: int, outputs: int) -> list[nn.Module]:
@@ -188,13 +193,13 @@ ORTHOGONAL = _sorted(orthogonal)
 FAMILIES: dict[str, Family] = {
     "orthogonal": ORTHOGONAL,
     "spectral": _sorted(spectral),
-    "aol": _sorted(aol),
+    "aol": Family(_near_identity(aol), ORTHOGONAL.dense),
     "sll": Family(
         lambda width, side: [SLL(width, width, 3, iterations=2)],
         lambda inputs, outputs: [orthogonal(nn.Linear(inputs, outputs)), SLLLinear(outputs, outputs)],
     ),
     "reflector": Family(lambda width, side: [FrequencyReflector(width), GroupSort2()], _reflecting),
-    "residual": Family(_linear_residual, ORTHOGONAL.dense),
+    "residual": Family(_near_identity(spectral), ORTHOGONAL.dense),
     "shift": Family(lambda width, side: [ShiftBlock(width, side)], ORTHOGONAL.dense),
 }
 

@@ -58,7 +58,6 @@ class TemperedEMMA(nn.Module):
 FIRST_LOSS = "offset"
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     FIRST_LOSS: lambda: OffsetCrossEntropy(2 * math.sqrt(2) * ASKED, TEMPERATURE),
-    "offset, doubled": lambda: OffsetCrossEntropy(4 * math.sqrt(2) * ASKED, TEMPERATURE),
     "annealing": lambda: LogitAnnealing(),  # as published
     "EMMA": lambda: TemperedEMMA(2 * ASKED),
 }
