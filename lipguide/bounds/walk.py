@@ -188,7 +188,7 @@ class Walk:
 
     def _through(self, module: nn.Module, constant: float) -> Any:
         if rule := _rule_of(module):
-            if isinstance(module, fx.GraphModule) or not rule.__module__.startswith(BRICKS):
+            if isinstance(module, fx.GraphModule) or not (rule.__module__ or "").startswith(BRICKS):
                 self.believed.add(module)
             return self._by_its_own_rule(module, rule, constant)
         if kind := voucher(module, LAYERS.__contains__):

@@ -174,7 +174,7 @@ def _asked_for(kind: type) -> set[str]:
     """The names that the methods of a class ask for, up to torch's own classes."""
     names: set[str] = set()
     for base in kind.__mro__:
-        if not base.__module__.startswith("torch."):
+        if not (base.__module__ or "").startswith("torch."):
             for value in vars(base).values():
                 function = value.fget if isinstance(value, property) else value
                 if isinstance(function, FunctionType):
