@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 from pathlib import Path
@@ -126,6 +128,7 @@ def finish(app: Sphinx, error: Exception | None) -> None:
         return
     out = Path(app.outdir)
     smaller = _lighten(out / "_images")
+    _lighten_drawings(out / "_images")
     pages = {path: path.read_text(encoding="utf-8") for path in out.rglob("*.html")}
     awesome = next((out / "_static" / "vendor" / "fontawesome").glob("*"), None)
     if awesome is not None:
@@ -188,6 +191,28 @@ def _lighten(folder: Path) -> dict[str, str]:
         else:
             small.unlink()
     return renamed
+
+
+def _lighten_drawings(folder: Path) -> None:
+    """The same for the bitmaps inside of drawings, each where it stands."""
+    for path in sorted(folder.glob("*.svg")):
+        text = path.read_text(encoding="utf-8")
+        if len(text) > HEAVY:
+            path.write_text(re.sub(r'data:image/png;base64,([^"]+)', _as_webp, text), encoding="utf-8")
+
+
+def _as_webp(found: re.Match) -> str:
+    given = base64.b64decode(found[1])
+    picture = Image.open(io.BytesIO(given))
+    opaque = "A" not in picture.mode or picture.getchannel("A").getextrema()[0] == 255
+    made = io.BytesIO()
+    if opaque:
+        picture.convert("RGB").save(made, "webp", quality=90, method=4)
+    else:
+        picture.save(made, "webp", lossless=True, method=4)
+    if made.tell() >= len(given):
+        return found[0]
+    return f"data:image/webp;base64,{base64.b64encode(made.getvalue()).decode()}"
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pydata_sphinx_theme
 import pytest
 from docutils import nodes
 from fontTools.ttLib import TTFont
+from PIL import Image
 
 import lipguide as lip
+from lipguide.book import pages
 from lipguide.book.api import _label, docstring, names
 from lipguide.book.citations import citations
 from lipguide.book.icons import icon_sheet
@@ -120,3 +123,40 @@ def test_search_terms_lead_to_pages_that_are_there(term, place):
         text = (ROOT / "book" / f"{page}.md").read_text(encoding="utf-8")
         titles = [re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") for title in re.findall(r"^#+ (.*)", text, re.M)]
         assert not heading or heading in titles, where
+
+
+def drawing(*pictures):
+    """An SVG with bitmaps inside, as matplotlib writes them."""
+
+    def inside(picture):
+        file = io.BytesIO()
+        picture.save(file, "png")
+        return f'<image xlink:href="data:image/png;base64,\n{base64.b64encode(file.getvalue()).decode()}"/>'
+
+    return f"<svg>{''.join(map(inside, pictures))}</svg>"
+
+
+def bitmaps(text):
+    found = re.findall(r'data:image/(\w+);base64,([^"]+)', text)
+    return [(kind, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA"))) for kind, data in found]
+
+
+def test_heavy_drawings_carry_lighter_bitmaps_that_look_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    photo = np.kron(rng.integers(0, 256, (20, 20, 3)), np.ones((20, 20, 1))) + rng.normal(0, 4, (400, 400, 3))
+    photo = Image.fromarray(photo.clip(0, 255).astype(np.uint8))
+    seen_through = photo.convert("RGBA")
+    seen_through.putalpha(Image.fromarray(np.tri(400, dtype=np.uint8) * 200))
+    flat = Image.new("RGB", (8, 8), "navy")
+    heavy, light = drawing(photo, seen_through, flat), drawing(flat)
+    (tmp_path / "heavy.svg").write_text(heavy)
+    (tmp_path / "light.svg").write_text(light)
+    pages._lighten_drawings(tmp_path)
+    assert (tmp_path / "light.svg").read_text() == light
+    now = (tmp_path / "heavy.svg").read_text()
+    assert len(now) < 0.8 * len(heavy)
+    for (kind, after), (_, before) in zip(bitmaps(now)[:2], bitmaps(heavy)[:2], strict=True):
+        assert kind == "webp" and after.shape == before.shape
+        assert np.abs(after[..., 3].astype(int) - before[..., 3]).max() == 0
+        shown = before[..., 3] > 0
+        assert np.abs(after[shown].astype(int) - before[shown]).mean() < 6
