@@ -71,6 +71,15 @@ def most_lines(chapter, cell):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
+def test_no_cell_uses_a_name_that_no_cell_defines(chapter, tmp_path):
+    code = "\n".join(cell.source for cell in code_cells(chapter))
+    (tmp_path / "cells.py").write_text(re.sub(r"^[%!].*$", "", code, flags=re.M), encoding="utf-8")
+    call = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--quiet", tmp_path]
+    found = subprocess.run(call, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_cells_are_short_and_narrow(chapter):
     text = BOOK.source(BOOK.chapters[chapter]).read_text(encoding="utf-8")
     written = [body for _, body in re.findall(r"^(`{3,})\{code-cell\}[^\n]*\n(.*?)^\1\s*$", text, flags=re.S | re.M)]
