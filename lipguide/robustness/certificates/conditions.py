@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lipguide.checks import check_eval, check_numbers, lipschitz_constant
+from lipguide.checks import HALF, check_eval, check_numbers, lipschitz_constant
 from lipguide.layers.export import uncached, without_parametrizations
 from lipguide.robustness.certificates.radii import slopes
 
 __all__ = ["checked_logits", "in_float64"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
-HALF = (torch.float16, torch.bfloat16)
 PROBED = 32  # pictures on which the network also runs in its own precision, and is differentiated
 ROUNDING = 1e-5  # by which logits in float32 may differ from those in float64, relative to the largest
 

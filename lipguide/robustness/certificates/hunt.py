@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from lipguide.checks import check_eval, class_indices, decisions
 from lipguide.layers.export import uncached
 from lipguide.robustness.attacks.pgd import pgd_l2
+from lipguide.robustness.certificates.conditions import in_float64
 
 __all__ = ["Hunt", "hunt"]
 
@@ -63,8 +63,8 @@ def hunt(
             f"one label and one radius a picture, not {tuple(y.shape)} and {tuple(radius.shape)} for {len(x)} pictures"
         )
     label, _ = class_indices(y, None)
-    with uncached():  # where weights are cached, a copy is given the original's
-        exact = copy.deepcopy(model).double()
+    with uncached():  # what is remembered may be of another mode
+        exact = in_float64(model)
         broken: list[int] = []
         outside = 0
         for part in (radius > 0).nonzero().squeeze(1).split(batch_size):

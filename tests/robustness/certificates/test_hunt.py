@@ -1,12 +1,16 @@
 """The hunt: a right radius stands, and a planted wrong one is caught."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+import lipguide as lip
 from lipguide.robustness.certificates import hunt, radius
 from tests.robustness.common import generator, lipschitz_network
 
+module = sys.modules[hunt.__module__]
 MODEL = lipschitz_network(3)
 X = torch.rand(40, 3, 2, 2, generator=generator(1), dtype=torch.float64)
 Y = MODEL(X).argmax(1)
@@ -48,3 +52,15 @@ def test_what_cannot_be_hunted_is_named():
         hunt(MODEL, X, Y, torch.ones(3))
     with pytest.raises(ValueError, match="training mode"):
         hunt(nn.Sequential(MODEL, nn.Dropout()), X, Y, torch.ones(len(X)))
+
+
+def test_the_network_that_is_hunted_has_the_very_weights_of_the_one_that_was_certified(monkeypatch):
+    """Constraints that computed anew in float64 would give others: SLL leaves room for the rounding of float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), lip.SLLLinear(12, 12), lip.unit_rows(nn.Linear(12, 3))).eval()
+    with torch.no_grad():
+        weights = [part.weight.double() for part in model[1:]]
+    hunted = []
+    monkeypatch.setattr(module, "pgd_l2", lambda model, x, *rest, **options: hunted.append(model) or x)
+    hunt(model, X[:2, :, :, :], Y[:2], torch.ones(2))
+    assert all(map(torch.equal, weights, (part.weight for part in hunted[0][1:])))
