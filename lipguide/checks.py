@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "HALF",
     "IGNORE",
     "check_binary",
     "check_eval",
@@ -24,6 +25,7 @@ __all__ = [
     "positives",
 ]
 
+HALF = (torch.float16, torch.bfloat16)
 IGNORE = -100  # the label of entries that are not counted, as in torch
 
 

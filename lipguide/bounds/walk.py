@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lipguide.bounds.calls import Call, NoBound
 from lipguide.bounds.forwards import only_shrinks, travel, versions
 from lipguide.bounds.torch_layers import LAYERS
-from lipguide.layers.brick import Brick, overtaken, own_rule, voucher
+from lipguide.layers.brick import Brick, home, overtaken, own_rule, voucher
 from lipguide.layers.export import equation_of
 
 __all__ = ["LayerBound", "Record", "Unbounded", "Walk", "check_batch", "check_hooks", "own_tensors", "record"]
 
 # What every module holds beside what its own class gives it; none of it is a method that somebody may have replaced.
 HELD_BY_ALL = vars(nn.Module()).keys()
-BRICKS = f"{Brick.__module__.rpartition('.')[0]}."  # where our own layers are
+BRICKS = f"{home(Brick).rpartition('.')[0]}."  # where our own layers are
 
 
 class Unbounded(ValueError):
@@ -188,7 +188,7 @@ class Walk:
 
     def _through(self, module: nn.Module, constant: float) -> Any:
         if rule := _rule_of(module):
-            if isinstance(module, fx.GraphModule) or not (rule.__module__ or "").startswith(BRICKS):
+            if isinstance(module, fx.GraphModule) or not home(rule).startswith(BRICKS):
                 self.believed.add(module)
             return self._by_its_own_rule(module, rule, constant)
         if kind := voucher(module, LAYERS.__contains__):
@@ -325,7 +325,7 @@ def check_hooks(hooks: Iterator[Any], whose: str) -> None:
     >>> check_hooks(iter([nn.utils.clip_grad_norm_]), "it")
     """
     for hook in hooks:
-        owner = getattr(hook, "__module__", "")
+        owner = home(hook)
         if not owner.startswith(("lipguide.", "torch.nn.utils.")):
             name = getattr(hook, "__qualname__", hook)
             raise NoBound(f"{whose} a hook ({owner}.{name}) that may change values; remove it")

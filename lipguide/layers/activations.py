@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipguide.arguments import whole
+from lipguide.checks import HALF
 from lipguide.layers.brick import Brick, Through
 
 __all__ = ["FullSort", "GroupSort", "GroupSort2", "Householder", "MaxMin", "MaxMinDouble"]
@@ -261,7 +262,7 @@ class Householder(Brick):
 
     def lipschitz(self, constant: float, through: Through) -> float:
         # In half precision a rounded v may be longer than one, and the reflection stretches.
-        if self.theta.dtype in (torch.float16, torch.bfloat16):
+        if self.theta.dtype in HALF:
             return constant * _stretch_of_reflections(self._directions(self.theta.dtype))
         return constant
 

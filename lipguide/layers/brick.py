@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Brick", "Through", "overtaken", "own_rule", "voucher"]
+__all__ = ["Brick", "Through", "home", "overtaken", "own_rule", "voucher"]
 
 Through = Callable[[nn.Module, float], Any]
 """Takes a part of a module and the constant of its input, and returns the constant of its output."""
@@ -66,6 +66,15 @@ class Brick(nn.Module):
         as they are then; parts, parameters and buffers that the forward uses are there, numbers are not.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what stands for it in plain torch")
+
+
+def home(thing: Any) -> str:
+    """The name of the Python module that a class or a function was written in; "" where it was made in none.
+
+    >>> home(nn.Linear), home(type("Made", (), {"__module__": None}))
+    ('torch.nn.modules.linear', '')
+    """
+    return getattr(thing, "__module__", None) or ""
 
 
 def own_rule(module: nn.Module, name: str) -> Callable[..., Any] | None:
@@ -174,7 +183,7 @@ def _asked_for(kind: type) -> set[str]:
     """The names that the methods of a class ask for, up to torch's own classes."""
     names: set[str] = set()
     for base in kind.__mro__:
-        if not (base.__module__ or "").startswith("torch."):
+        if not home(base).startswith("torch."):
             for value in vars(base).values():
                 function = value.fget if isinstance(value, property) else value
                 if isinstance(function, FunctionType):

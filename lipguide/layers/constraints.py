@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipguide.checks import HALF
 from lipguide.layers.geometry import Geometry
 from lipguide.layers.norms import conv_norm, matrix_norm
 
@@ -304,7 +305,7 @@ class Spectral(Constraint):
         In float64 they stay as exact as float32 was, which is enough where nothing is proved. A layer cast to half
         precision has cast them as well, which is not.
         """
-        if self.waves.dtype in (torch.float16, torch.bfloat16):
+        if self.waves.dtype in HALF:
             return _waves(kernel)
         return torch.view_as_complex(self.waves.to(kernel.dtype))
 

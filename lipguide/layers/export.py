@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from lipguide.layers.affine import plain_circle
-from lipguide.layers.brick import own_rule
+from lipguide.layers.brick import home, own_rule
 
 __all__ = [
     "EveryPartALeaf",
@@ -208,7 +208,7 @@ def _plain(module: nn.Module, path: str, done: dict[nn.Module, nn.Module]) -> nn
             setattr(module, name, _plain(child, f"{path}.{name}".lstrip("."), done))
     circle = plain_circle(module)  # what its hooks refuse is part of its forward
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if (hook.__module__ or "").split(".")[0] == PACKAGE]:
+        for key in [key for key, hook in hooks.items() if home(hook).split(".")[0] == PACKAGE]:
             hooks.pop(key)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     done[module] = _replaced(module, circle, path).eval()
@@ -224,7 +224,7 @@ def _replaced(module: nn.Module, twin: nn.Module | None, path: str) -> nn.Module
         twin = own() if own else module
     if not isinstance(twin, nn.Module):
         raise TypeError(f"plain() of {path or 'the model'} returned a {type(twin).__name__}: it must return a module")
-    if (type(twin).__module__ or "").startswith("torch."):
+    if home(type(twin)).startswith("torch."):
         return twin
     try:  # a forward that only calls its parts and torch can be traced as it stands
         graph = _as_graph(twin, type(module).__name__)
@@ -243,7 +243,7 @@ def _replaced(module: nn.Module, twin: nn.Module | None, path: str) -> nn.Module
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return any((base.__module__ or "").split(".")[0] == PACKAGE for base in type(module).__mro__)
+    return any(home(base).split(".")[0] == PACKAGE for base in type(module).__mro__)
 
 
 class EveryPartALeaf(fx.Tracer):

@@ -40,6 +40,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor, nn
 
+from lipguide.checks import HALF
 from lipguide.layers.constraints import Constraint
 
 __all__ = ["GramScale", "between_frequencies", "diagonal_bound", "off_centre"]
@@ -48,7 +49,6 @@ FLOAT32_ROOM = 2**8  # units of rounding by which V is made smaller
 LEAST_DENSITY = 4  # frequencies of the grid a wavelength
 KEPT, SCANNED = 6, 2  # frequencies that a training step looks at: those that matter, and the next ones of the grid
 WATCHED = KEPT + SCANNED
-HALF = (torch.float16, torch.bfloat16)
 
 
 class GramScale(Constraint):

@@ -12,12 +12,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lipguide.checks import IGNORE, check_binary, class_indices, positives
+from lipguide.checks import HALF, IGNORE, check_binary, class_indices, positives
 from lipguide.distributed import mean_over_ranks, sum_over_ranks
 
 __all__ = ["BinaryLoss", "CategoricalLoss", "Loss", "check_alpha", "check_range", "kantorovich_rubinstein"]
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def check_range(low: float = 0.0, high: float = math.inf, **values: float) -> None:

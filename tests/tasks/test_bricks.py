@@ -1,9 +1,7 @@
 """Networks of seven kinds of brick: each is 1-Lipschitz, and the bricks are the cells of the chapter `frontier`."""
 
 import math
-from pathlib import Path
 
-import jupytext
 import pytest
 import torch
 from torch import nn
@@ -14,8 +12,8 @@ from lipguide.losses import OffsetCrossEntropy
 from lipguide.tasks.classification import bricks
 from lipguide.tasks.classification.bricks import FAMILIES, classifier, parameters, width_for
 from lipguide.training import Supervised, fit
+from tests.book.test_bricks_of_the_frontier import BRICKS
 
-CHAPTER = Path(__file__).resolve().parents[2] / "book" / "frontier.md"
 SIDE = 16
 
 
@@ -66,32 +64,20 @@ def test_reflectors_keep_every_length_whatever_the_condition_of_v(condition):
         torch.testing.assert_close(layer(x).flatten(1).norm(dim=1), x.flatten(1).norm(dim=1), rtol=1e-4, atol=0)
 
 
-def cells():
-    """The classes that the chapter defines, by their names."""
-    notebook = jupytext.read(CHAPTER)
-    names: dict = {}
-    wanted = ("class BlockReflector", "class FrequencyReflector", "class Shift(", "class HalfAbs", "def lipschitz(self")
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and any(what in cell.source for what in wanted):
-            exec(compile(cell.source, str(CHAPTER), "exec"), names)
-    return names
-
-
 def test_the_bricks_are_those_of_the_chapter():
-    theirs = cells()
     torch.manual_seed(0)
     x = torch.randn(2, 16, 6, 6)
     pairs = {
-        "FrequencyReflector": (bricks.FrequencyReflector(16), theirs["FrequencyReflector"](16)),
-        "ShiftBlock": (bricks.ShiftBlock(16, 6), theirs["ShiftBlock"](16, 6)),
-        "Shift": (bricks.Shift(), theirs["Shift"]()),
-        "HalfAbs": (bricks.HalfAbs(), theirs["HalfAbs"]()),
+        "FrequencyReflector": (bricks.FrequencyReflector(16), BRICKS["FrequencyReflector"](16)),
+        "ShiftBlock": (bricks.ShiftBlock(16, 6), BRICKS["ShiftBlock"](16, 6)),
+        "Shift": (bricks.Shift(), BRICKS["Shift"]()),
+        "HalfAbs": (bricks.HalfAbs(), BRICKS["HalfAbs"]()),
     }
     for ours, chapter in pairs.values():
         chapter.load_state_dict(ours.state_dict(), strict=False)  # the chapter's reflector has no bias
         torch.testing.assert_close(ours(x), chapter(x))
     raw = torch.randn(5, 9)
-    torch.testing.assert_close(bricks.BlockReflector()(raw), theirs["BlockReflector"]()(raw))
+    torch.testing.assert_close(bricks.BlockReflector()(raw), BRICKS["BlockReflector"]()(raw))
 
 
 def test_no_width_comes_nearer_to_a_number_of_parameters():

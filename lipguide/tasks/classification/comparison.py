@@ -129,7 +129,7 @@ def compare(
             brick: _summary(found[brick])
             | {"rate": rates[brick], "milliseconds": 1000 * costs[brick][0], "MiB": costs[brick][1]}
             | {
-                "width": runs.width(brick),
+                "width": width_for(brick, plan.parameters),
                 "parameters": found[brick][0]["parameters"],
                 "steps": found[brick][0]["steps"],
             }
@@ -150,12 +150,6 @@ class _Runs:
         self.choose = _data("test", plan.choosing_items, TRAIN_SEED)
         self.judge = _data("test", plan.test_items, TEST_SEED)
         self.facts = {"train": self.train.facts, "chosen on": self.choose.facts, "judged on": self.judge.facts}
-        self.widths: dict[str, int] = {}
-
-    def width(self, brick: str) -> int:
-        if brick not in self.widths:
-            self.widths[brick] = width_for(brick, self.plan.parameters)
-        return self.widths[brick]
 
     def searching(self, brick: str, rate: float) -> dict[str, Any]:
         """A short training, scored on the digits that rates are chosen on."""
@@ -188,7 +182,7 @@ class _Runs:
         return entry
 
     def _trained(self, brick: str, rate: float, seed: int, loss: str, steps: int, data: Data) -> dict[str, Any]:
-        model = _network(brick, self.plan, seed, self.width(brick)).to(self.device)
+        model = _network(brick, self.plan, seed).to(self.device)
         size = parameters(model)
         step = Shifted(Supervised(LOSSES[loss]()))
         began = time.perf_counter()
@@ -201,8 +195,8 @@ class _Runs:
         return {"parameters": size, "seconds": round(seconds, 1), "loss_at_the_end": history[-1]["loss"]} | scores
 
 
-def _network(brick: str, plan: Plan, seed: int, width: int | None = None) -> nn.Sequential:
-    width = width_for(brick, plan.parameters) if width is None else width
+def _network(brick: str, plan: Plan, seed: int) -> nn.Sequential:
+    width = width_for(brick, plan.parameters)
     torch.manual_seed(seed)
     return classifier(brick, width)
 
