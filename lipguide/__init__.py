@@ -15,7 +15,17 @@ if TYPE_CHECKING:  # what `__getattr__` does at run time, for editors and type c
     from lipguide import data, losses, training
     from lipguide.bounds import Unbounded, lipschitz_bound, lipschitz_lower_bound, most_stretched_pair, stretch
     from lipguide.layers.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
-    from lipguide.layers.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
+    from lipguide.layers.affine import (
+        aol,
+        clip,
+        constrain_,
+        frobenius,
+        l2_normalized,
+        near_identity,
+        orthogonal,
+        spectral,
+        unit_rows,
+    )
     from lipguide.layers.blocks import BatchCentering, Concat, PadChannels, Patches, Residual
     from lipguide.layers.export import export
     from lipguide.layers.pooling import (
@@ -36,7 +46,7 @@ __version__ = "0.1.0"
 _OFFERED = {
     "lipguide.bounds": "Unbounded lipschitz_bound lipschitz_lower_bound most_stretched_pair stretch",
     "lipguide.layers.activations": "FullSort GroupSort GroupSort2 Householder MaxMin MaxMinDouble",
-    "lipguide.layers.affine": "aol clip constrain_ frobenius l2_normalized orthogonal spectral unit_rows",
+    "lipguide.layers.affine": "aol clip constrain_ frobenius l2_normalized near_identity orthogonal spectral unit_rows",
     "lipguide.layers.blocks": "BatchCentering Concat PadChannels Patches Residual",
     "lipguide.layers.export": "export",
     "lipguide.layers.pooling": "GlobalAvgPool2d GlobalL2NormPool2d InvertibleDownSampling InvertibleUpSampling "

@@ -31,12 +31,14 @@ __all__ = [
     "constrain_",
     "frobenius",
     "l2_normalized",
+    "near_identity",
     "orthogonal",
     "spectral",
     "unit_rows",
 ]
 
 AFFINE = {nn.Linear, nn.Conv2d, nn.ConvTranspose2d}
+NEAR = 0.1  # of the weight that a layer came with, beside the identity
 
 
 def geometry(layer: nn.Module) -> Geometry | None:
@@ -301,6 +303,36 @@ def orthogonal(layer: nn.Module) -> nn.Module:
             "here; use one of the two"
         )
     return _register(layer, OrthogonalKernel(layer.weight.shape, shape.stride, shape.groups))
+
+
+@torch.no_grad()
+def near_identity(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+    r"""Begin a square layer near the identity, :math:`W = I + W_0 / 10`, with :math:`W_0` the weight that it came with.
+
+    It goes inside a constraint: `lip.spectral(lip.near_identity(conv))` is the linear residual
+    :math:`x + K * x` of Hu et al. (2023) over its norm.
+
+    Args:
+        layer: with as many outputs as inputs, and for a convolution a kernel of odd sides.
+
+    >>> conv = near_identity(nn.Conv2d(4, 4, 3, padding=1, bias=False))
+    >>> x = torch.ones(1, 4, 8, 8)
+    >>> bool((conv(x) - x).norm() < 0.2 * x.norm())
+    True
+    """
+    weight = getattr(layer, "weight", None)
+    if type(layer) not in (nn.Conv2d, nn.Linear) or parametrize.is_parametrized(layer):
+        raise ValueError(
+            f"near_identity begins a plain nn.Conv2d or nn.Linear, not {type(layer).__name__}: call it first"
+        )
+    if weight.shape[0] != weight.shape[1] or any(side % 2 == 0 for side in weight.shape[2:]):
+        raise ValueError(
+            f"no identity has a weight of {'×'.join(map(str, weight.shape))}: take as many outputs as inputs, one "
+            "group and odd kernels"
+        )
+    begin = nn.init.eye_ if weight.dim() == 2 else nn.init.dirac_
+    weight.mul_(NEAR).add_(begin(torch.empty_like(weight)))
+    return layer
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lipguide.layers.activations import GroupSort2
-from lipguide.layers.affine import orthogonal, unit_rows
+from lipguide.layers.affine import near_identity, orthogonal, spectral, unit_rows
 from lipguide.layers.blocks import Residual
 from lipguide.layers.brick import Brick, Through
 from lipguide.layers.sll import SLL, SLLLinear
@@ -145,6 +145,11 @@ class Lipschitz:
         return Residual(branch)
 
     @staticmethod
+    def linear_residual(width: int) -> list[nn.Module]:
+        """x + K ∗ x over its norm, on (N, width, H, W), and its activation."""
+        return [spectral(near_identity(nn.Conv2d(width, width, 3, padding=1))), GroupSort2()]
+
+    @staticmethod
     def sll(width: int) -> nn.Module:
         """A residual block on (N, width, H, W) that ends in no activation."""
         return SLL(width, width, 3, iterations=2)
@@ -184,6 +189,10 @@ class Ordinary(Lipschitz):
     @staticmethod
     def residual(branch: nn.Module) -> nn.Module:
         return OrdinaryBlock(branch)
+
+    @classmethod
+    def linear_residual(cls, width: int) -> list[nn.Module]:
+        return cls.layer(near_identity(nn.Conv2d(width, width, 3, padding=1)))
 
     @classmethod
     def sll(cls, width: int) -> nn.Module:

@@ -17,6 +17,7 @@ from lipguide.layers.affine import (
     constrain_,
     frobenius,
     l2_normalized,
+    near_identity,
     orthogonal,
     spectral,
     unit_rows,
@@ -605,3 +606,31 @@ def test_a_head_with_groups_is_refused(layer):
     for constrain in (unit_rows, lambda layer: constrain_(nn.Sequential(layer), unit_rows)):
         with pytest.raises(ValueError, match="groups=2 is no head for unit_rows.*use groups=1"):
             constrain(copy.deepcopy(layer))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(6, 6), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(5, 5, (1, 3), padding=(0, 1))],
+    ids=["dense", "square", "flat"],
+)
+def test_near_identity_adds_a_tenth_of_the_weight_to_the_identity(layer):
+    before = copy.deepcopy(layer)
+    x = torch.randn(3, 6) if isinstance(layer, nn.Linear) else torch.randn(3, layer.in_channels, 7, 7)
+    before.bias = layer.bias = None
+    torch.testing.assert_close(near_identity(layer)(x), x + before(x) / 10)
+
+
+@pytest.mark.parametrize(
+    "layer, why",
+    [
+        (nn.Linear(6, 5), "5×6"),
+        (nn.Conv2d(4, 4, 3, groups=2), "4×2×3×3"),
+        (nn.Conv2d(4, 4, 2), "4×4×2×2"),
+        (spectral(nn.Linear(6, 6)), "call it first"),
+        (nn.Flatten(), "Flatten"),
+    ],
+    ids=["wide", "groups", "even", "constrained", "no weight"],
+)
+def test_near_identity_refuses_where_there_is_no_identity(layer, why):
+    with pytest.raises(ValueError, match=why):
+        near_identity(layer)

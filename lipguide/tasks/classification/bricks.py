@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipguide.layers.activations import GroupSort2
-from lipguide.layers.affine import aol, orthogonal, spectral, unit_rows
+from lipguide.layers.affine import aol, near_identity, orthogonal, spectral, unit_rows
 from lipguide.layers.brick import Through
 from lipguide.layers.sll import SLL, SLLLinear
 from lipguide.tasks.twins import Centred
@@ -173,13 +173,8 @@ def _sorted(constraint: Constraint) -> Family:
 
 
 def _near_identity(constraint: Constraint) -> Callable[[int, int], list[nn.Module]]:
-    """Blocks whose kernel begins as one pixel kept where it is, and a tenth of torch's random one."""
-
     def block(width: int, side: int) -> list[nn.Module]:
-        conv = nn.Conv2d(width, width, 3, padding=1)
-        with torch.no_grad():
-            conv.weight.mul_(0.1).add_(nn.init.dirac_(torch.empty_like(conv.weight)))
-        return [constraint(conv), GroupSort2()]
+        return [constraint(near_identity(nn.Conv2d(width, width, 3, padding=1))), GroupSort2()]
 
     return block
 

@@ -1,4 +1,4 @@
-"""Classifiers of pictures: a VGG, a ResNet and an SLL network, 1-Lipschitz or as their ordinary twins.
+"""Classifiers of pictures: VGG, ResNet, SLL network and linear residuals, 1-Lipschitz or as their ordinary twins.
 
 `lipguide.tasks.twins` has the layers of both. All halve the picture by 2×2 convolutions of stride 2. A VGG that pools
 by the L2 norm, the guide's first choice, is there to compare.
@@ -16,7 +16,7 @@ from torch import nn
 from lipguide.layers.pooling import ScaledL2NormPool2d
 from lipguide.tasks.twins import Centred, layers_of
 
-__all__ = ["NETWORKS", "SIZES", "build", "check_labels", "resnet", "sll", "vgg"]
+__all__ = ["NETWORKS", "SIZES", "build", "check_labels", "residual", "resnet", "sll", "vgg"]
 
 
 def vgg(
@@ -114,6 +114,34 @@ def sll(
     return nn.Sequential(*layers, make.head(nn.Linear(features, classes)))
 
 
+def residual(
+    widths: Sequence[int] = (32, 64, 128),
+    depth: int = 3,
+    features: int = 128,
+    classes: int = 10,
+    pixels: int = 32,
+    channels: int = 3,
+    lipschitz: bool = True,
+) -> nn.Sequential:
+    """1-Lipschitz network of linear residuals, the best brick of `frontier`, that ends in an SLL block.
+
+    Each size begins with a 2×2 convolution that halves the side. The end is what `lip.certificates.local_radius` looks
+    into. Args as for `vgg`.
+
+    >>> residual()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    make = layers_of(lipschitz)
+    layers: list[nn.Module] = [Centred(channels, len(widths), pixels)]
+    for width in widths:
+        layers += make.layer(nn.Conv2d(channels, width, 2, stride=2, bias=lipschitz))
+        for _ in range(depth):
+            layers += make.linear_residual(width)
+        channels, pixels = width, pixels // 2
+    layers += [nn.Flatten(), *make.sll_dense(nn.Linear(channels * pixels**2, features, bias=lipschitz))]
+    return nn.Sequential(*layers, make.head(nn.Linear(features, classes)))
+
+
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
     "vgg": vgg,
     "pooled-vgg": partial(vgg, pooling=True),
@@ -122,13 +150,16 @@ NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
     "ordinary-resnet": partial(resnet, lipschitz=False),
     "sll": sll,
     "ordinary-sll": partial(sll, lipschitz=False),
+    "residual": residual,
+    "ordinary-residual": partial(residual, lipschitz=False),
 }
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "cpu": {"vgg": {}, "resnet": {}, "sll": {}},  # the functions' own
+    "cpu": {"vgg": {}, "resnet": {}, "sll": {}, "residual": {}},  # the functions' own
     "gpu": {
         "vgg": {"widths": (64, 128, 256), "depth": 3, "features": 1024},
         "resnet": {"widths": (128, 256, 512), "depth": 4, "features": 1024},
         "sll": {"widths": (128, 256, 512), "depth": 5, "features": 1024},
+        "residual": {"widths": (128, 256, 512), "depth": 6, "features": 1024},
     },
 }
 

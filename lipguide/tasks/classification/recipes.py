@@ -111,6 +111,7 @@ RECIPES = {
     "classification-pooled": Recipe("pooled-vgg", steps=5000),
     "classification-resnet": Recipe("resnet", steps=5000),
     "classification-sll": Recipe("sll", steps=4000),
+    "classification-residual": Recipe("residual", steps=12_000),
     "classification-ordinary": Recipe("ordinary-vgg", steps=5000, rate=2e-3),
     "classification-adversarial": Recipe("ordinary-vgg", steps=2500, rate=2e-3, adversary=0.5),
 }
