@@ -115,8 +115,8 @@ def sll(
 
 
 def residual(
-    widths: Sequence[int] = (32, 64, 128),
-    depth: int = 3,
+    widths: Sequence[int] = (24, 48, 96),
+    depth: int = 2,
     features: int = 128,
     classes: int = 10,
     pixels: int = 32,
