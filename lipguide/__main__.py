@@ -1,4 +1,4 @@
-"""The command line: `python -m lipguide` with `build`, `data`, `train`, `study`, `certify`, `why` or `compare`.
+"""The command line: `python -m lipguide` with `build`, `data`, `train`, `study`, `certify`, `why`, `compare`, `losses`.
 
 A command is a function of its options that does its work or raises; here, and nowhere else, an error becomes one line
 and an exit status: 0 well, 1 something failed, 2 wrongly called, 75 not finished when the time of `--minutes` was up,
@@ -101,6 +101,7 @@ def _parser() -> Parser:
     _add_certify(commands)
     _add_why(commands)
     _add_compare(commands)
+    _add_losses(commands)
     return parser
 
 
@@ -183,6 +184,14 @@ def _add_compare(commands: Any) -> None:
     )
     parser = _add(commands, "compare", _compare_bricks, says)
     parser.add_argument("--folder", type=Path, default=Path("study", "compare"), help="runs and record (study/compare)")
+    _add_minutes(parser)
+    _add_device(parser)
+
+
+def _add_losses(commands: Any) -> None:
+    says = "what the dials of a loss do: a small network learns with some thirty settings, each with three seeds"
+    parser = _add(commands, "losses", _losses, says)
+    parser.add_argument("--folder", type=Path, default=Path("study", "losses"), help="runs and record (study/losses)")
     _add_minutes(parser)
     _add_device(parser)
 
@@ -357,12 +366,31 @@ def _compare_bricks(options: argparse.Namespace) -> int:
         write_json(timed, {brick: (spent.seconds, spent.mebibytes) for brick, spent in costs.items()})
     with _progress_on_stdout():
         record = compare(options.folder, json.loads(timed.read_text(encoding="utf-8")), device)
+    print(f"on record: {_with(ledger, record).save()}")
+    return 0
+
+
+def _losses(options: argparse.Namespace) -> int:
+    from lipguide.book.ledger import Ledger
+    from lipguide.distributed import choose_device
+    from lipguide.tasks.classification.dials import sweep
+
+    device = choose_device(options.device)
+    ledger = Ledger("losses", device.type, device.type, 0, folder=options.folder)
+    with _progress_on_stdout():
+        record = sweep(options.folder, device)
+    # What all runs took, also those of an earlier call.
+    print(f"on record: {_with(ledger, record).save(record['seconds'])}")
+    return 0
+
+
+def _with(ledger: Any, record: dict[str, Any]) -> Any:
+    """A ledger with all that a record holds; the data that judged are those behind its numbers."""
     for split in record["data"].values():
         ledger.used(split["name"], split["hash"])
     for what, value in record.items():
         ledger[what] = value
-    print(f"on record: {ledger.save()}")
-    return 0
+    return ledger
 
 
 @contextmanager

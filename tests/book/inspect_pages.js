@@ -44,13 +44,31 @@ function weight(page) {
   return [...resources, ...own].reduce((sum, entry) => sum + entry.encodedBodySize, 0);
 }
 
-async function complaints(page) {
-  if (!query.has("axe")) return [];
-  const script = page.document.createElement("script");
-  script.src = "/axe.min.js";
-  await new Promise((resolve) => { script.onload = resolve; page.document.head.append(script); });
-  const found = await page.axe.run(page.document, { runOnly: ["wcag2a", "wcag2aa"], resultTypes: ["violations"] });
+/** Parts of a page that a reader would have to push sideways. */
+function sideways(page, selector) {
+  const parts = [...page.document.querySelectorAll(selector)];
+  return parts.filter((part) => part.scrollWidth > part.clientWidth + 1).map((part) => part.textContent.slice(0, 40));
+}
+
+async function load(page, script) {
+  const element = page.document.createElement("script");
+  element.src = script;
+  await new Promise((resolve) => { element.onload = resolve; page.document.head.append(element); });
+}
+
+/** What axe finds: all rules in the light, and in the dark those that look at colours. */
+async function complaints(page, theme) {
+  page.document.documentElement.dataset.theme = theme;
+  const rules = theme === "light" ? ["wcag2a", "wcag2aa"] : { type: "rule", values: ["color-contrast", "link-in-text-block"] };
+  const found = await page.axe.run(page.document, { runOnly: rules, resultTypes: ["violations"] });
   return found.violations.map((rule) => `${rule.id}: ${rule.nodes.length}, as ${rule.nodes[0].html.slice(0, 120)}`);
+}
+
+/** Colours change at once, so that nobody has to wait until they have faded over. */
+function still(page) {
+  const style = page.document.createElement("style");
+  style.textContent = "*, *::before, *::after { transition: none !important; animation: none !important }";
+  page.document.head.append(style);
 }
 
 async function inspect(path) {
@@ -65,11 +83,11 @@ async function inspect(path) {
     report.weight = weight(page);
     report.errors = page.complaintsOfThisPage;
     report.failed = page.document.querySelectorAll("mjx-merror").length;
-    if (width === WIDTHS[0]) continue;
-    for (const theme of ["light", "dark"]) {
-      page.document.documentElement.dataset.theme = theme;
-      await pause(300); // colours fade over
-      report.axe[theme] = await complaints(page);
+    if (width === WIDTHS[0]) report.sideways = sideways(page, ".guidelines td, .guidelines :has(> table)");
+    else if (query.has("axe")) {
+      still(page);
+      await load(page, "/axe.min.js");
+      for (const theme of ["light", "dark"]) report.axe[theme] = await complaints(page, theme);
     }
   }
   document.body.replaceChildren();
@@ -77,9 +95,9 @@ async function inspect(path) {
 }
 
 async function all() {
-  const pages = await (await fetch("/pages.json")).json();
-  for (const path of pages) {
-    await fetch("/report", { method: "POST", body: JSON.stringify(await inspect(path)) });
+  let page;
+  while ((page = await (await fetch("/next.json")).json())) {
+    await fetch("/report", { method: "POST", body: JSON.stringify(await inspect(page)) });
   }
   await fetch("/report", { method: "POST", body: "done" });
 }

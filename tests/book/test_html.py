@@ -46,7 +46,9 @@ def read():
 
 @pytest.fixture(scope="module")
 def seen():
-    return {report["path"]: report for report in inspect(HTML, AXE if AXE.exists() else None)}
+    reports = {report["path"]: report for report in inspect(HTML, AXE if AXE.exists() else None)}
+    assert set(reports) == {f"/book/{path.name}" for path in PAGES}
+    return reports
 
 
 def test_links_lead_somewhere(read):
@@ -116,6 +118,11 @@ def test_no_result_is_an_echoed_dict():
 @in_browser
 def test_nothing_sticks_out_of_the_page(seen):
     assert not {path: report["overflow"] for path, report in seen.items() if max(report["overflow"].values()) > 0}
+
+
+@in_browser
+def test_the_guide_at_a_glance_is_read_on_a_phone_without_pushing(seen):
+    assert seen["/book/guidelines.html"]["sideways"] == []
 
 
 @in_browser

@@ -9,7 +9,6 @@ Every run leaves a file in the folder, and the same command goes on where it was
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -22,13 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipguide import deadline
-from lipguide.files import write_json
 from lipguide.layers.export import without_parametrizations
 from lipguide.losses import EMMA, LogitAnnealing, OffsetCrossEntropy
 from lipguide.tasks.classification.bricks import FAMILIES, classifier, parameters, width_for
-from lipguide.tasks.classification.data import pictures
 from lipguide.tasks.classification.recipes import Recipe, measure
+from lipguide.tasks.classification.runs import house_digits, once, spread
 from lipguide.tasks.task import Data
 from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED
 from lipguide.training import Shifted, Supervised, adam, fit
@@ -146,9 +143,9 @@ class _Runs:
 
     def __init__(self, folder: Path, plan: Plan, seconds: Mapping[str, float], device: torch.device) -> None:
         self.folder, self.plan, self.seconds, self.device = folder, plan, seconds, device
-        self.train = _data("train", plan.train_items, TRAIN_SEED)
-        self.choose = _data("test", plan.choosing_items, TRAIN_SEED)
-        self.judge = _data("test", plan.test_items, TEST_SEED)
+        self.train = house_digits("train", plan.train_items, TRAIN_SEED)
+        self.choose = house_digits("test", plan.choosing_items, TRAIN_SEED)
+        self.judge = house_digits("test", plan.test_items, TEST_SEED)
         self.facts = {"train": self.train.facts, "chosen on": self.choose.facts, "judged on": self.judge.facts}
 
     def searching(self, brick: str, rate: float) -> dict[str, Any]:
@@ -163,21 +160,10 @@ class _Runs:
         self, name: str, brick: str, rate: float, seed: int, loss: str, seconds: float, data: Data
     ) -> dict[str, Any]:
         path = self.folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-        wanted = {
-            "brick": brick,
-            "rate": rate,
-            "seed": seed,
-            "loss": loss,
-            "steps": round(seconds / self.seconds[brick]),
-        }
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if any(kept[key] != value for key, value in wanted.items()):
-                raise ValueError(f"{path} was made by another run ({wanted} here): move it away or name another folder")
-            return kept
-        deadline.check(f"{name} has not been begun")
-        entry = wanted | self._trained(brick, rate, seed, loss, wanted["steps"], data)
-        write_json(path, entry)
+        steps = round(seconds / self.seconds[brick])
+        wanted = {"brick": brick, "rate": rate, "seed": seed, "loss": loss, "steps": steps}
+        wanted |= {"learned": self.train.hash, "judged": data.hash}
+        entry = once(path, wanted, lambda: self._trained(brick, rate, seed, loss, steps, data))
         logger.info("%s: clean %.3f, certified %s", name, entry["accuracy"], entry["certified"])
         return entry
 
@@ -201,10 +187,6 @@ def _network(brick: str, plan: Plan, seed: int) -> nn.Sequential:
     return classifier(brick, width)
 
 
-def _data(split: str, items: int | None, seed: int) -> Data:
-    return Data.named("house-numbers", *pictures("house-numbers", split, items, seed))
-
-
 def _at(entry: dict[str, Any], radius: float = ASKED) -> float:
     """What is certified at a radius, in per cent."""
     return 100 * next(share for at, share in entry["certified"] if abs(at - radius) < 1e-5)
@@ -224,9 +206,5 @@ def _searched(runs: _Runs, brick: str, rate: float) -> float:
 
 def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean over the seeds in per cent, and from the least to the largest."""
-    columns = {"clean": [100 * entry["accuracy"] for entry in entries]}
-    columns |= {f"{k}/255": [_at(entry, k / 255) for entry in entries] for k in (36, 72, 108)}
-    return {
-        name: {"mean": statistics.mean(values), "least": min(values), "most": max(values)}
-        for name, values in columns.items()
-    }
+    clean = spread([100 * entry["accuracy"] for entry in entries])
+    return {"clean": clean} | {f"{k}/255": spread([_at(entry, k / 255) for entry in entries]) for k in (36, 72, 108)}
