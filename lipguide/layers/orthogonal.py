@@ -28,6 +28,7 @@ __all__ = ["OrthogonalKernel", "OrthogonalMatrix", "orthonormal", "orthonormal_b
 BY_PRODUCTS = {"cuda"}  # devices on which many small kernels cost more than a few large products
 # Of the Gram matrix, in units of its trace: none of its eigenvalues is lost to the rounding of float64.
 SHIFT = 2.0**-46
+ORTHONORMAL = 1e-5  # from the identity, entries of a Gram matrix that float32 has rounded
 
 
 def orthonormal(raw: Tensor) -> Tensor:
@@ -102,6 +103,11 @@ def polar(weight: Tensor) -> Tensor:
     return (u @ vh).to(weight.dtype)
 
 
+def _are_orthonormal(columns: Tensor) -> bool:
+    gram = columns.mT @ columns
+    return bool((gram - torch.eye(gram.shape[-1]).to(gram)).abs().max() < ORTHONORMAL)
+
+
 def _orthonormal_in(constraint: Constraint, raw: Tensor) -> Tensor:
     """By products where that is faster, but only in training."""
     if constraint.training and raw.device.type in BY_PRODUCTS:
@@ -155,16 +161,25 @@ class OrthogonalKernel(Constraint):
         return self.stride, self.groups, self.outputs, self.inputs, tuple(self.axes)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """R is the block of the weight's first taps; all else is drawn."""
+        """R is the block of the weight's first taps; all else is drawn.
+
+        A kernel without shifts is kept as it is if it is orthogonal already: then L puts the inputs first, and what is
+        drawn for R is at right angles to the kernel.
+        """
         weight_at_one = at_scale_one(exact(weight))
         kernel = weight_at_one.unflatten(0, (self.groups, -1))  # (groups, outputs, inputs, k₁, k₂)
-        ending = self._first_ending(kernel)  # (groups, outputs, middle, s₁, s₂)
-        raw = [polar(ending.flatten(2))]
+        ending = self._first_ending(kernel).flatten(2)  # (groups, outputs, middle · s₁ · s₂)
+        columns = exact(weight).unflatten(0, (self.groups, -1)).flatten(2)
+        kept = self.lifts and not self.shifts and _are_orthonormal(columns)
+        if kept:
+            others = ending[..., columns.shape[2] :]
+            ending = torch.cat([columns, others - columns @ (columns.mT @ others)], 2)
+        raw = [polar(ending)]
         if self.shifts:
             raw.append(_drawn(weight, self.groups, len(self.axes), self.middle, self.rank))
         if self.lifts:
             lift = _drawn(weight, self.groups, self.middle, self.inputs)
-            raw.append(polar(lift))
+            raw.append(torch.eye(*lift.shape[1:]).to(lift).expand_as(lift).clone() if kept else polar(lift))
         return tuple(part.to(weight.dtype) for part in raw)
 
     def _first_ending(self, kernel: Tensor) -> Tensor:

@@ -138,3 +138,28 @@ def test_only_training_goes_by_products(make, monkeypatch):
     trained = layer.train().weight.detach()
     assert not torch.equal(trained, proved)
     torch.testing.assert_close(trained, proved, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(3, 24, 2, stride=2),
+        lambda: nn.Conv2d(3, 24, 1),
+        lambda: nn.Conv2d(3, 12, 2, stride=2),
+        lambda: nn.Conv2d(6, 4, 2, stride=2),
+        lambda: nn.Conv2d(4, 40, (1, 3), stride=(1, 3), groups=2),
+        lambda: nn.ConvTranspose2d(24, 3, 2, stride=2),
+        lambda: nn.Linear(5, 24),
+    ],
+    ids=["lifted", "lifted, 1×1", "square", "wide", "groups", "transposed", "dense"],
+)
+def test_an_orthogonal_weight_of_one_block_is_kept_as_it_is(make):
+    """What one layer has learnt can be given to another: also where there are more outputs than a block has values."""
+    torch.manual_seed(0)
+    learnt, other = orthogonal(make()), orthogonal(make())
+    with torch.no_grad():
+        for raw in learnt.parametrizations.weight.parameters():
+            raw.add_(torch.randn_like(raw))
+    weight = learnt.weight.detach().clone()
+    other.weight = weight
+    torch.testing.assert_close(other.eval().weight, weight, atol=2e-6, rtol=0)
