@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ["train", "classification-vgg"],
     "study": ["study"],
     "why": ["why"],
+    "losses": ["losses"],
 }
 
 
