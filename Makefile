@@ -14,9 +14,10 @@ ATTACKS := adv-lib==0.2.8
 book: setup
 	$(BIN)/python -m lipguide build --profile $(PROFILE) --device $(DEVICE) $(if $(MINUTES),--minutes $(MINUTES))
 
-# What PROFILE=full runs, at the size of a CPU and in a copy: seen to run before a GPU is asked for.
+# What PROFILE=full runs, at the size of a CPU and in a copy: seen to run before a GPU is asked for. DEVICE=cuda is a GPU
+# that is not there.
 rehearse: setup
-	$(BIN)/python -m tests.book.rehearsal $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python -m tests.book.rehearsal --device $(DEVICE) $(if $(MINUTES),--minutes $(MINUTES))
 
 # Read it at http://localhost:8000: opened as a file, a browser refuses the excerpts of search results.
 serve:

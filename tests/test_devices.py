@@ -1,13 +1,19 @@
 """What a GPU may not change: the same tests on the CPU, which always run, and on CUDA where there is a device.
 
-The first thing to run on a machine with a GPU: `python -m pytest tests/test_devices.py`.
+The first thing to run on a machine with a GPU: `python -m pytest tests/test_devices.py`. Without one the last test runs
+all others in a process with a GPU that is not there.
 """
 
 import copy
 import io
+import os
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,13 +29,19 @@ from lipguide.layers.orthogonal import orthonormal, orthonormal_by_products
 from lipguide.layers.sll import SLL, SLLLinear
 from lipguide.robustness.attacks import pgd_l2
 from lipguide.tasks.detection.boxes import Targets, check_targets, pad_targets
-from lipguide.tasks.detection.certificates import answers, certify
+from lipguide.tasks.detection.certificates import answers, certify, hunt
 from lipguide.tasks.detection.configurations import l2_normalised, naive, spectral_norm, standard_conv
 from lipguide.tasks.detection.losses import DetectionStep
 from lipguide.tasks.detection.reader import Detector
 from lipguide.tasks.detection.scores import detections, on_cpu, score
+from lipguide.tasks.detection.sure import rates, surely_found
+from lipguide.tasks.detection.unlearnt import unlearnt
+from lipguide.tasks.harness import recipe_of
+from lipguide.tasks.task import Data, Recipe
 from lipguide.training import Supervised, adam, fit
 from tests.layers.test_cost import READS
+from tests.tasks.detection.certificates.test_hunt import Toy as Prey
+from tests.tasks.detection.certificates.test_hunt import scenes as prey
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -153,6 +165,45 @@ def test_a_training_step_of_a_detector_never_waits(name, device):
     assert again.isfinite()
 
 
+# One recipe of each kind of network and loss, and how often its step may wait.
+STEPS = {
+    "classification-vgg": 0,
+    "classification-resnet": 0,
+    "classification-sll": 0,
+    "segmentation-unet": 0,
+    "detection-fcos": 0,
+    "detection-ordinary-fcos": 0,
+    "detection-reader": 1,
+}
+
+
+def batch_for(name: str, recipe: Recipe) -> tuple[torch.Tensor, ...]:
+    if name.startswith("detection"):
+        images, *targets = scenes(2, "cpu")
+        return (255 * images).byte(), *targets
+    if name.startswith("segmentation"):
+        return torch.rand(2, 3, recipe.pixels, recipe.pixels), torch.randint(2, (2, recipe.pixels, recipe.pixels))
+    return torch.rand(2, 3, 32, 32), torch.randint(10, (2,))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on the CPU losses look at the labels in each step")
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step_of_a_recipe_hardly_waits(name):
+    task, recipe = recipe_of(name)
+    columns = batch_for(name, recipe)
+    model = task.network(recipe).to("cuda").train()
+    step = task.step(model, recipe, Data("two samples", columns, "")).to("cuda")
+    batch = tuple(column.to("cuda") for column in columns)
+    step(model, batch).backward()  # what is made once only may wait
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step(model, batch).backward()
+    torch.cuda.set_sync_debug_mode("default")
+    waits = [str(one.message) for one in caught if "synchronizing" in str(one.message)]
+    assert len(waits) <= STEPS[name], waits
+
+
 def classifier() -> nn.Sequential:
     return nn.Sequential(
         orthogonal(nn.Conv2d(3, 8, 3, padding=1)), GroupSort2(), SLL(8, 8, 3), nn.Flatten(), spectral(nn.Linear(288, 4))
@@ -207,3 +258,64 @@ def test_detections_scores_and_certificates_are_those_of_the_cpu(device):
     (scores, recall, heights), (their_scores, their_recall, their_heights) = results
     assert torch.allclose(scores, their_scores, atol=1e-4)
     assert recall == their_recall and torch.allclose(heights, their_heights, atol=1e-3)
+
+
+def test_a_certificate_is_hunted_where_the_model_is(device):
+    model = Prey().eval()
+    images, targets = prey(model, 30)
+    model.to(device)
+    images, targets = images.to(device), Targets(*(part.to(device) for part in targets))
+    certificate = certify(answers(model, images), targets, 0.02)
+    found = hunt(model, images, targets, certificate, steps=2)
+    assert found.hunted > 0 and sum(found.fallen.values()) == found.overrun == 0
+
+
+def test_what_is_surely_found_is_that_of_the_cpu(device):
+    model, (images, *targets) = unlearnt("sll", width=4).eval(), scenes(1, "cpu")
+    there = Targets(*(part.to(device) for part in targets))
+    moved = copy.deepcopy(model).to(device)
+    ours, theirs = rates(moved), rates(model)
+    assert torch.allclose(ours.gaps, theirs.gaps) and torch.allclose(ours.offsets, theirs.offsets)
+    shares = surely_found(model, theirs, images, Targets(*targets), 0.0)
+    assert surely_found(moved, ours, images.to(device), there, 0.0) == shares
+
+
+class Rounding(nn.Module):
+    """Says under which of torch's switches it was called."""
+
+    def forward(self, x):
+        backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        self.seen = [backend.fp32_precision for backend in backends] + [torch.is_autocast_enabled(x.device.type)]
+        return x
+
+
+def test_a_certificate_is_of_float32_whatever_torch_may_round(device):
+    model = Detector((8, 8, 8), 16).eval().to(device)
+    model.brightless = Rounding().eval()
+    before = torch.backends.cudnn.conv.fp32_precision
+    with torch.autocast(device, torch.bfloat16):
+        answers(model, scenes(1, device)[0])
+    assert model.brightless.seen == ["ieee", "ieee", "ieee", False]
+    assert torch.backends.cudnn.conv.fp32_precision == before == "tf32"
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests above have run on a GPU")
+def test_all_of_this_on_a_gpu_that_is_not_there():
+    command = [
+        sys.executable,
+        "-m",
+        "tests.pretended",
+        "pytest",
+        __file__,
+        "-k",
+        "cuda or recipe",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout

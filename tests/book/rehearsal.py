@@ -1,10 +1,11 @@
 """The profile `full` rehearsed on a CPU: every chapter's own code, with sizes that take minutes.
 
-    python -m tests.book.rehearsal [CHAPTER ...] [--minutes N]
+    python -m tests.book.rehearsal [CHAPTER ...] [--minutes N] [--device cuda]
 
-copies the checkout to _build/rehearsal and runs `python -m lipguide build --profile full --device cpu` there, so what a
-GPU will run is seen to run, and neither ledgers nor weights of the checkout are touched. The same command goes on where
-it was stopped. Its numbers mean nothing.
+copies the checkout to _build/rehearsal and runs `python -m lipguide build --profile full` there, so what a GPU will run
+is seen to run, and neither ledgers nor weights of the checkout are touched. The same command goes on where it was
+stopped. Its numbers mean nothing. "cuda" is a GPU that is not there (`tests.pretended`): it costs twice the time, and
+stops at tensors that a real one would not take together.
 
 What is smaller: numbers of a chapter are those of `quick` where these are smaller (`Smaller`); the synthetic data are a
 hundred scenes; a recipe that ends in "-full" trains a few steps a network of the size that ships, and then hands over
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "_build" / "rehearsal"
 STARTUP = "from tests.book.rehearsal import begin\n\nbegin(get_ipython())\n"
+DEVICE = "LIPGUIDE_REHEARSED"  # says to the kernels on which device
 SCENES = {"train": 160, "test": 80}  # of the synthetic data, where a chapter asks for all
 DATA = ("house-numbers", "svhn", "cifar10")
+LIFE = ExitStack()  # of a kernel
 SIZES = ("size", "width", "widths")  # fields of recipes that say how large a network is
 
 
@@ -37,15 +41,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.book.rehearsal", description=__doc__.splitlines()[0])
     parser.add_argument("chapters", nargs="*", metavar="CHAPTER", help="these alone")
     parser.add_argument("--minutes", help="stop before they are over, as `python -m lipguide build` does")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: one that is not there")
     options = parser.parse_args(arguments)
     copy_checkout(ROOT, COPY)
     startup = COPY / "_build" / "ipython" / "profile_default" / "startup" / "rehearsal.py"
     startup.parent.mkdir(parents=True, exist_ok=True)
     startup.write_text(STARTUP, encoding="utf-8")
-    command = [sys.executable, "-m", "lipguide", "build", "--profile", "full", "--device", "cpu"]
+    module = ["lipguide"] if options.device == "cpu" else ["tests.pretended", "lipguide"]
+    command = [sys.executable, "-m", *module, "build", "--profile", "full", "--device", options.device]
     command += ["--only", *options.chapters] if options.chapters else []
     command += ["--minutes", options.minutes] if options.minutes else []
-    environment = os.environ | {"PYTHONPATH": str(COPY), "IPYTHONDIR": str(startup.parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(COPY), "IPYTHONDIR": str(startup.parents[2]), DEVICE: options.device}
     os.chdir(COPY)
     os.execve(sys.executable, command, environment)
 
@@ -70,10 +76,19 @@ def begin(shell: Any) -> None:
 
     def before_the_first_cell(_: Any) -> None:
         shell.events.unregister("pre_run_cell", before_the_first_cell)
+        if os.environ[DEVICE] == "cuda":
+            begin_to_pretend()
         shrink_data()
         shrink_trainings()
 
     shell.events.register("pre_run_cell", before_the_first_cell)
+
+
+def begin_to_pretend() -> None:
+    """A GPU, until this kernel ends."""
+    from tests.pretended import pretended
+
+    LIFE.enter_context(pretended())
 
 
 class Smaller(ast.NodeTransformer):

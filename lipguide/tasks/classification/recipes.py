@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.checks import decisions
 from lipguide.losses import OffsetCrossEntropy
+from lipguide.precision import full_precision
 from lipguide.robustness import attacks
 from lipguide.robustness.certificates import certified_accuracy, checked_logits
 from lipguide.tasks import task
@@ -97,7 +98,7 @@ def measure(model: nn.Sequential, recipe: Recipe, data: task.Data) -> dict[str, 
         return {"accuracy": (decisions(logits) == labels).double().mean().item()}
     rows = model[-1].weight
     trunk = lipschitz_bound(model[:-1].eval(), tuple(images.shape[1:])).value
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with full_precision():
         logits = checked_logits(model, images.to(device), trunk, rows).cpu()
     accuracy = (decisions(logits) == labels).double().mean().item()
     radii = [36 / 255, 72 / 255, 108 / 255, 0.5]

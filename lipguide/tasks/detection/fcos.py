@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from lipguide.distributed import mean_over_ranks
 from lipguide.layers.affine import orthogonal, unit_rows
@@ -25,6 +25,7 @@ from lipguide.tasks.detection.losses import check_output
 __all__ = ["FCOS", "Brightless", "FCOSLoss", "FCOSOutput", "assign", "fcos", "ordinary_fcos"]
 
 SIDE = 18  # cells of the map, for pictures of 74 pixels
+TINY = 1e-7  # added to areas that are divided by
 RARE = 0.01  # probability of an object at the start, as the focal loss wants it
 
 
@@ -120,6 +121,21 @@ def assign(targets: Targets, centres: Tensor, classes: int = 10, radius: float =
     return found, boxes.gather(1, owner[..., None].expand(-1, -1, 4))
 
 
+def _giou_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """1 − GIoU of boxes (…, 4), (…): torchvision's `generalized_box_iou_loss`, which takes a part by a mask and so
+    waits for a GPU."""
+    left, top, right, bottom = found.unbind(-1)
+    left0, top0, right0, bottom0 = wanted.unbind(-1)
+    width = torch.minimum(right, right0) - torch.maximum(left, left0)
+    height = torch.minimum(bottom, bottom0) - torch.maximum(top, top0)
+    both = torch.where((width > 0) & (height > 0), width * height, 0.0)
+    union = (right - left) * (bottom - top) + (right0 - left0) * (bottom0 - top0) - both
+    across = torch.maximum(right, right0) - torch.minimum(left, left0)
+    along = torch.maximum(bottom, bottom0) - torch.minimum(top, top0)
+    hull = across * along
+    return 1 - (both / (union + TINY) - (hull - union) / (hull + TINY))
+
+
 class FCOSLoss(nn.Module):
     r"""Focal loss at temperature τ, divided by it, GIoU and centerness, each a mean over the positives.
 
@@ -151,7 +167,7 @@ class FCOSLoss(nn.Module):
         found = _boxes(self.centres, sides)
         # Where there is no object, a box stands in that is right: it adds nothing and its gradient is finite.
         wanted = torch.where(positive[..., None], boxes, found.detach())
-        giou = generalized_box_iou_loss(found, wanted) * positive
+        giou = _giou_loss(found, wanted) * positive
         middle = F.binary_cross_entropy_with_logits(centerness, self._centerness(wanted), reduction="none") * positive
         scene = focal + (giou + middle).sum(1)
         count = positive.sum(1)

@@ -37,15 +37,18 @@ class Multibox(nn.Module):
     """
 
     priors: Tensor
+    anything: Tensor
 
     def __init__(
         self, priors: Tensor, negatives: int = 3, per_prior: nn.Module | None = None, reduction: str = "mean"
     ) -> None:
         super().__init__()
-        encode(priors.new_tensor([0.0, 0.0, 1.0, 1.0]), priors)  # refuses priors without area, once for all
+        anything = priors.new_tensor([0.0, 0.0, 1.0, 1.0])
+        encode(anything, priors)  # refuses priors without area, once for all
         if reduction not in ("mean", "none"):
             raise ValueError(f'reduction must be "mean" or "none", not {reduction!r}')
         self.register_buffer("priors", priors.clone(), persistent=False)
+        self.register_buffer("anything", anything, persistent=False)  # made here: in a step a GPU would be waited for
         self.negatives = whole("negatives", negatives, "that many stand beside each positive", least=0)
         self.reduction = reduction
         self.per_prior = per_prior or nn.CrossEntropyLoss(reduction="none")
@@ -58,16 +61,12 @@ class Multibox(nn.Module):
         positive = classes != background
         values = self.per_prior(single(logits).mT, classes)
         kept = positive | self._hard(values.detach(), positive)
-        wanted = offsets(torch.where(positive[..., None], boxes, self._anything), self.priors)
+        wanted = offsets(torch.where(positive[..., None], boxes, self.anything), self.priors)
         distance = F.l1_loss(single(said), wanted, reduction="none").mean(2)
         scene = (values * kept + distance * positive).sum(1)
         if self.reduction == "none":
             return scene / positive.sum(1).clamp(min=1)
         return mean_over_ranks(scene.sum(), positive.sum(), logits)
-
-    @property
-    def _anything(self) -> Tensor:
-        return self.priors.new_tensor([0.0, 0.0, 1.0, 1.0])
 
     def _hard(self, values: Tensor, positive: Tensor) -> Tensor:
         """The `negatives` · positives negatives of each scene that have the largest values."""

@@ -15,6 +15,7 @@ the picture, as a function of which all norms here are taken:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from lipguide.bounds.network import lipschitz_bound
 from lipguide.distributed import mean_over_ranks
 from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import orthogonal, unit_rows
-from lipguide.tasks.detection.boxes import NOTHING, Targets, check_targets, single, unit_range
+from lipguide.tasks.detection.boxes import NOTHING, Checked, Targets, check_targets, single, unit_range
 from lipguide.tasks.detection.certificates.overlap import overlap
 from lipguide.tasks.detection.decision import peaks, radii, rivals
 from lipguide.tasks.detection.fcos import Brightless
@@ -169,14 +170,16 @@ class Detector(nn.Module):
         return ReaderLoss(self, reduction)
 
 
-def places(canvas: Canvas, step: int, moved: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
+def places(
+    canvas: Canvas, step: int, moved: tuple[int, int] = (0, 0), device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Centres (P, 2) of the windows of one level, and (P,) its side; see `Detector.places`."""
     down, right = moved
-    y = torch.arange(0, canvas.height - WINDOW + 1, step) + WINDOW / 2 - canvas.above - down
-    x = torch.arange(0, canvas.width - WINDOW + 1, step) + WINDOW / 2 - canvas.before - right
+    y = torch.arange(0, canvas.height - WINDOW + 1, step, device=device) + WINDOW / 2 - canvas.above - down
+    x = torch.arange(0, canvas.width - WINDOW + 1, step, device=device) + WINDOW / 2 - canvas.before - right
     y, x = torch.meshgrid(y, x, indexing="ij")
     centres = torch.stack([x, y], -1).flatten(0, 1) / canvas.side
-    return centres, torch.full((len(centres),), float(canvas.side))
+    return centres, torch.full((len(centres),), float(canvas.side), device=device)
 
 
 def _layer(convolution: nn.Conv2d) -> list[nn.Module]:
@@ -184,7 +187,14 @@ def _layer(convolution: nn.Conv2d) -> list[nn.Module]:
 
 
 def _expected(like: Tensor) -> Tensor:
-    return like.new_tensor([-WIDTH / 2, -HEIGHT / 2, WIDTH / 2, HEIGHT / 2])
+    return _expected_on(like.device, like.dtype)
+
+
+@lru_cache
+def _expected_on(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Kept: who brings numbers to a GPU waits for it."""
+    with torch.inference_mode(False):  # else no gradient would go past it
+        return torch.tensor([-WIDTH / 2, -HEIGHT / 2, WIDTH / 2, HEIGHT / 2], device=device, dtype=dtype)
 
 
 class Assigned(NamedTuple):
@@ -276,9 +286,11 @@ class ReaderLoss(nn.Module):
         return self.reach * sides + _expected(sides)
 
     def _hard(self, values: Tensor, speaks: Tensor) -> Tensor:
-        """The hardest windows elsewhere."""
-        count = min(self.negatives * max(int(speaks.sum()), 8), len(values))
-        return values >= values.topk(count).values[-1].clamp(min=0)
+        """The hardest windows elsewhere. How many they are is not asked of the device."""
+        count = (self.negatives * speaks.sum().clamp(min=8)).clamp(max=len(values))
+        falling = values.sort(descending=True).values
+        least = falling.index_select(0, count[None] - 1)
+        return values >= least.clamp(min=0)
 
 
 class ReaderStep(nn.Module):
@@ -286,32 +298,45 @@ class ReaderStep(nn.Module):
 
     Each scene is read on the levels on which one of its digits has about the size that the reader expects, and on each
     other one with a probability of `elsewhere`: what stands there is nothing, and half of the work. Each batch lies
-    elsewhere on the canvases, so that every place is learnt.
+    elsewhere on the canvases, so that every place is learnt. A step waits for a GPU once, for the number of scenes that
+    each level reads.
+
+    Args:
+        loss: of the windows.
+        elsewhere: a probability.
+        known: as `DetectionStep` takes it.
     """
 
-    def __init__(self, loss: ReaderLoss, elsewhere: float = 0.1) -> None:
+    def __init__(self, loss: ReaderLoss, elsewhere: float = 0.1, known: Checked | None = None) -> None:
         super().__init__()
         self.loss, self.elsewhere = loss, elsewhere
+        self.classes = None if known is None else known.classes
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         images, boxes, labels = batch
+        targets = check_targets(Targets(boxes, labels)) if self.classes is None else Checked(*batch[1:], self.classes)
         images = model.brightless(unit_range(images))
         moved = tuple(torch.randint(-CELL // 4, CELL // 4, (2,)).tolist())
         windows: list[list[Tensor]] = []
         with parametrize.cached():
-            for number, canvas in enumerate(model.canvases):
-                chosen = self._suited(boxes, labels, canvas.side)
-                if not chosen.any():
+            for number, chosen in enumerate(self._chosen(model, targets)):
+                if not len(chosen):
                     continue
                 features = model.features(images[chosen], number, True, moved)
-                centres, sides = places(canvas, CELL // 2, moved)
-                centres, sides = centres.to(images.device), sides.to(images.device)
-                wanted = assign(Targets(boxes[chosen], labels[chosen]), centres, sides, model.reach)
+                centres, sides = places(model.canvases[number], CELL // 2, moved, images.device)
+                wanted = assign(targets.part(chosen), centres, sides, model.reach)
                 parts = [model.class_head(features), model.box_head(features), *wanted]
                 windows.append([part.flatten(0, 1) for part in parts])
             together = [torch.cat(parts) for parts in zip(*windows, strict=True)]
         values, speaks = self.loss.of_windows(*(single(part) for part in together[:2]), *together[2:])
         return mean_over_ranks(values.sum(), speaks.sum(), values)
+
+    def _chosen(self, model: nn.Module, targets: Targets) -> list[Tensor]:
+        """For each level the scenes that are read on it, in order."""
+        suited = torch.stack([self._suited(*targets, canvas.side) for canvas in model.canvases])  # (levels, N)
+        in_front = (~suited).to(torch.uint8).argsort(dim=1, stable=True)
+        counts = suited.sum(1).tolist()
+        return [order[:count] for order, count in zip(in_front, counts, strict=True)]
 
     def _suited(self, boxes: Tensor, labels: Tensor, side: int) -> Tensor:
         """(N,): which scenes are read on a level."""

@@ -124,7 +124,8 @@ class Reading(Recipe):
 
     def training_step(self, model: Detector, data: task.Data) -> ReaderStep:
         """The step of a reader, which looks for its targets on the levels itself."""
-        return ReaderStep(model.training_loss())
+        _, boxes, labels = data.columns
+        return ReaderStep(model.training_loss(), known=check_targets(Targets(boxes, labels)))
 
     def take_over(self, model: Detector, weights: nn.Module) -> None:
         """Begin with those of another reader, or with a classifier of single digits."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.layers.export import without_parametrizations
+from lipguide.precision import full_precision
 from lipguide.robustness.certificates.radii import slopes
 from lipguide.tasks.detection.boxes import CENTRE, NOTHING, SIZE, Targets, check_targets
 from lipguide.tasks.detection.certificates.answers import ROUNDING
@@ -35,8 +36,8 @@ __all__ = ["Rates", "rates", "surely_found"]
 
 
 class Rates(NamedTuple):
-    """How fast each prior's answers can move. gaps: (P, C + 1, C + 1), of the difference of two logits; offsets: (P,),
-    of the four offsets as one vector."""
+    """How fast each prior's answers can move, on the CPU. gaps: (P, C + 1, C + 1), of the difference of two logits;
+    offsets: (P,), of the four offsets as one vector."""
 
     gaps: Tensor
     offsets: Tensor
@@ -51,7 +52,7 @@ def rates(model: TinierSSD) -> Rates:
     >>> tuple(found.gaps.shape), tuple(found.offsets.shape), bool((found.offsets <= 1.001).all())
     ((1700, 11, 11), (1700,), True)
     """
-    plain = without_parametrizations(model)
+    plain = without_parametrizations(model).cpu()
     gaps, offsets = [], []
     trunk, shape = 1.0, (3, PICTURE, PICTURE)
     for stage, *heads in zip(plain.stages, plain.class_heads, plain.box_heads, strict=True):
@@ -75,11 +76,13 @@ def surely_found(model: TinierSSD, speeds: Rates, images: Tensor, targets: Targe
         speeds: the model's `rates`.
         images: (N, 3, 74, 74) in [0, 1].
     """
-    boxes, labels = check_targets(targets, classes=model.classes)
+    boxes, labels = (part.cpu() for part in check_targets(targets, classes=model.classes))
+    model, images = without_parametrizations(model).cpu(), images.cpu()
     before, after = [], []
     for scene, (own, things) in enumerate(zip(boxes, labels, strict=True)):
         there = things != NOTHING
-        output = model(images[scene : scene + 1])
+        with full_precision():
+            output = model(images[scene : scene + 1])
         found = _found(model, output, speeds, own[there], things[there], eps)
         before.append(found[0])
         after.append(found[1])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lipguide import losses
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.checks import decisions
+from lipguide.precision import full_precision
 from lipguide.robustness.certificates import certified_miou, certified_pixel_accuracy, checked_logits
 from lipguide.robustness.scores import check_masks, miou, pixel_accuracy, pooled_miou
 from lipguide.tasks import task
@@ -78,7 +79,7 @@ def measure(model: nn.Sequential, recipe: Recipe, data: task.Data) -> dict[str, 
     facts: dict[str, Any] = {}
     if recipe.lipschitz:
         rows, trunk = model[-1].weight, lipschitz_bound(model[:-1].eval(), tuple(images.shape[1:])).value
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with full_precision():
             logits = checked_logits(model, images.to(device), trunk, rows, batch_size=50).cpu()
         facts = {"trunk": trunk} | _certified(logits, masks, trunk, rows.cpu())
     else:

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.tasks.detection.attacks import ATTACKS, attack_l2
 from lipguide.tasks.detection.boxes import pad_targets
-from lipguide.tasks.detection.fcos import FCOSLoss, FCOSOutput, assign, fcos, ordinary_fcos
+from lipguide.tasks.detection.fcos import FCOSLoss, FCOSOutput, _giou_loss, assign, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.training import fit
@@ -91,6 +91,18 @@ def test_mean_is_the_sum_over_scenes_by_all_positives(seed):
     each = FCOSLoss(CENTRES, 3.0, reduction="none")(output, targets)
     expected = (each * counts.clamp(min=1)).sum() / counts.sum().clamp(min=1)
     assert FCOSLoss(CENTRES, 3.0)(output, targets).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_giou_is_that_of_torchvision_to_the_last_bit(seed):
+    g = torch.Generator().manual_seed(seed)
+    low, high = torch.rand(2, 2, 300, 2, generator=g).sort(0).values
+    found, wanted = torch.cat([low, high], -1)
+    wanted[:20] = found[:20]
+    found.requires_grad_()
+    ours, theirs = _giou_loss(found, wanted), generalized_box_iou_loss(found, wanted)
+    slopes = [torch.autograd.grad(value.sum(), found)[0] for value in (ours, theirs)]
+    assert torch.equal(ours, theirs) and torch.allclose(*slopes, atol=1e-6)
 
 
 def test_scenes_without_objects_have_finite_gradients():

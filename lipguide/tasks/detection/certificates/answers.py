@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lipguide.precision import full_precision
 from lipguide.tasks.detection.boxes import check_finite
 from lipguide.tasks.detection.decision import peaks
 from lipguide.tasks.detection.scores import check_call
@@ -50,15 +51,19 @@ class Answers(NamedTuple):
 def answers(model: nn.Module, images: Tensor, batch_size: int = 64) -> Answers:
     """What `model`, such as `lipguide.tasks.detection.reader.detector`, answers to pictures (N, 3, 74, 74) in [0, 1].
 
+    It answers in float32 whatever the precision around, and what it says is handed over on the CPU, for a certificate
+    of a scene is many small steps with a question after each.
+
     >>> from lipguide.tasks.detection.reader import Detector
     >>> given = answers(Detector((8, 8, 8), 16).eval(), torch.rand(2, 3, 74, 74))
     >>> tuple(given.scores.shape), round(given.steepness, 3)
     ((2, 343, 10), 1.0)
     """
     check_call(model, images, batch_size)
-    outputs = [model(part) for part in images.split(batch_size)]
-    scores = torch.cat([model.scores(output) for output in outputs])
-    boxes = torch.cat([model.boxes(output) for output in outputs])
+    with full_precision():
+        outputs = [model(part) for part in images.split(batch_size)]
+        scores = torch.cat([model.scores(output) for output in outputs])
+        boxes = torch.cat([model.boxes(output) for output in outputs])
     check_finite(scores, boxes)
     steepness, reach = model.constants()
-    return Answers(scores, boxes, model.rivals(), steepness, reach)
+    return Answers(scores.cpu(), boxes.cpu(), model.rivals().cpu(), steepness, reach.cpu())

@@ -56,7 +56,7 @@ def _label(scores: Tensor, boxes: Tensor, prey: _Prey) -> Tensor:
 
 def _box(scores: Tensor, boxes: Tensor, prey: _Prey) -> Tensor:
     best = _own(scores, prey).masked_fill(~prey.good, -torch.inf).argmax(1)
-    return -overlap(boxes[torch.arange(len(best)), best], prey.truth)
+    return -overlap(boxes[torch.arange(len(best), device=best.device), best], prey.truth)
 
 
 def _suppressor(scores: Tensor, boxes: Tensor, prey: _Prey) -> Tensor:
@@ -78,7 +78,7 @@ AIMS: dict[str, Callable[[Tensor, Tensor, _Prey], Tensor]] = {
 
 def _own(scores: Tensor, prey: _Prey) -> Tensor:
     """(K, P): the scores of each object's class."""
-    return scores[torch.arange(len(prey.labels)), :, prey.labels]
+    return scores[torch.arange(len(prey.labels), device=scores.device), :, prey.labels]
 
 
 def _soft_maximum(values: Tensor, among: Tensor) -> Tensor:
@@ -103,6 +103,7 @@ def hunt(
         steps: of each of the four attacks.
     """
     whole("steps", steps, "an attack takes one step or more")
+    targets = Targets(*(part.cpu() for part in targets))  # where the certificate is
     rows = (certificate.heights > certificate.least).nonzero().squeeze(1)
     fallen = dict.fromkeys(AIMS, 0)
     overrun = 0
@@ -143,11 +144,12 @@ def _wanted(targets: Targets, certificate: Certificate, part: Tensor) -> tuple[T
 
 
 def _prey(model: nn.Module, images: Tensor, labels: Tensor, truths: Tensor) -> _Prey:
-    """What is hunted goes by the boxes as they stand, not by what a certificate, which may be wrong, says of them."""
+    """What is hunted goes by the boxes as they stand, not by what a certificate, which may be wrong, says of them. It
+    is on the device of the pictures."""
     given = answers(model, images)
     good = overlap(given.boxes, truths[:, None]) > NEARLY
     beside = (good.float() @ given.graph.float() > 0) & ~good
-    return _Prey(labels, good, beside, truths)
+    return _Prey(*(part.to(images.device) for part in (labels, good, beside, truths)))
 
 
 def _overrun(labels: Tensor, certificate: Certificate, scene: int) -> int:

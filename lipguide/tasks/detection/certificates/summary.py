@@ -74,7 +74,7 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
     """
     check_number("eps", eps, 0)
     check_number("least", least)
-    boxes, labels = check_targets(targets, classes=None)
+    boxes, labels = (part.cpu() for part in check_targets(targets, classes=None))
     drift, radius = given.moves(eps)
     objects: list[tuple[Tensor, ...]] = []
     alarms: list[tuple[Tensor, Tensor]] = []
