@@ -28,6 +28,7 @@ __all__ = [
     "equation_of",
     "export",
     "fresh_weights",
+    "own_weights",
     "uncached",
     "without_parametrizations",
 ]
@@ -91,6 +92,7 @@ def fresh_weights(model: nn.Module) -> Iterator[None]:
     ...         layer.weight is before
     False
     """
+    own_weights(model)
     with uncached() as cache:
         _check_remembered(model, cache)
         fresh = _FRESH.set(True)
@@ -98,6 +100,42 @@ def fresh_weights(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             _FRESH.reset(fresh)
+
+
+def own_weights(model: nn.Module) -> None:
+    """Make `torch.nn.utils.parametrize.cached()` tell apart what `copy.deepcopy` has made of one module.
+
+    A copy has the class of its original, and in that class torch keeps under which address a weight is remembered: the
+    original's. Within `cached`, a network of copies would compute with one weight for them all, and be bounded by it.
+
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    >>> model = nn.Sequential(layer, copy.deepcopy(layer))
+    >>> own_weights(model)
+    >>> with parametrize.cached():
+    ...     model[0].weight is model[1].weight
+    False
+    """
+    for module in model.modules():
+        names = getattr(module, "parametrizations", ())
+        if any(_owner(module, name) is not module for name in names):
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            parametrize._inject_new_class(module)
+            for name in module.parametrizations:
+                parametrize._inject_property(module, name)
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module | None:
+    """The module under whose address the weight of this one is remembered, as far as torch's property tells."""
+    getter = getattr(type(module), name).fget
+    cached = _enclosed(getter).get("get_cached_parametrization")
+    return _enclosed(cached).get("module")
+
+
+def _enclosed(function: Any) -> dict[str, Any]:
+    """The variables that a function has around it."""
+    cells = getattr(function, "__closure__", None) or ()
+    names = function.__code__.co_freevars if cells else ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
 def are_fresh() -> bool:

@@ -15,6 +15,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import parametrize
 
 from lipguide.layers.constraints import Constraint
+from lipguide.layers.export import own_weights
 
 __all__ = ["together"]
 
@@ -36,6 +37,7 @@ def together(model: nn.Module) -> Iterator[None]:
     >>> y.shape
     torch.Size([2, 4])
     """
+    own_weights(model)
     with parametrize.cached():
         for alike in _groups(model):
             weights = _in_one_call([layer.parametrizations.weight for layer in alike])

@@ -1,5 +1,6 @@
 """Bounds of whole networks: sound from above, reached from below, and an error wherever they would have to guess."""
 
+import copy
 import math
 import operator
 
@@ -420,3 +421,15 @@ def test_a_vgg_is_bounded_and_the_bound_lies_above_what_is_reached():
     assert len(bound.layers) == len(model)
     assert lipschitz_lower_bound(model, torch.rand(2, 3, 32, 32), steps=30) <= bound.value
     assert bound.value == pytest.approx(math.prod(row.lipschitz for row in bound.layers))
+
+
+def test_copies_of_one_layer_are_bounded_each_by_its_own_weight():
+    """torch remembers the weight of a copy under the address of its original."""
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model = nn.Sequential(layer, copy.deepcopy(layer), copy.deepcopy(layer)).eval()
+    with torch.no_grad():
+        for scale, part in zip((1, 10, 100), model, strict=True):
+            part.parametrizations.weight.original0.mul_(scale)
+    norms = [float(torch.linalg.matrix_norm(part.weight.detach().double(), 2)) for part in model]
+    assert lipschitz_bound(model, (4,)).value == pytest.approx(math.prod(norms), rel=1e-5)

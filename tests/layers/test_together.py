@@ -73,6 +73,17 @@ def test_three_alike_learn_as_one_by_one(name, by_products, monkeypatch):
         assert torch.allclose(ours, theirs, atol=2e-5), name
 
 
+def test_a_copy_of_a_network_takes_no_step_twice():
+    """torch would look for its weights under the addresses of the original, and compute them again."""
+    make, shape = KINDS["spectral dense"]
+    model, x = copy.deepcopy(stack(make(), make())), torch.randn(2, *shape)
+    twin = copy.deepcopy(model)
+    learn(model, x, 2, at_once=True)
+    learn(twin, x, 2, at_once=False)
+    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", [name for name, (_, shape) in KINDS.items() if shape == PICTURE])
 def test_weights_lie_in_memory_as_they_would(name):
     make, _ = KINDS[name]

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipguide.arguments import whole
+from lipguide.layers.export import own_weights
 from lipguide.robustness.attacks.objectives import (
     Model,
     Objective,
@@ -95,6 +96,8 @@ def blur(model: Model, x: Tensor, y: Any, severity: float, score: Objective = ma
 @torch.no_grad()
 def _worst_of(model: Model, x: Tensor, y: Any, candidates: Iterable[Tensor], score: Objective) -> Tensor:
     """The candidate of the highest score, sample by sample; x where none is higher than its own."""
+    if isinstance(model, nn.Module):
+        own_weights(model)
     with parametrize.cached():
         output = model(x)
         best = per_sample(score(output, y), x)

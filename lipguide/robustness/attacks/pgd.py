@@ -12,10 +12,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipguide.arguments import whole
+from lipguide.layers.export import own_weights
 from lipguide.robustness.attacks.objectives import (
     Model,
     Objective,
@@ -174,6 +175,8 @@ def _pgd(search: _Search, x: Tensor, y: Any, eps: float | Tensor, enough: Tensor
     whole("steps", search.steps)
     whole("restarts", search.restarts)
     classification = isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point()
+    if isinstance(search.model, nn.Module):
+        own_weights(search.model)
     # Inside cached(), parametrized weights are computed once for all steps.
     with torch.inference_mode(False), torch.enable_grad(), parametrize.cached():
         x = x.detach().clone()

@@ -1,5 +1,6 @@
 """PGD: exact answers where there are any, budgets kept, peers matched, and nothing that fails in silence."""
 
+import copy
 import math
 import warnings
 from fractions import Fraction
@@ -332,3 +333,16 @@ def test_a_score_that_hides_nan_does_not_hide_it(attack, models, test_set):
 
     with pytest.raises(ValueError, match="NaN for 4 of 4"):
         attack(detector, x, [0] * 4, 0.1, steps=2, loss=loss, score=score)
+
+
+def test_a_network_of_copies_is_attacked_as_it_computes():
+    """torch remembers the weight of a copy under the address of its original: the head would turn into the body."""
+    body = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2, bias=False))
+    head = copy.deepcopy(body)
+    for layer, weight in ((body, [[1.0, 0.0], [0.0, 1.0]]), (head, [[0.0, 1.0], [1.0, 0.0]])):
+        layer.weight = torch.tensor(weight)
+    seen = []
+    head.register_forward_hook(lambda module, inputs, output: seen.append(torch.equal(output, inputs[0].flip(-1))))
+    model = nn.Sequential(nn.Flatten(), body, head).eval()
+    pgd_l2(model, torch.rand(2, 1, 1, 2), torch.tensor([0, 1]), 0.1, steps=2)
+    assert all(seen) and len(seen) > 2
