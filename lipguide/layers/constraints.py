@@ -104,6 +104,11 @@ class Constraint(nn.Module):
         """What, beside tensors, two constraints that `batches` must have in common to map alike in training."""
         return None
 
+    def extendable(self) -> dict[str, tuple[int, ...]]:
+        """Of the weight ("original") and of buffers, by name, the axes along which zeros behind the numbers change
+        nothing but the zeros of the result: then `together` may map weights of several sizes at once."""
+        return {}
+
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
         return weight
 
@@ -245,6 +250,12 @@ class Spectral(Constraint):
 
     def settings(self) -> Hashable:
         return self.geometry
+
+    def extendable(self) -> dict[str, tuple[int, ...]]:
+        """Outputs and inputs without weight have no part in σ. A stride or groups would have to be undone first."""
+        geometry = self.geometry or Geometry((1, 1))
+        plain = geometry.stride == geometry.dilation == (1, 1) and geometry.groups == 1
+        return {"original": (0, 1), "v": (1,)} if plain else {}
 
     def constrained(self, weight: Tensor) -> Tensor:
         if self.training:

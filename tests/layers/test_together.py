@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lipguide.layers import orthogonal as orthogonal_layer
+from lipguide.layers import together as together_module
 from lipguide.layers.affine import aol, orthogonal, spectral, unit_rows
 from lipguide.layers.constraints import Constraint
 from lipguide.layers.sll import SLL, SLLLinear
@@ -92,6 +93,62 @@ def test_weights_lie_in_memory_as_they_would(name):
     with together(model):
         for layer, weight in zip(model, theirs, strict=True):
             assert layer.weight.stride() == weight.stride() and torch.allclose(layer.weight, weight, atol=1e-6)
+
+
+SHAPES = {
+    "spectral": [spectral(nn.Conv2d(i, o, 3, padding=1)) for i, o in ((3, 8), (8, 5), (5, 8))],
+    "spectral dense": [spectral(nn.Linear(i, o)) for i, o in ((9, 4), (4, 7), (7, 2))],
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_several_shapes_learn_as_one_by_one_where_zeros_fill_them_up(name, channels_last, monkeypatch):
+    monkeypatch.setattr(together_module, "EXTENDS", {"cpu"})
+    model = stack(*copy.deepcopy(SHAPES[name]))
+    x = torch.randn(2, 9) if "dense" in name else torch.randn(2, 3, 5, 5)
+    if channels_last and x.dim() == 4:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(model)
+    learn(model, x, 2, at_once=True)
+    learn(twin, x, 2, at_once=False)
+    for (name, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=2e-5), name
+    with together(model):
+        for one, other in zip(model, twin, strict=True):
+            assert one.weight.shape == other.weight.shape and one.weight.stride() == other.weight.stride()
+
+
+def test_several_shapes_call_a_part_of_the_operators(monkeypatch):
+    counted = []
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr(together_module, "EXTENDS", devices)
+        model, x = stack(*(spectral(nn.Conv2d(i, i + 1, 3, padding=1)) for i in range(3, 9))), torch.randn(1, 3, 4, 4)
+        learn(model, x, 1, at_once=True)
+        with Kernels() as seen:
+            learn(model, x, 1, at_once=True)
+        counted.append(seen.seen.total())
+    assert counted[1] <= 0.5 * counted[0]
+
+
+def test_shapes_that_would_be_mostly_zeros_are_computed_apart(monkeypatch):
+    monkeypatch.setattr(together_module, "EXTENDS", {"cpu"})
+    monkeypatch.setattr(together_module, "MOST", 200)
+    monkeypatch.setattr(together_module, "_InZeros", None)
+    model = stack(*(spectral(nn.Linear(6, outputs)) for outputs in (6, 6, 20)))
+    theirs = [layer.weight for layer in copy.deepcopy(model)]
+    with together(model):
+        ours = [layer.weight for layer in model]
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 2}, {"groups": 3}])
+def test_what_zeros_would_change_is_computed_apart(options, monkeypatch):
+    monkeypatch.setattr(together_module, "EXTENDS", {"cpu"})
+    model = stack(*(spectral(nn.Conv2d(6, outputs, 3, **options)) for outputs in (6, 9)))
+    theirs = [layer.weight for layer in copy.deepcopy(model)]
+    with together(model):
+        assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, theirs, strict=True))
 
 
 # Pairs with weights of one shape that their constraints do not map alike.
