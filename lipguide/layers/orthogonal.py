@@ -166,10 +166,9 @@ class OrthogonalKernel(Constraint):
         A kernel without shifts is kept as it is if it is orthogonal already: then L puts the inputs first, and what is
         drawn for R is at right angles to the kernel.
         """
-        weight_at_one = at_scale_one(exact(weight))
-        kernel = weight_at_one.unflatten(0, (self.groups, -1))  # (groups, outputs, inputs, k₁, k₂)
-        ending = self._first_ending(kernel).flatten(2)  # (groups, outputs, middle · s₁ · s₂)
-        columns = exact(weight).unflatten(0, (self.groups, -1)).flatten(2)
+        kernel = exact(weight).unflatten(0, (self.groups, -1))  # (groups, outputs, inputs, k₁, k₂)
+        ending = self._first_ending(at_scale_one(kernel)).flatten(2)  # (groups, outputs, middle · s₁ · s₂)
+        columns = kernel.flatten(2)
         kept = self.lifts and not self.shifts and _are_orthonormal(columns)
         if kept:
             others = ending[..., columns.shape[2] :]
