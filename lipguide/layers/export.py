@@ -29,6 +29,7 @@ __all__ = [
     "export",
     "fresh_weights",
     "own_weights",
+    "remembered",
     "uncached",
     "without_parametrizations",
 ]
@@ -100,6 +101,24 @@ def fresh_weights(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             _FRESH.reset(fresh)
+
+
+@contextmanager
+def remembered(model: Any) -> Iterator[None]:
+    """`torch.nn.utils.parametrize.cached()`, in which copies of a module have each its own weight.
+
+    Args:
+        model: what is called within; only an `nn.Module` has weights to remember.
+
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    >>> with remembered(layer):
+    ...     layer.weight is layer.weight
+    True
+    """
+    if isinstance(model, nn.Module):
+        own_weights(model)
+    with parametrize.cached():
+        yield
 
 
 def own_weights(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import parametrize
 
 from lipguide.layers.constraints import Constraint
-from lipguide.layers.export import own_weights
+from lipguide.layers.export import remembered
 
 __all__ = ["together"]
 
@@ -42,8 +42,7 @@ def together(model: nn.Module) -> Iterator[None]:
     >>> y.shape
     torch.Size([2, 4])
     """
-    own_weights(model)
-    with parametrize.cached():
+    with remembered(model):
         for alike in _groups(model):
             weights = _in_one_call([layer.parametrizations.weight for layer in alike])
             for layer, weight in zip(alike, weights, strict=True):

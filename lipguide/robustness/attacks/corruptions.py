@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 from lipguide.arguments import whole
-from lipguide.layers.export import own_weights
+from lipguide.layers.export import remembered
 from lipguide.robustness.attacks.objectives import (
     Model,
     Objective,
@@ -96,9 +95,7 @@ def blur(model: Model, x: Tensor, y: Any, severity: float, score: Objective = ma
 @torch.no_grad()
 def _worst_of(model: Model, x: Tensor, y: Any, candidates: Iterable[Tensor], score: Objective) -> Tensor:
     """The candidate of the highest score, sample by sample; x where none is higher than its own."""
-    if isinstance(model, nn.Module):
-        own_weights(model)
-    with parametrize.cached():
+    with remembered(model):
         output = model(x)
         best = per_sample(score(output, y), x)
         worst, bad = x, undefined(output, best)

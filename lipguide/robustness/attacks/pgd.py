@@ -12,11 +12,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 from lipguide.arguments import whole
-from lipguide.layers.export import own_weights
+from lipguide.layers.export import remembered
 from lipguide.robustness.attacks.objectives import (
     Model,
     Objective,
@@ -175,10 +174,8 @@ def _pgd(search: _Search, x: Tensor, y: Any, eps: float | Tensor, enough: Tensor
     whole("steps", search.steps)
     whole("restarts", search.restarts)
     classification = isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point()
-    if isinstance(search.model, nn.Module):
-        own_weights(search.model)
-    # Inside cached(), parametrized weights are computed once for all steps.
-    with torch.inference_mode(False), torch.enable_grad(), parametrize.cached():
+    # Within `remembered`, parametrized weights are computed once for all steps.
+    with torch.inference_mode(False), torch.enable_grad(), remembered(search.model):
         x = x.detach().clone()
         y = y.clone() if isinstance(y, Tensor) else y  # autograd keeps no tensor made in inference_mode
         reach = _reach(search, x, eps)  # (N,)

@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lipguide.arguments import whole
 from lipguide.checks import check_eval
-from lipguide.layers.export import own_weights
+from lipguide.layers.export import remembered
 from lipguide.tasks.detection.boxes import NOTHING, Targets, check_finite, check_number, check_targets
 from lipguide.tasks.detection.suppression import MIN_SCORE, detect
 
@@ -68,8 +67,7 @@ def detections(
     found: list[dict[str, Tensor]] = []
     if not len(images):  # many a model refuses an empty batch
         return found
-    own_weights(model)
-    with parametrize.cached():
+    with remembered(model):
         for part in images.split(batch_size):
             output = model(part)
             if hasattr(model, "decide"):
