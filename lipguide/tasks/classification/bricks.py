@@ -31,7 +31,7 @@ from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import aol, near_identity, orthogonal, spectral, unit_rows
 from lipguide.layers.brick import Through
 from lipguide.layers.sll import SLL, SLLLinear
-from lipguide.tasks.twins import Centred
+from lipguide.tasks.twins import Centred, Lipschitz
 
 __all__ = [
     "FAMILIES",
@@ -172,13 +172,6 @@ def _sorted(constraint: Constraint) -> Family:
     return Family(block, dense)
 
 
-def _near_identity(constraint: Constraint) -> Callable[[int, int], list[nn.Module]]:
-    def block(width: int, side: int) -> list[nn.Module]:
-        return [constraint(near_identity(nn.Conv2d(width, width, 3, padding=1))), GroupSort2()]
-
-    return block
-
-
 def _reflecting(inputs: int, outputs: int) -> list[nn.Module]:
     layer = nn.Linear(inputs, outputs)
     parametrize.register_parametrization(layer, "weight", BlockReflector())
@@ -189,13 +182,13 @@ ORTHOGONAL = _sorted(orthogonal)
 FAMILIES: dict[str, Family] = {
     "orthogonal": ORTHOGONAL,
     "spectral": _sorted(spectral),
-    "aol": Family(_near_identity(aol), ORTHOGONAL.dense),
+    "aol": Family(_sorted(lambda conv: aol(near_identity(conv))).block, ORTHOGONAL.dense),
     "sll": Family(
         lambda width, side: [SLL(width, width, 3, iterations=2)],
         lambda inputs, outputs: [orthogonal(nn.Linear(inputs, outputs)), SLLLinear(outputs, outputs)],
     ),
     "reflector": Family(lambda width, side: [FrequencyReflector(width), GroupSort2()], _reflecting),
-    "residual": Family(_near_identity(spectral), ORTHOGONAL.dense),
+    "residual": Family(lambda width, side: Lipschitz.linear_residual(width), ORTHOGONAL.dense),
     "shift": Family(lambda width, side: [ShiftBlock(width, side)], ORTHOGONAL.dense),
 }
 

@@ -25,9 +25,8 @@ from lipguide.layers.export import without_parametrizations
 from lipguide.losses import EMMA, LogitAnnealing, OffsetCrossEntropy
 from lipguide.tasks.classification.bricks import FAMILIES, classifier, parameters, width_for
 from lipguide.tasks.classification.recipes import Recipe, measure
-from lipguide.tasks.classification.runs import house_digits, once, spread
+from lipguide.tasks.classification.runs import Digits, once, spread
 from lipguide.tasks.task import Data
-from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED
 from lipguide.training import Shifted, Supervised, adam, fit
 
 __all__ = ["LOSSES", "PLAN", "Plan", "compare", "training_steps"]
@@ -121,7 +120,7 @@ def compare(
     searched = {brick: {f"{rate:g}": _searched(runs, brick, rate) for rate in plan.rates} for brick in bricks}
     return {
         "plan": asdict(plan),
-        "data": runs.facts,
+        "data": runs.digits.facts,
         "bricks": {
             brick: _summary(found[brick])
             | {"rate": rates[brick], "milliseconds": 1000 * costs[brick][0], "MiB": costs[brick][1]}
@@ -143,18 +142,15 @@ class _Runs:
 
     def __init__(self, folder: Path, plan: Plan, seconds: Mapping[str, float], device: torch.device) -> None:
         self.folder, self.plan, self.seconds, self.device = folder, plan, seconds, device
-        self.train = house_digits("train", plan.train_items, TRAIN_SEED)
-        self.choose = house_digits("test", plan.choosing_items, TRAIN_SEED)
-        self.judge = house_digits("test", plan.test_items, TEST_SEED)
-        self.facts = {"train": self.train.facts, "chosen on": self.choose.facts, "judged on": self.judge.facts}
+        self.digits = Digits(plan.train_items, plan.choosing_items, plan.test_items)
 
     def searching(self, brick: str, rate: float) -> dict[str, Any]:
         """A short training, scored on the digits that rates are chosen on."""
-        return self._once(f"search {brick} {rate:g}", brick, rate, 0, FIRST_LOSS, self.plan.search, self.choose)
+        return self._once(f"search {brick} {rate:g}", brick, rate, 0, FIRST_LOSS, self.plan.search, self.digits.choose)
 
     def __call__(self, brick: str, rate: float, seed: int, loss: str = FIRST_LOSS) -> dict[str, Any]:
         """A whole training, scored on the digits that nothing was chosen on."""
-        return self._once(f"{brick} {loss} {seed}", brick, rate, seed, loss, self.plan.seconds, self.judge)
+        return self._once(f"{brick} {loss} {seed}", brick, rate, seed, loss, self.plan.seconds, self.digits.judge)
 
     def _once(
         self, name: str, brick: str, rate: float, seed: int, loss: str, seconds: float, data: Data
@@ -162,7 +158,7 @@ class _Runs:
         path = self.folder / f"{name.replace(' ', '-').replace(',', '')}.json"
         steps = round(seconds / self.seconds[brick])
         wanted = {"brick": brick, "rate": rate, "seed": seed, "loss": loss, "steps": steps}
-        wanted |= {"learned": self.train.hash, "judged": data.hash}
+        wanted |= {"learned": self.digits.train.hash, "judged": data.hash}
         entry = once(path, wanted, lambda: self._trained(brick, rate, seed, loss, steps, data))
         logger.info("%s: clean %.3f, certified %s", name, entry["accuracy"], entry["certified"])
         return entry
@@ -173,7 +169,14 @@ class _Runs:
         step = Shifted(Supervised(LOSSES[loss]()))
         began = time.perf_counter()
         history = fit(
-            model, self.train.columns, step, adam(model, rate), steps, self.plan.batch_size, "one-cycle", seed=seed
+            model,
+            self.digits.train.columns,
+            step,
+            adam(model, rate),
+            steps,
+            self.plan.batch_size,
+            "one-cycle",
+            seed=seed,
         )
         seconds = time.perf_counter() - began
         plain = without_parametrizations(model.eval())

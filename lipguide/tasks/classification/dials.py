@@ -28,13 +28,13 @@ from lipguide.layers.affine import orthogonal
 from lipguide.layers.brick import Through
 from lipguide.layers.export import without_parametrizations
 from lipguide.layers.pooling import ScaledAvgPool2d
+from lipguide.precision import full_precision
 from lipguide.robustness.certificates import certified_accuracy
-from lipguide.tasks.classification.runs import house_digits, once, spread
+from lipguide.tasks.classification.runs import Digits, once, spread
 from lipguide.tasks.task import Data
-from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED
 from lipguide.training import Supervised, adam, fit
 
-__all__ = ["PLAN", "RADII", "Digits", "Grey", "Plan", "learn", "measured", "small_network", "sweep"]
+__all__ = ["PLAN", "RADII", "Grey", "Plan", "learn", "measured", "small_network", "sweep"]
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -89,22 +89,12 @@ class Plan:
     choosing_scenes: int | None = 800
     test_scenes: int | None = 2000
 
+    def digits(self) -> Digits:
+        """What networks learn from, what settings are chosen on, and what judges."""
+        return Digits(self.train_scenes, self.choosing_scenes, self.test_scenes)
+
 
 PLAN = Plan()
-
-
-class Digits:
-    """What networks learn from, what settings are chosen on, and what judges."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.train = house_digits("train", plan.train_scenes, TRAIN_SEED)
-        self.choose = house_digits("test", plan.choosing_scenes, TRAIN_SEED)
-        self.judge = house_digits("test", plan.test_scenes, TEST_SEED)
-
-    @property
-    def facts(self) -> dict[str, dict[str, Any]]:
-        """What the record says about them."""
-        return {"train": self.train.facts, "chosen on": self.choose.facts, "judged on": self.judge.facts}
 
 
 def learn(
@@ -141,7 +131,7 @@ def measured(network: nn.Sequential, data: Data) -> list[float]:
     bound = lipschitz_bound(network, SMALL).value
     plain = without_parametrizations(network)
     device = next(plain.parameters()).device
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.no_grad(), full_precision():
         logits = torch.cat([plain(part.to(device)) for part in images.split(1000)]).cpu()
     curve = certified_accuracy(logits, labels, RADII, bound)
     return [round(100 * share, 3) for share in curve.tolist()]
@@ -232,7 +222,7 @@ class _Runs:
 
     def __init__(self, folder: Path, plan: Plan, device: torch.device) -> None:
         self.folder, self.plan, self.device = folder, plan, device
-        self.digits = Digits(plan)
+        self.digits = plan.digits()
         self.seconds = 0.0  # that all runs took, those on file too
 
     def rows(self, settings: list[Setting]) -> list[Row]:

@@ -12,8 +12,9 @@ from lipguide import deadline
 from lipguide.files import write_json
 from lipguide.tasks.classification.data import pictures
 from lipguide.tasks.task import Data
+from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED
 
-__all__ = ["house_digits", "once", "spread"]
+__all__ = ["Digits", "house_digits", "once", "spread"]
 
 
 def once(path: Path, wanted: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -56,3 +57,21 @@ def house_digits(split: str, scenes: int | None, seed: int) -> Data:
     'house-numbers'
     """
     return Data.named("house-numbers", *pictures("house-numbers", split, scenes, seed))
+
+
+class Digits:
+    """What networks learn from, what settings are chosen on, and what judges, each of so many scenes.
+
+    >>> list(Digits(2, 1, 1).facts)
+    ['train', 'chosen on', 'judged on']
+    """
+
+    def __init__(self, train: int | None, choosing: int | None, test: int | None) -> None:
+        self.train = house_digits("train", train, TRAIN_SEED)
+        self.choose = house_digits("test", choosing, TRAIN_SEED)
+        self.judge = house_digits("test", test, TEST_SEED)
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What a record says about them."""
+        return {"train": self.train.facts, "chosen on": self.choose.facts, "judged on": self.judge.facts}
