@@ -8,18 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from lipguide import __main__ as command_line
+from lipguide import commands
 from lipguide.__main__ import main
+from lipguide.deadline import OutOfTime
 
-COMMANDS = {
-    "build": ["build"],
-    "data svhn": ["data", "svhn", "--root", "there"],
-    "data synthetic": ["data", "synthetic"],
-    "data compare": ["data", "compare", "--svhn", "there"],
-    "train": ["train", "classification-vgg"],
-    "study": ["study"],
-    "why": ["why"],
-    "losses": ["losses"],
+COMMANDS = {  # how each is called, and the function that it runs
+    "build": ("", commands.build_book),
+    "data svhn": ("--root there", commands.download_svhn),
+    "data synthetic": ("", commands.write_synthetic),
+    "data compare": ("--svhn there", commands.compare_data),
+    "train": ("classification-vgg", commands.train),
+    "study": ("", commands.run_study),
+    "certify": ("", commands.certify),
+    "why": ("", commands.find_why),
+    "compare": ("", commands.compare_bricks),
+    "losses": ("", commands.sweep_losses),
 }
 
 
@@ -35,8 +38,9 @@ def command(request, monkeypatch):
     """A command that fails with an error: its name, and a function that runs it."""
 
     def run(error):
-        monkeypatch.setattr(command_line, f"_{request.param.split()[-1]}", fails_with(error))
-        return main(COMMANDS[request.param])
+        options, function = COMMANDS[request.param]
+        monkeypatch.setattr(commands, function.__name__, fails_with(error))
+        return main([*request.param.split(), *options.split()])
 
     return request.param, run
 
@@ -50,9 +54,9 @@ def command(request, monkeypatch):
         (ZeroDivisionError(), 1, "ZeroDivisionError"),
         (FileNotFoundError(2, "No such file", "x.mat"), 1, "x.mat"),
         (ModuleNotFoundError("No module named 'papermill'"), 1, "papermill"),
-        (command_line.WrongCall("unknown chapter 'x'"), 2, "unknown chapter 'x'"),
+        (commands.WrongCall("unknown chapter 'x'"), 2, "unknown chapter 'x'"),
         (KeyboardInterrupt(), 130, "the same command goes on from there"),
-        (command_line.OutOfTime("two are left"), 75, "not finished: two are left; the same command goes on from there"),
+        (OutOfTime("two are left"), 75, "not finished: two are left; the same command goes on from there"),
     ],
 )
 def test_every_command_says_what_went_wrong_in_one_line(command, capsys, error, status, says):
@@ -110,12 +114,13 @@ def test_the_parser_waits_for_no_tool():
 def test_a_stop_by_the_system_ends_like_ctrl_c(tmp_path):
     code = """
 import sys, time
-from lipguide import __main__ as command_line
+from lipguide import commands
+from lipguide.__main__ import main
 def slow(options):
     print("began", flush=True)
     time.sleep(60)
-command_line._build = slow
-sys.exit(command_line.main(["build"]))
+commands.build_book = slow
+sys.exit(main(["build"]))
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
