@@ -25,7 +25,17 @@ from lipguide.bounds.torch_layers import LAYERS
 from lipguide.layers.brick import Brick, home, overtaken, own_rule, voucher
 from lipguide.layers.export import equation_of
 
-__all__ = ["LayerBound", "Record", "Unbounded", "Walk", "check_batch", "check_hooks", "own_tensors", "record"]
+__all__ = [
+    "LayerBound",
+    "Record",
+    "Unbounded",
+    "Walk",
+    "check_batch",
+    "check_hooks",
+    "check_untouched",
+    "own_tensors",
+    "record",
+]
 
 # What every module holds beside what its own class gives it; none of it is a method that somebody may have replaced.
 HELD_BY_ALL = vars(nn.Module()).keys()
@@ -329,6 +339,24 @@ def check_hooks(hooks: Iterator[Any], whose: str) -> None:
         if not owner.startswith(("lipguide.", "torch.nn.utils.")):
             name = getattr(hook, "__qualname__", hook)
             raise NoBound(f"{whose} a hook ({owner}.{name}) that may change values; remove it")
+
+
+def check_untouched(model: nn.Module) -> None:
+    """Every part of a model computes what its class says; `Unbounded` names one that somebody has changed.
+
+    >>> changed = nn.Sequential(nn.ReLU())
+    >>> _ = changed[0].register_forward_hook(lambda module, args, output: 2 * output)
+    >>> check_untouched(changed)
+    Traceback (most recent call last):
+    lipguide.bounds.walk.Unbounded: 0 (ReLU) has no bound that is known here: it carries a hook (...
+    """
+    for name, part in model.named_modules():
+        try:
+            _check_untouched(part)
+        except NoBound as error:
+            raise Unbounded(
+                f"{name or 'the model'} ({type(part).__qualname__}) has no bound that is known here: {error}"
+            ) from error
 
 
 def _check_untouched(module: nn.Module) -> None:

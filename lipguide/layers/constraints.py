@@ -268,7 +268,8 @@ class Spectral(Constraint):
 
     @staticmethod
     def _divided(weight: Tensor, norm: float) -> Tensor:
-        return weight * (1 / norm if norm else 1.0)
+        """A weight below the smallest normal number, whose norm is no number to divide by, stays as it is."""
+        return weight * (1 / norm if norm > LEAST else 1.0)
 
     def vouches_for(self, weight: Tensor) -> bool:
         """Is this very weight the one that its proof has made? Another may come out of a cache, or of training."""

@@ -193,6 +193,24 @@ def test_weights_of_any_magnitude_obey_the_constraint(fn, kind, dtype):
                     assert 0.05 < largest <= 1 + slack * (1 if dtype.itemsize > 2 else 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("fn", [*SOUND, unit_rows, l2_normalized])
+def test_weights_below_the_smallest_normal_number_stay_numbers_and_small(fn, kind, dtype):
+    make, shape = LAYERS[kind]
+    info = torch.finfo(dtype)
+    for factor in (info.tiny / 4, info.tiny * info.eps):  # the second is the smallest number there is
+        layer = make().to(dtype)
+        layer.weight.data = layer.weight.data.sign() * factor
+        layer = fn(layer)
+        for mode in (layer.train(), layer.eval()):
+            weight = mode.weight.detach().double()
+            assert bool(weight.isfinite().all())
+        if fn in SOUND:
+            largest = sizes(with_weight(layer, layer.weight.detach()), shape)[0]
+            assert largest <= 1 + (1e-5 if dtype.itemsize > 2 else 6 * info.eps)
+
+
 @pytest.mark.parametrize("fn", [*SOUND, unit_rows, l2_normalized])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_size_of_the_weight_does_not_matter(fn, kind):

@@ -117,13 +117,6 @@ class Detector(nn.Module):
         x = F.conv2d(x, self.read.weight, self.read.bias, dilation=2 if dense else 1)
         return self.sort(x).flatten(2).mT
 
-    def window(self) -> nn.Sequential:
-        """The reader of one window (3, 32, 32) of a level up to its features: what slides over a level.
-
-        Its constant is that of the features of each window, for the trunk's constant does not depend on the size.
-        """
-        return nn.Sequential(self.trunk, self.halve, self.sort, self.read, self.sort).train(self.training)
-
     def places(self) -> tuple[Tensor, Tensor]:
         """Centres (P, 2) of the windows, x and y in pictures, and (P,) pixels of the level that a picture has."""
         parts = [places(canvas, CELL // 2) for canvas in self.canvases]
@@ -161,7 +154,12 @@ class Detector(nn.Module):
     def constants(self) -> tuple[float, Tensor]:
         """How Lipschitz each score is in the picture, and (P,) the box of each window as one vector."""
         level = max(float(level.lipschitz(1.0, None)) for level in self.levels)
-        features = level * lipschitz_bound(self.window(), (3, WINDOW, WINDOW)).value
+        # The trunk runs over whole canvases, all of which lie in the largest; what is behind it, over each window.
+        canvas = (max(canvas.height for canvas in self.canvases), max(canvas.width for canvas in self.canvases))
+        trunk = lipschitz_bound(self.trunk, (3, *canvas)).value
+        window = nn.Sequential(self.halve, self.sort, self.read, self.sort).train(self.training)
+        side = PATCH * self.halve.stride[0]
+        features = level * trunk * lipschitz_bound(window, (self.halve.in_channels, side, side)).value
         of_head = float(torch.linalg.matrix_norm(self.box_head.weight.detach().double(), 2))
         return features, features * of_head * self.reach / self.places()[1]
 

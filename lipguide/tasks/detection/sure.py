@@ -20,9 +20,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipguide.bounds.network import lipschitz_bound
+from lipguide.bounds.walk import check_untouched
+from lipguide.layers.brick import voucher
 from lipguide.layers.export import without_parametrizations
 from lipguide.precision import full_precision
 from lipguide.robustness.certificates.radii import slopes
@@ -52,19 +54,33 @@ def rates(model: TinierSSD) -> Rates:
     >>> tuple(found.gaps.shape), tuple(found.offsets.shape), bool((found.offsets <= 1.001).all())
     ((1700, 11, 11), (1700,), True)
     """
+    if voucher(model, {TinierSSD}.__contains__) is None:
+        raise ValueError(
+            f"{type(model).__name__} is no TinierSSD, or changes what one computes: its rates are not known"
+        )
+    check_untouched(model)
     plain = without_parametrizations(model).cpu()
     gaps, offsets = [], []
     trunk, shape = 1.0, (3, PICTURE, PICTURE)
     for stage, *heads in zip(plain.stages, plain.class_heads, plain.box_heads, strict=True):
+        of_classes, of_boxes = map(_filters, heads)
         trunk *= lipschitz_bound(stage.eval(), shape).value
         shape = tuple(stage(torch.zeros(1, *shape, dtype=plain.priors.dtype))[0].shape)
-        of_classes, of_boxes = (head.weight.double().flatten(1).unflatten(0, (len(RATIOS), -1)) for head in heads)
         gap = torch.stack([slopes(len(rows), trunk, rows, rows.device) for rows in of_classes])
         offset = trunk * torch.linalg.matrix_norm(of_boxes, 2) * (1 + 1e-9)  # (4,)
         cells = shape[1] * shape[2]
         gaps.append(gap.repeat(cells, 1, 1))
         offsets.append(offset.repeat(cells))
     return Rates(torch.cat(gaps), torch.cat(offsets))
+
+
+def _filters(head: nn.Module) -> Tensor:
+    """(ratios, filters of a prior, features of a patch): each output of the head is one of them times a patch."""
+    if voucher(head, {nn.Conv2d}.__contains__) is None or head.padding_mode != "zeros" or head.groups > 1:
+        raise ValueError(
+            f"a head is {head}: what its filters add up is known of an nn.Conv2d without groups that pads with zeros"
+        )
+    return head.weight.double().flatten(1).unflatten(0, (len(RATIOS), -1))
 
 
 @torch.no_grad()

@@ -119,6 +119,54 @@ def test_other_endings_are_refused(model):
         local_radius(model.eval(), images(2, 0))
 
 
+class Louder(nn.Sequential):
+    def forward(self, x):
+        return super().forward(1.5 * x)
+
+
+class Hot(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Twice(lip.SLLLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+    def lipschitz(self, constant, through):
+        return 2 * super().lipschitz(constant, through)
+
+
+@pytest.mark.parametrize("kind, place", [(Louder, None), (Twice, -2), (Hot, -1)])
+def test_parts_that_compute_something_else_are_refused(kind, place):
+    model = tiny(0)
+    part = model if place is None else model[place]
+    part.__class__ = kind
+    with pytest.raises(ValueError, match=f"this ends in .*{kind.__name__}.*: use radius"):
+        local_radius(model, images(8, 0))
+
+
+@pytest.mark.parametrize("place", [None, -3, -2, -1])
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_that_may_change_a_value_are_refused(place, before):
+    model = tiny(0)
+    part = model if place is None else model[place]
+    if before:
+        part.register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
+    else:
+        part.register_forward_hook(lambda module, args, output: 0.5 * output)
+    with pytest.raises(ValueError, match="it carries a hook"):
+        local_radius(model, images(8, 0))
+
+
+def test_a_subclass_that_changes_nothing_is_looked_into():
+    model = tiny(0)
+    before = local_radius(model, images(8, 0))
+    for part, base in ((model, nn.Sequential), (model[-2], lip.SLLLinear), (model[-1], nn.Linear)):
+        part.__class__ = type("Renamed", (base,), {})
+    assert torch.equal(local_radius(model, images(8, 0)), before)
+
+
 def test_a_v_above_one_is_counted():
     """Its parametrization was taken off and V scaled up: the block is no longer 1-Lipschitz, and the radius shrinks."""
     for seed in range(12):

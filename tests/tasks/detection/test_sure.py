@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lipguide.tasks.detection.boxes import Targets, decode
 from lipguide.tasks.detection.scores import hits
 from lipguide.tasks.detection.suppression import _overlaps, detect
-from lipguide.tasks.detection.sure import Rates, _found, _most_overlap, _radius, _scores
+from lipguide.tasks.detection.sure import Rates, _found, _most_overlap, _radius, _scores, rates
+from lipguide.tasks.detection.tinier_ssd import TinierSSD
+from lipguide.tasks.detection.unlearnt import unlearnt
 
 PRIORS = torch.tensor([[0.3, 0.5, 0.3, 0.6], [0.33, 0.5, 0.3, 0.6], [0.7, 0.5, 0.3, 0.6], [0.5, 0.5, 0.3, 0.6]])
 OBJECTS = torch.tensor([[0.15, 0.2, 0.45, 0.8], [0.55, 0.2, 0.85, 0.8]])
@@ -79,3 +82,31 @@ def test_boxes_stay_in_their_balls_and_their_overlaps_below_the_bound():
         cut = seen.clamp(0, 1)
         assert (_overlaps(cut[:1].expand(4, -1), cut)[1:] <= most[1:]).all()
     assert nearest > 0.9  # and the balls are no larger than they have to be
+
+
+class Louder(TinierSSD):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def louder(model):
+    model.__class__ = Louder
+
+
+def hooked(model):
+    model.box_heads[0].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def copying_pixels(model):
+    """A filter that is padded with copies adds up more than its own entries."""
+    model.class_heads[0] = nn.Conv2d(8, 55, 3, padding=1, padding_mode="replicate")
+
+
+@pytest.mark.parametrize(
+    "change, message", [(louder, "Louder is no"), (hooked, "a hook"), (copying_pixels, "a head is")]
+)
+def test_rates_of_a_model_that_was_changed_are_not_known(change, message):
+    model = unlearnt("spectral-norm", width=4).eval()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        rates(model)

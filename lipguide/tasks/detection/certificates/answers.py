@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lipguide.bounds.walk import check_untouched
+from lipguide.layers.brick import overtaken, own_rule
 from lipguide.precision import full_precision
 from lipguide.tasks.detection.boxes import check_finite
 from lipguide.tasks.detection.decision import peaks
@@ -65,5 +67,15 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64) -> Answers:
         scores = torch.cat([model.scores(output) for output in outputs])
         boxes = torch.cat([model.boxes(output) for output in outputs])
     check_finite(scores, boxes)
-    steepness, reach = model.constants()
+    steepness, reach = _constants(model)
     return Answers(scores.cpu(), boxes.cpu(), model.rivals().cpu(), steepness, reach.cpu())
+
+
+def _constants(model: nn.Module) -> tuple[float, Tensor]:
+    """What the model's class says of it, where neither a class below that one nor a hook has a say in its answers."""
+    check_untouched(model)
+    rule = own_rule(model, "constants")
+    if rule is None:
+        reason = overtaken(model, "constants") or "it has no method constants"
+        raise ValueError(f"the answers of {type(model).__name__} cannot be certified: {reason}")
+    return rule()

@@ -116,3 +116,30 @@ def test_a_certificate_for_which_nothing_moves_is_caught():
     certificate = certify(frozen, targets, 2.0)
     result = hunt(model, images, targets, certificate, steps=15)
     assert result.hunted >= 5 and min(result.fallen[aim] for aim in ("label", "suppressor")) > result.hunted / 2
+
+
+class Louder(Toy):
+    """It moves twice as fast as the constants say that it inherits."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class Sharper(Toy):
+    def scores(self, output):
+        return 2 * super().scores(output)
+
+
+@pytest.mark.parametrize("kind", [Louder, Sharper])
+def test_constants_that_a_subclass_has_overtaken_are_not_believed(kind):
+    with pytest.raises(
+        ValueError, match=f"cannot be certified: its method constants is that of Toy, but {kind.__name__}"
+    ):
+        answers(kind().eval(), torch.rand(2, 3, PIXELS, PIXELS))
+
+
+def test_a_hook_that_may_change_an_answer_is_refused():
+    model = Toy().eval()
+    model.register_forward_hook(lambda module, args, output: (2 * output[0], output[1]))
+    with pytest.raises(ValueError, match="it carries a hook"):
+        answers(model, torch.rand(2, 3, PIXELS, PIXELS))
