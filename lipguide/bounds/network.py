@@ -130,9 +130,11 @@ def _check_numbers(module: nn.Module, name: str) -> None:
     for tensor_name, tensor in own_tensors(module):
         if isinstance(tensor, UninitializedTensorMixin):
             raise ValueError(f"{tensor_name} of {name} has no values yet: call the model on a batch first")
+        if tensor.is_meta:
+            raise ValueError(f"{tensor_name} of {name} has no values: it is on the device meta; load the weights first")
         if tensor.is_complex():
             raise ValueError(f"{tensor_name} of {name} is complex, and only real layers are bounded")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
             raise ValueError(
                 f"{tensor_name} of {name} holds NaN or infinite values: nothing can be certified; the training that "
                 "made it has diverged"

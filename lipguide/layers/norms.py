@@ -142,7 +142,7 @@ def check_finite(weight: Tensor) -> None:
     Traceback (most recent call last):
     ValueError: a weight of shape (1,) holds NaN or infinite values, so no norm can be certified; ...
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not bool(torch.isfinite(weight.detach()).all()):
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values, so no norm can be certified; "
             "the training that made it has diverged"

@@ -343,6 +343,8 @@ def test_weights_that_no_bound_can_use_are_named():
         lipschitz_bound(nn.Sequential(nn.LazyLinear(3)).eval(), (4,))
     with pytest.raises(ValueError, match="weight of the model is complex"):
         lipschitz_bound(nn.Linear(2, 2, dtype=torch.complex64).eval(), (2,))
+    with pytest.raises(ValueError, match="weight of the model has no values: it is on the device meta"):
+        lipschitz_bound(nn.Linear(2, 2, device="meta").eval(), (2,))
 
 
 def test_a_wrong_shape_is_an_error_that_says_so():
@@ -397,6 +399,15 @@ def test_a_bound_can_be_asked_for_in_inference_mode():
     with torch.inference_mode():
         inside = lipschitz_bound(model, (1, 8, 8)).value
     assert inside == lipschitz_bound(model, (1, 8, 8)).value > 0
+
+
+def test_a_network_that_was_made_in_inference_mode_is_bounded_outside_of_it():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), spectral(nn.Conv2d(2, 2, 3)), nn.Flatten(), nn.Linear(32, 3)).eval()
+    copy_of_it = copy.deepcopy(model)
+    with torch.inference_mode():
+        inside = lipschitz_bound(copy_of_it, (1, 8, 8)).value
+    assert lipschitz_bound(model, (1, 8, 8)).value == inside > 0
 
 
 def test_half_precision_networks_are_bounded_with_the_weights_that_they_have():

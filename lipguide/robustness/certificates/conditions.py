@@ -15,6 +15,7 @@ from lipguide.robustness.certificates.radii import slopes
 __all__ = ["checked_logits", "in_float64"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+HEADS = (nn.Linear, *CONVOLUTIONS)
 PROBED = 32  # pictures on which the network also runs in its own precision, and is differentiated
 ROUNDING = 1e-5  # by which logits in float32 may differ from those in float64, relative to the largest
 
@@ -31,8 +32,8 @@ def checked_logits(
     Checked are the conditions of a certificate: pixels in [0, 1] (so that `lipschitz` has to include the
     normalisation), evaluation mode (no dropout), logits that are numbers, full precision (the model's own logits agree
     with those that the same weights give in float64: no half-precision parameters, no autocast, no TF32), a head of
-    full rows, and, on the first 32 pictures, that no gradient exceeds what `lipschitz` allows. The last can refute a
-    constant, never prove it: `lip.lipschitz_bound` does.
+    full rows whose outputs are the logits, and, on the first 32 pictures, that no gradient exceeds what `lipschitz`
+    allows. The last can refute a constant, never prove it: `lip.lipschitz_bound` does.
 
     The certificate of these logits is that of the network in exact arithmetic. A network that then runs in float32 is
     another function, if only just: `lipguide.robustness.certificates.radii` says what its rounding takes away.
@@ -56,7 +57,7 @@ def checked_logits(
                 logits = torch.cat([twin(batch.double()) for batch in images.split(batch_size)])
             _check_logits(logits, own)
             if rows is not None:
-                _check_head(model, logits, rows)
+                _check_head(twin, images[:PROBED].double(), logits[:PROBED], rows)
             with torch.enable_grad():
                 _try_to_refute(twin, images[:PROBED].double(), constant, rows)
     return logits
@@ -100,13 +101,55 @@ def _check_logits(logits: Tensor, own: Tensor) -> None:
         )
 
 
-def _check_head(model: nn.Module, logits: Tensor, rows: Tensor) -> None:
-    """Refuse `rows` of a head whose classes look at different features, or look at one feature more than once."""
+@torch.no_grad()
+def _check_head(model: nn.Module, images: Tensor, logits: Tensor, rows: Tensor) -> None:
+    """Refuse `rows` of a head whose classes look at different features, or look at one feature more than once, and of
+    one whose outputs are not the logits."""
+    heads = {}
     for name, head in model.named_modules():
-        if isinstance(head, CONVOLUTIONS) and torch.equal(head.weight.flatten(1).to(rows), rows.flatten(1)):
-            reason = _why_not(head, logits, rows)
+        if isinstance(head, HEADS) and torch.equal(head.weight.flatten(1).to(rows), rows.flatten(1)):
+            reason = _why_not(head, logits, rows) if isinstance(head, CONVOLUTIONS) else ""
             if reason:
                 raise ValueError(f"the head {name!r} ({type(head).__name__}) {reason}")
+            heads[head] = name
+    if heads and not any(_are_the_logits(output, logits) for output in _outputs(model, images, list(heads))):
+        raise ValueError(
+            f"the logits are not what the head {', '.join(map(repr, heads.values()))} gives: something behind it "
+            "changes the gaps between classes, or repeats them, as up-sampling does, and rows says nothing of that. "
+            "Leave out rows, and give the constant of the whole network"
+        )
+
+
+def _outputs(model: nn.Module, images: Tensor, parts: list[nn.Module]) -> list[Tensor]:
+    """What some parts of a model give, in the order of the calls."""
+    seen: list[Tensor] = []
+    hooks = [part.register_forward_hook(lambda part, args, output: seen.append(output)) for part in parts]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _are_the_logits(output: Tensor, logits: Tensor) -> bool:
+    """Up to a shift of all classes alike, which a log-softmax makes, and up to where the classes stand."""
+    if output.numel() != logits.numel():
+        return False
+    close = 1e-9 * (1 + float(logits.abs().max()))
+    classes_last = output.movedim(-1, 1)  # of a dense head that is called pixel by pixel
+    for part in (output, classes_last):
+        if part.shape[:2] == logits.shape[:2]:
+            apart = _gaps(part) - _gaps(logits)
+            if float(apart.abs().max()) <= close:
+                return True
+    return False
+
+
+def _gaps(logits: Tensor) -> Tensor:
+    """(N, C, ...) to (N, C, P): of each class to the first one, one pixel for a classifier."""
+    maps = logits.reshape(*logits.shape[:2], -1)
+    return maps - maps[:, :1]
 
 
 def _why_not(head: nn.Conv2d, logits: Tensor, rows: Tensor) -> str:

@@ -49,7 +49,8 @@ def radius(
         lipschitz: the constant of the whole network or, with `rows`, of the features below the head.
         rows: the weight of the head, (C, D), (C, D, 1, 1) or (C, D, k, k), one full row a class. All classes must look
             at the same features, each feature once: a dense head, one of 1×1, or one of k×k that pads with zeros.
-            `checked_logits` refuses heads of several groups, and those whose padding repeats pixels of a small map.
+            Nothing may stand behind it: up-sampling, for one, gives a feature a say in many pixels. `checked_logits`
+            refuses heads of several groups, those whose padding repeats pixels, and those that are not the end.
 
     >>> radius(torch.tensor([[2.0, 0.2, -0.5], [0.0, 1.0, -0.5]]), torch.tensor([0, 0]))
     tensor([ 1.2728, -0.7071])

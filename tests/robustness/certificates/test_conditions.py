@@ -286,3 +286,44 @@ def test_full_rows_are_accepted(options):
     model = head_on(2, **options)
     x = torch.rand(3, 2, 4, 4, generator=generator(0))
     checked_logits(model, x, rows=model[1].weight)
+
+
+class Shifted(nn.Module):
+    def forward(self, logits):
+        return logits - logits.logsumexp(1, keepdim=True)
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        return self.head(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize(
+    "behind", [nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=2, mode="bilinear"), nn.AvgPool2d(2), nn.ReLU()]
+)
+def test_rows_of_a_head_that_is_not_the_end_are_refused(behind):
+    head = head_on(2, kernel_size=1)
+    model = nn.Sequential(*head, behind).eval()
+    with pytest.raises(ValueError, match="the logits are not what the head '1' gives"):
+        checked_logits(model, torch.rand(3, 2, 4, 4, generator=generator(0)), rows=model[1].weight)
+
+
+@pytest.mark.parametrize("behind", [nn.LogSoftmax(1), nn.Identity(), Shifted()])
+def test_what_leaves_the_gaps_of_a_head_may_stand_behind_it(behind):
+    head = head_on(2, kernel_size=1)
+    model = nn.Sequential(*head, behind).eval()
+    checked_logits(model, torch.rand(3, 2, 4, 4, generator=generator(0)), rows=model[1].weight)
+
+
+def test_a_head_may_stand_in_other_places_than_torchs():
+    flat = nn.Sequential(*head_on(2, kernel_size=1), nn.Flatten()).eval()
+    checked_logits(flat, torch.rand(3, 2, 1, 1, generator=generator(0)), rows=flat[1].weight)
+    dense = ChannelsLast(nn.Linear(2, 4)).eval()
+    checked_logits(dense, torch.rand(3, 2, 4, 4, generator=generator(0)), rows=dense.head.weight)
+    tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Flatten(), nn.Linear(3, 3)).eval()
+    tied[0].weight = tied[2].weight
+    checked_logits(tied, torch.rand(5, 3, generator=generator(0)), 3.0, rows=tied[2].weight)
