@@ -16,6 +16,7 @@ __all__ = ["checked_logits", "in_float64"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 HEADS = (nn.Linear, *CONVOLUTIONS)
+OTHERS = "has other rows than those that are given: give its weight as it is now, in eval mode"
 PROBED = 32  # pictures on which the network also runs in its own precision, and is differentiated
 ROUNDING = 1e-5  # by which logits in float32 may differ from those in float64, relative to the largest
 
@@ -103,33 +104,37 @@ def _check_logits(logits: Tensor, own: Tensor) -> None:
 
 @torch.no_grad()
 def _check_head(model: nn.Module, images: Tensor, logits: Tensor, rows: Tensor) -> None:
-    """Refuse `rows` of a head whose classes look at different features, or look at one feature more than once, and of
-    one whose outputs are not the logits."""
-    heads = {}
-    for name, head in model.named_modules():
-        if isinstance(head, HEADS) and torch.equal(head.weight.flatten(1).to(rows), rows.flatten(1)):
-            reason = _why_not(head, logits, rows) if isinstance(head, CONVOLUTIONS) else ""
-            if reason:
-                raise ValueError(f"the head {name!r} ({type(head).__name__}) {reason}")
-            heads[head] = name
-    if heads and not any(_are_the_logits(output, logits) for output in _outputs(model, images, list(heads))):
+    """Refuse `rows` of a head whose classes look at different features, or look at one feature more than once; of one
+    whose outputs are not the logits; and those that are not the head's."""
+    heads = {part: name for name, part in model.named_modules() if isinstance(part, HEADS)}
+    given = [part for part, output in _outputs(model, images, list(heads)) if _are_the_logits(output, logits)]
+    for head in given:
+        reason = _why_not(head, logits, rows)
+        if reason:
+            raise ValueError(f"the head {heads[head]!r} ({type(head).__name__}) {reason}")
+    named = [repr(name) for head, name in heads.items() if _has_rows(head, rows)]
+    if named and not given:
         raise ValueError(
-            f"the logits are not what the head {', '.join(map(repr, heads.values()))} gives: something behind it "
-            "changes the gaps between classes, or repeats them, as up-sampling does, and rows says nothing of that. "
-            "Leave out rows, and give the constant of the whole network"
+            f"the logits are not what the head {', '.join(named)} gives: something behind it changes the gaps between "
+            "classes, or repeats them, as up-sampling does, and rows says nothing of that. Leave out rows, and give "
+            "the constant of the whole network"
         )
 
 
-def _outputs(model: nn.Module, images: Tensor, parts: list[nn.Module]) -> list[Tensor]:
-    """What some parts of a model give, in the order of the calls."""
-    seen: list[Tensor] = []
-    hooks = [part.register_forward_hook(lambda part, args, output: seen.append(output)) for part in parts]
+def _outputs(model: nn.Module, images: Tensor, parts: list[nn.Module]) -> list[tuple[nn.Module, Tensor]]:
+    """What some parts of a model give, call by call."""
+    seen: list[tuple[nn.Module, Tensor]] = []
+    hooks = [part.register_forward_hook(lambda part, args, output: seen.append((part, output))) for part in parts]
     try:
         model(images)
     finally:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _has_rows(head: nn.Module, rows: Tensor) -> bool:
+    return torch.equal(head.weight.flatten(1).to(rows), rows.flatten(1))
 
 
 def _are_the_logits(output: Tensor, logits: Tensor) -> bool:
@@ -152,8 +157,10 @@ def _gaps(logits: Tensor) -> Tensor:
     return maps - maps[:, :1]
 
 
-def _why_not(head: nn.Conv2d, logits: Tensor, rows: Tensor) -> str:
-    """Why the weight of this head must not be given as `rows`; nothing if it may."""
+def _why_not(head: nn.Module, logits: Tensor, rows: Tensor) -> str:
+    """Why these must not be given as the rows of this head; nothing if they may."""
+    if isinstance(head, nn.Linear):
+        return "" if _as_far_apart(head.weight, rows) else OTHERS
     if head.transposed:
         return "is transposed: its weight holds no row a class, so leave out rows"
     if head.groups > 1:
@@ -163,6 +170,8 @@ def _why_not(head: nn.Conv2d, logits: Tensor, rows: Tensor) -> str:
         )
     if rows.shape != head.weight.shape:
         return f"has a weight {tuple(head.weight.shape)}: give it as it is, for rows {tuple(rows.shape)} hide its taps"
+    if not _as_far_apart(head.weight, rows):
+        return OTHERS
     if head.padding_mode == "zeros":
         return ""
     sides = [stride * outputs for stride, outputs in zip(head.stride, logits.shape[2:], strict=True)]
@@ -174,6 +183,14 @@ def _why_not(head: nn.Conv2d, logits: Tensor, rows: Tensor) -> str:
         f"pads with {head.padding_mode} pixels: a class may look at one pixel more than once, and its row weighs more "
         "than rows says. Leave out rows, or pad with zeros"
     )
+
+
+def _as_far_apart(weight: Tensor, rows: Tensor) -> bool:
+    """Are the differences of two rows those of the weight? A part that all rows have alike does not matter."""
+    weight, rows = (part.detach().double().flatten(1) for part in (weight, rows.to(weight.device)))
+    if weight.shape != rows.shape:
+        return False
+    return torch.allclose(weight - weight[:1], rows - rows[:1], rtol=0, atol=1e-6 * float(weight.abs().max()))
 
 
 def _try_to_refute(model: nn.Module, images: Tensor, lipschitz: float, rows: Tensor | None) -> None:

@@ -327,3 +327,15 @@ def test_a_head_may_stand_in_other_places_than_torchs():
     tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Flatten(), nn.Linear(3, 3)).eval()
     tied[0].weight = tied[2].weight
     checked_logits(tied, torch.rand(5, 3, generator=generator(0)), 3.0, rows=tied[2].weight)
+
+
+@pytest.mark.parametrize("head", [nn.Linear(4, 3), nn.Conv2d(4, 3, 3, padding=1)])
+def test_rows_of_another_head_are_refused(head):
+    """Those of an earlier step of training, say, although no gradient on the pictures at hand refutes them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Identity(), head).eval()
+    x = torch.rand(5, 4, *[3] * (head.weight.dim() - 2), generator=generator(0))
+    checked_logits(model, x, 100.0, rows=head.weight)
+    checked_logits(model, x, 100.0, rows=head.weight + 0.5)  # as far apart as the rows of the head
+    with pytest.raises(ValueError, match="the head '1' .* has other rows than those that are given"):
+        checked_logits(model, x, 100.0, rows=0.9 * head.weight)
