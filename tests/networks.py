@@ -17,13 +17,9 @@ from lipguide.layers.pooling import (
 )
 from lipguide.layers.sll import SLL, SLLLinear
 
-CONSTRAINTS = {
-    "plain": lambda layer: layer,
-    "spectral": spectral,
-    "orthogonal": orthogonal,
-    "aol": aol,
-    "fro": frobenius,
-}
+# Each bounds any layer that it takes by 1; they run through every test of a constraint.
+SOUND = [spectral, orthogonal, frobenius, aol]
+CONSTRAINTS = {"plain": lambda layer: layer} | {fn.__name__: fn for fn in SOUND}
 
 
 def linear(value: float) -> nn.Linear:

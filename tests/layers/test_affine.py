@@ -25,10 +25,10 @@ from lipguide.layers.affine import (
 from lipguide.layers.export import export
 from lipguide.layers.norms import conv_norm
 from tests.kernels import WEIGHTS, fill_
+from tests.networks import SOUND
 from tests.oracles import largest_singular_value, singular_values
 
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
-SOUND = [spectral, orthogonal, frobenius, aol]
 
 
 @st.composite

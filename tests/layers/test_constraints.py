@@ -14,14 +14,14 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from lipguide.layers.affine import aol, clip, constrain_, frobenius, l2_normalized, orthogonal, spectral, unit_rows
+from lipguide.layers.affine import clip, constrain_, l2_normalized, orthogonal, spectral, unit_rows
 from lipguide.layers.constraints import Constraint, _working_dtype
 from lipguide.layers.norms import conv_norm
 from lipguide.layers.sll import SLL, SLLLinear
+from tests.networks import SOUND
 from tests.oracles import singular_values
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
-SOUND = [spectral, orthogonal, frobenius, aol]
 ALL = [*SOUND, unit_rows, l2_normalized, partial(clip, limit=0.1)]
 LAYERS = {
     "dense": (lambda: nn.Linear(24, 16), (24,)),

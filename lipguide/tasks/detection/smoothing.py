@@ -54,7 +54,11 @@ def order_statistics(draws: int, eps: float, sigma: float, alpha: float = 1e-3) 
     whole("draws", draws, "a percentile needs draws")
     check_number("eps", eps, 0)
     check_number("sigma", sigma, 1e-9)
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is a probability between 0 and 1, not {alpha}")
     share = NormalDist().cdf(-eps / sigma)
+    if not share:  # less than there are numbers for
+        return None
     # The k-th smallest is above the percentile if at most k − 1 draws are below: it is a bound while that is unlikely.
     below, low = 0.0, -1
     for k in range(draws):

@@ -61,3 +61,13 @@ def test_what_half_of_the_copies_lose_is_not_certified():
 def test_too_few_draws_are_refused():
     with pytest.raises(ValueError, match="more draws"):
         smoothed(slider(torch.zeros(12)), torch.zeros(3, 2, 2), eps=0.5, sigma=0.1, draws=20, classes=1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_an_alpha_that_is_no_probability_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha is a probability between 0 and 1"):
+        order_statistics(1000, 0.1, 0.25, alpha)
+
+
+def test_percentiles_too_far_out_for_a_number_are_bounded_by_no_draws():
+    assert order_statistics(1000, 10.0, 0.25) is None

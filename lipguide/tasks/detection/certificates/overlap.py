@@ -24,6 +24,7 @@ that the cube bound does.
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,13 @@ from torch import Tensor
 __all__ = ["least_in_ball", "least_in_cube", "least_overlap", "overlap", "surely_overlaps"]
 
 HALVINGS = 12  # of the interval in which the least overlap is sought: to 1/4096, downwards
+
+
+class _Length(NamedTuple):
+    """One of the four lengths whose least is a side of the intersection, and how it moves with the box."""
+
+    value: Tensor  # (…)
+    slope: Tensor  # (2,), in (low, high) of the box: of entries −1, 0 and 1
 
 
 def overlap(boxes: Tensor, truth: Tensor) -> Tensor:
@@ -44,7 +52,13 @@ def overlap(boxes: Tensor, truth: Tensor) -> Tensor:
     both = (high - low).clamp(min=0).prod(-1)
     sides = boxes[..., 2:] - boxes[..., :2]
     area = torch.where((sides > 0).all(-1), sides.prod(-1), torch.inf)
-    return both / (area + (truth[..., 2:] - truth[..., :2]).prod(-1) - both)
+    theirs = _area(truth)
+    return both / (area + theirs - both)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    sides = boxes[..., 2:] - boxes[..., :2]
+    return sides.prod(-1)
 
 
 def least_in_cube(boxes: Tensor, radius: Tensor, truth: Tensor) -> Tensor:
@@ -55,8 +69,9 @@ def least_in_cube(boxes: Tensor, radius: Tensor, truth: Tensor) -> Tensor:
     tensor(0.6400)
     """
     signs = boxes.new_tensor(list(itertools.product((-1, 1), repeat=4)))  # (16, 4)
-    corners = boxes[..., None, :] + radius[..., None, None] * signs
-    return overlap(corners, truth[..., None, :]).amin(-1)
+    corners = boxes[..., None, :] + radius[..., None, None] * signs  # (…, 16, 4)
+    overlaps = overlap(corners, truth[..., None, :])  # (…, 16)
+    return overlaps.amin(-1)
 
 
 def surely_overlaps(boxes: Tensor, radius: Tensor, truth: Tensor, least: Tensor) -> Tensor:
@@ -66,37 +81,55 @@ def surely_overlaps(boxes: Tensor, radius: Tensor, truth: Tensor, least: Tensor)
     >>> surely_overlaps(box, torch.tensor([0.2, 0.3]), box, torch.tensor(0.5))
     tensor([ True, False])
     """
-    (w, alphas), (h, betas) = _sides(boxes, truth, 0), _sides(boxes, truth, 1)
-    area = (truth[..., 2:] - truth[..., :2]).prod(-1)
-    good = torch.ones((), dtype=torch.bool, device=boxes.device)
-    for alpha, a in alphas:
-        good = good & (alpha >= radius * a.norm()) & (w > radius * 2**0.5)
-        for beta, b in betas:
-            good = good & (beta >= radius * b.norm()) & (h > radius * 2**0.5)
-            value = (1 + least) * alpha * beta - least * (w * h + area)
-            slope = _squares((1 + least) * beta, a, least * h) + _squares((1 + least) * alpha, b, least * w)
-            twist = ((1 - least**2) * float(a.square().sum() * b.square().sum()) + 4 * least**2).sqrt()
-            good = good & (value >= radius * slope.sqrt() + radius**2 / 2 * twist)
+    w = boxes[..., 2] - boxes[..., 0]
+    h = boxes[..., 3] - boxes[..., 1]
+    alphas = _lengths(boxes, truth, 0)
+    betas = _lengths(boxes, truth, 1)
+
+    # The box is not turned inside out, and α and β stay ≥ 0.
+    shrinks = radius * 2**0.5
+    good = (w > shrinks) & (h > shrinks)
+    for length in (*alphas, *betas):
+        good = good & (length.value >= radius * length.slope.norm())
+
+    # All 16 F are ≥ 0.
+    areas = w * h + _area(truth)
+    for alpha in alphas:
+        for beta in betas:
+            value = (1 + least) * alpha.value * beta.value - least * areas
+            good = good & (value >= _fall(alpha, beta, w, h, radius, least))
     return good
 
 
-def _sides(boxes: Tensor, truth: Tensor, axis: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The box's own length along an axis; and the four lengths whose least is the intersection's, each with its slope
-    in (low, high) of the box."""
-    low, high = boxes[..., axis], boxes[..., axis + 2]
-    their_low, their_high = truth[..., axis], truth[..., axis + 2]
-    lengths = [
-        (their_high - their_low + 0 * low, boxes.new_tensor([0.0, 0.0])),
-        (their_high - low, boxes.new_tensor([-1.0, 0.0])),
-        (high - their_low, boxes.new_tensor([0.0, 1.0])),
-        (high - low + 0 * their_low, boxes.new_tensor([-1.0, 1.0])),
+def _lengths(boxes: Tensor, truth: Tensor, axis: int) -> list[_Length]:
+    """The four lengths of an axis, whose least is the intersection's: from box or truth to box or truth."""
+    low = boxes[..., axis]
+    high = boxes[..., axis + 2]
+    their_low = truth[..., axis]
+    their_high = truth[..., axis + 2]
+    return [
+        _Length(their_high - their_low + 0 * low, boxes.new_tensor([0.0, 0.0])),
+        _Length(their_high - low, boxes.new_tensor([-1.0, 0.0])),
+        _Length(high - their_low, boxes.new_tensor([0.0, 1.0])),
+        _Length(high - low + 0 * their_low, boxes.new_tensor([-1.0, 1.0])),
     ]
-    return high - low, lengths
+
+
+def _fall(alpha: _Length, beta: _Length, w: Tensor, h: Tensor, radius: Tensor, least: Tensor) -> Tensor:
+    """ρ ‖∇F‖ + ρ² ‖M‖ / 2: by how much F may fall within the ball."""
+    in_columns = _squares((1 + least) * beta.value, alpha.slope, least * h)
+    in_rows = _squares((1 + least) * alpha.value, beta.slope, least * w)
+    gradient = (in_columns + in_rows).sqrt()
+    own = float(alpha.slope.square().sum() * beta.slope.square().sum())  # n_a n_b
+    twist = ((1 - least**2) * own + 4 * least**2).sqrt()  # ‖M‖
+    return radius * gradient + radius**2 / 2 * twist
 
 
 def _squares(of_length: Tensor, slope: Tensor, of_area: Tensor) -> Tensor:
     """‖of_length · slope − of_area · (−1, 1)‖²."""
-    return (of_length * slope[0] + of_area) ** 2 + (of_length * slope[1] - of_area) ** 2
+    low = of_length * slope[0] + of_area
+    high = of_length * slope[1] - of_area
+    return low**2 + high**2
 
 
 def least_in_ball(boxes: Tensor, radius: Tensor, truth: Tensor) -> Tensor:
@@ -111,7 +144,8 @@ def least_in_ball(boxes: Tensor, radius: Tensor, truth: Tensor) -> Tensor:
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         good = surely_overlaps(boxes, radius, truth, middle)
-        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+        low = torch.where(good, middle, low)
+        high = torch.where(good, high, middle)
     return low
 
 
