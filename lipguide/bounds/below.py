@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lipguide.arguments import whole
 from lipguide.layers.export import without_parametrizations
 
 __all__ = ["StretchedPair", "lipschitz_lower_bound", "most_stretched_pair", "stretch"]
+
+NO_NUMBERS = "the function or one of the points is NaN or infinite, so no stretch can be measured"
 
 
 def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distance: float | None = None) -> float:
@@ -44,6 +47,7 @@ def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distanc
     3.0
     """
     _check(x, distance)
+    whole("steps", steps, least=0)
     with torch.inference_mode(False), torch.enable_grad():
         f = without_parametrizations(model).requires_grad_(False)
         points = x.detach().clone()
@@ -87,7 +91,12 @@ def _check(x: Tensor, distance: float | None) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}: give the search one point or more to start from")
     if not x.is_floating_point() or not bool(torch.isfinite(x).all()):
         raise ValueError("x holds NaN, infinite or whole numbers: the search starts from finite floating-point values")
-    if distance is not None and not 0 < distance < math.inf:
+    if distance is not None:
+        _check_distance(distance)
+
+
+def _check_distance(distance: float) -> None:
+    if not 0 < distance < math.inf:
         raise ValueError(f"distance is {distance}: two points are a positive and finite distance apart")
 
 
@@ -181,11 +190,20 @@ def stretch(fn: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
     >>> stretch(lambda x: x + x, torch.zeros(1, 3), torch.ones(1, 3))
     2.0
     """
-    distance = torch.linalg.vector_norm((a - b).double())
-    if distance == 0:
+    if a.shape != b.shape:  # one would be repeated to fit the other
+        raise ValueError(f"the two points have shapes {tuple(a.shape)} and {tuple(b.shape)}: give it two alike")
+    if torch.equal(a, b):
         raise ValueError("the two points are the same: give it two that differ")
-    with torch.no_grad():
-        apart = _same_draws(fn, a).double() - _same_draws(fn, b).double()
+    found = _ratio(fn, a, b)
+    if not math.isfinite(found):
+        raise ValueError(NO_NUMBERS)
+    return found
+
+
+@torch.no_grad()
+def _ratio(fn: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
+    distance = torch.linalg.vector_norm((a - b).double())
+    apart = _same_draws(fn, a).double() - _same_draws(fn, b).double()
     return float(torch.linalg.vector_norm(apart) / distance)
 
 
@@ -207,6 +225,8 @@ def most_stretched_pair(
     >>> most_stretched_pair(nn.Linear(4, 4), torch.randn(1, 4)).stretch > 0
     True
     """
+    _check_distance(distance)
+    whole("steps", steps, least=0)
     with torch.inference_mode(False), torch.enable_grad():
         fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
         return _most_stretched(fn, start.detach().clone(), distance, steps, seed)
@@ -222,11 +242,14 @@ def _most_stretched(
     best = None
     for _ in range(steps + 1):
         b = a + distance * direction / torch.linalg.vector_norm(direction)
-        pair = StretchedPair(a.detach().clone(), b.detach().clone(), stretch(fn, a.detach(), b.detach()))
-        best = pair if best is None or pair.stretch > best.stretch else best
+        pair = StretchedPair(a.detach().clone(), b.detach().clone(), _ratio(fn, a.detach(), b.detach()))
+        if math.isfinite(pair.stretch):
+            best = pair if best is None or pair.stretch > best.stretch else best
         apart = torch.linalg.vector_norm(_same_draws(fn, a) - _same_draws(fn, b))
         a.grad, direction.grad = torch.autograd.grad(apart, (a, direction))
         ascent.step()
+    if best is None:
+        raise ValueError(NO_NUMBERS)
     return best
 
 

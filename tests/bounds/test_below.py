@@ -234,3 +234,28 @@ def test_stretch_is_a_ratio_of_distances():
     assert lip.stretch(lambda x: 3 * x, torch.zeros(2, 2), torch.ones(2, 2)) == pytest.approx(3)
     with pytest.raises(ValueError, match="two that differ"):
         lip.stretch(nn.Identity(), torch.ones(2), torch.ones(2))
+
+
+def test_a_stretch_that_is_no_number_is_none():
+    a, b = torch.zeros(1, 2), torch.ones(1, 2)
+    for fn, start in ((lambda x: x * math.nan, a), (nn.Identity(), a * math.nan), (lambda x: x * math.inf, a)):
+        with pytest.raises(ValueError, match="NaN or infinite, so no stretch"):
+            lip.stretch(fn, start, b)
+    with pytest.raises(ValueError, match="NaN or infinite, so no stretch"):
+        lip.most_stretched_pair(lambda x: x * math.nan, a, steps=2)
+    with pytest.raises(ValueError, match="give it two alike"):  # else one would be repeated to fit the other
+        lip.stretch(nn.Identity(), torch.zeros(1, 2), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, math.nan])
+def test_searches_take_a_number_of_steps(steps):
+    with pytest.raises(ValueError, match="steps is"):
+        lip.lipschitz_lower_bound(linear(1), torch.ones(1, 4), steps=steps)
+    with pytest.raises(ValueError, match="steps is"):
+        lip.most_stretched_pair(linear(1), torch.ones(1, 4), steps=steps)
+
+
+@pytest.mark.parametrize("distance", [0.0, -1.0, math.nan, math.inf])
+def test_a_pair_is_a_positive_and_finite_distance_apart(distance):
+    with pytest.raises(ValueError, match="positive and finite distance"):
+        lip.most_stretched_pair(linear(1), torch.ones(1, 4), distance=distance)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lipguide.arguments import whole
 from lipguide.checks import HALF, check_eval, check_numbers, lipschitz_constant
 from lipguide.layers.export import uncached, without_parametrizations
 from lipguide.robustness.certificates.radii import slopes
@@ -48,6 +49,7 @@ def checked_logits(
     torch.float64
     """
     _check_images(images)
+    whole("batch_size", batch_size)
     check_eval(model, "certifying it")
     constant = lipschitz_constant(lipschitz)
     with torch.inference_mode(False):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lipguide.checks import check_eval, class_indices, decisions
+from lipguide.arguments import whole
+from lipguide.checks import check_eval, check_numbers, class_indices, decisions
 from lipguide.layers.export import uncached
 from lipguide.robustness.attacks.pgd import pgd_l2
 from lipguide.robustness.certificates.conditions import in_float64
@@ -63,6 +64,8 @@ def hunt(
             f"one label and one radius a picture, not {tuple(y.shape)} and {tuple(radius.shape)} for {len(x)} pictures"
         )
     label, _ = class_indices(y, None)
+    check_numbers(radius, "a radius", infinite=False)
+    whole("batch_size", batch_size)
     with uncached():  # what is remembered may be of another mode
         exact = in_float64(model)
         broken: list[int] = []

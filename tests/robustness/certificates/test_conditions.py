@@ -339,3 +339,8 @@ def test_rows_of_another_head_are_refused(head):
     checked_logits(model, x, 100.0, rows=head.weight + 0.5)  # as far apart as the rows of the head
     with pytest.raises(ValueError, match="the head '1' .* has other rows than those that are given"):
         checked_logits(model, x, 100.0, rows=0.9 * head.weight)
+
+
+def test_a_batch_has_one_picture_or_more():
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        checked_logits(lipschitz_network(0).float(), images(), batch_size=0)

@@ -52,6 +52,10 @@ def test_what_cannot_be_hunted_is_named():
         hunt(MODEL, X, Y, torch.ones(3))
     with pytest.raises(ValueError, match="training mode"):
         hunt(nn.Sequential(MODEL, nn.Dropout()), X, Y, torch.ones(len(X)))
+    with pytest.raises(ValueError, match="a radius was NaN"):
+        hunt(MODEL, X, Y, torch.full((len(X),), torch.nan))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        hunt(MODEL, X, Y, torch.ones(len(X)), batch_size=0)
 
 
 def test_the_network_that_is_hunted_has_the_very_weights_of_the_one_that_was_certified(monkeypatch):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lipguide.bounds.walk import check_untouched
 from lipguide.layers.brick import overtaken, own_rule
 from lipguide.precision import full_precision
-from lipguide.tasks.detection.boxes import check_finite
+from lipguide.tasks.detection.boxes import check_finite, check_number
 from lipguide.tasks.detection.decision import peaks
 from lipguide.tasks.detection.scores import check_call
 
@@ -43,6 +43,16 @@ class Answers(NamedTuple):
     def detections(self, least: float = 0.0) -> list[dict[str, Tensor]]:
         """What the detector reports above `least`."""
         return peaks(self.scores, self.boxes, self.graph, least)
+
+    def check(self) -> None:
+        """Raise ValueError for what no certificate can rest on: answers that are no numbers, and constants that are
+        not finite or negative; and for rivals of which only one is the other's, for only one of them gives way."""
+        check_finite(self.scores, self.boxes)
+        check_number("steepness", self.steepness, 0)
+        if not ((self.reach >= 0) & self.reach.isfinite()).all():
+            raise ValueError("the reach of a window's box is NaN, infinite or negative: it bounds nothing")
+        if not torch.equal(self.graph, self.graph.mT):
+            raise ValueError("the graph of rivals is not symmetric: two windows are rivals of each other or not at all")
 
     def moves(self, eps: float) -> tuple[float, Tensor]:
         """How far a score, and each window's box (P,), may move while the picture moves by `eps`."""

@@ -74,7 +74,10 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
     """
     check_number("eps", eps, 0)
     check_number("least", least)
-    boxes, labels = (part.cpu() for part in check_targets(targets, classes=None))
+    given.check()
+    boxes, labels = (part.cpu() for part in check_targets(targets, classes=given.scores.shape[2]))
+    if len(labels) != len(given.scores):
+        raise ValueError(f"answers to {len(given.scores)} pictures, but the objects of {len(labels)} scenes")
     drift, radius = given.moves(eps)
     objects: list[tuple[Tensor, ...]] = []
     alarms: list[tuple[Tensor, Tensor]] = []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from lipguide.tasks.detection.boxes import pad_targets
+from lipguide.tasks.detection.boxes import Targets, pad_targets
 from lipguide.tasks.detection.certificates import (
     Answers,
     Certificate,
@@ -240,3 +240,29 @@ def test_a_scene_with_more_detections_than_an_evaluator_takes_certifies_nothing(
     box = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
     given = Answers(scores, box.repeat(120, 1)[None], torch.eye(120).bool(), 1.0, torch.zeros(120))
     assert certified_recall(certify(given, pad_targets([box], [torch.tensor([0])]), 0.1)) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"steepness": float("nan")}, "steepness is nan"),
+        ({"steepness": -1.0}, "steepness is -1.0"),
+        ({"reach": torch.full((9,), torch.nan)}, "the reach of a window's box"),
+        ({"reach": torch.full((9,), -0.1)}, "the reach of a window's box"),
+        ({"scores": torch.full((12, 9, 2), torch.nan)}, "scores or boxes are not finite"),
+        ({"boxes": torch.full((12, 9, 4), torch.inf)}, "scores or boxes are not finite"),
+        ({"graph": torch.ones(9, 9).bool().tril()}, "not symmetric"),
+    ],
+)
+def test_answers_that_prove_nothing_are_refused(wrong, message):
+    given, targets = random_answers(0)
+    with pytest.raises(ValueError, match=message):
+        certify(given._replace(**wrong), targets, 0.1)
+
+
+def test_objects_of_other_scenes_and_of_unknown_classes_are_refused():
+    given, targets = random_answers(0)
+    with pytest.raises(ValueError, match="answers to 11 pictures, but the objects of 12 scenes"):
+        certify(given.part(slice(11)), targets, 0.1)
+    with pytest.raises(ValueError, match="labels must be 0 to 1"):
+        certify(given, Targets(targets.boxes, targets.labels + 1), 0.1)
