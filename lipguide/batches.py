@@ -70,7 +70,7 @@ def mixed(*numbers: int) -> int:
 
 @lru_cache(maxsize=4)
 def _permutation(samples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(mixed(seed, epoch)))
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(mixed(seed, epoch)), device="cpu")
 
 
 def batch_indices(step: int, batch_size: int, samples: int, seed: int) -> Tensor:

@@ -78,7 +78,7 @@ class Shifted(nn.Module):
     def forward(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         images, *others = batch
         height, width = images.shape[2:]
-        down, right = torch.randint(5, (2,)).tolist()
+        down, right = torch.randint(5, (2,), device="cpu").tolist()
         half = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5 if self.mirror else None
 
         def moved(pictures: Tensor, **padding: Any) -> Tensor:

@@ -53,7 +53,7 @@ def _most_copies(operation: Operation, pixels: Pixels, dtype: torch.dtype) -> in
     if count > FLOAT32_EXACT:
         return None
     # Where pixels are copied, the number of a pixel is what is found in each place of its copies.
-    numbered = torch.arange(count, dtype=dtype).reshape(1, 1, *pixels)
+    numbered = torch.arange(count, dtype=dtype, device="cpu").reshape(1, 1, *pixels)
     found = operation(numbered).flatten()
     if found.numel() == 0 or float(found.min()) < 0 or float(found.max()) > count - 1:
         return None
@@ -69,7 +69,7 @@ def _most_copies(operation: Operation, pixels: Pixels, dtype: torch.dtype) -> in
 
 def _random_picture(pixels: Pixels, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(1, 1, *pixels, generator=generator, dtype=dtype)
+    return torch.rand(1, 1, *pixels, generator=generator, dtype=dtype, device="cpu")
 
 
 def _check_same_in_float32(operation: Operation, pixels: Pixels) -> None:
@@ -84,7 +84,7 @@ def _check_same_in_float32(operation: Operation, pixels: Pixels) -> None:
 @torch.enable_grad()
 def _norm_of_averages(operation: Operation, pixels: Pixels) -> float:
     """From the sums of the rows and of the columns of the matrix, or from the matrix itself where it is small."""
-    ones = torch.ones(1, 1, *pixels, dtype=torch.float64, requires_grad=True)
+    ones = torch.ones(1, 1, *pixels, dtype=torch.float64, device="cpu", requires_grad=True)
     rows = operation(ones)
     (columns,) = torch.autograd.grad(rows.sum(), ones)
     _check_adjoint(operation, pixels)
@@ -93,17 +93,17 @@ def _norm_of_averages(operation: Operation, pixels: Pixels) -> float:
     if schur_is_exact or ones.numel() > DENSE:
         square = rows.abs().max() * columns.abs().max()
         return math.sqrt(float(square)) * (1 + CUSHION)
-    basis = torch.eye(ones.numel(), dtype=torch.float64).reshape(-1, 1, *pixels)
+    basis = torch.eye(ones.numel(), dtype=torch.float64, device="cpu").reshape(-1, 1, *pixels)
     return matrix_norm(operation(basis).flatten(1))
 
 
 def _check_adjoint(operation: Operation, pixels: Pixels) -> None:
     """⟨A x, y⟩ = ⟨x, Aᵀ y⟩ for random x and y, where autograd says what Aᵀ y is."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(1, 1, *pixels, generator=generator, dtype=torch.float64)
+    x = torch.rand(1, 1, *pixels, generator=generator, dtype=torch.float64, device="cpu")
     x.requires_grad_()
     image = operation(x)
-    y = torch.rand(image.shape, generator=generator, dtype=torch.float64)
+    y = torch.rand(image.shape, generator=generator, dtype=torch.float64, device="cpu")
     product = (image * y).sum()
     (back,) = torch.autograd.grad(product, x)  # of a scalar: for others torch loads a library first
     product_of_adjoint = (x * back).sum()

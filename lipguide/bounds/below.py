@@ -60,7 +60,7 @@ def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distanc
 def _climbed(f: nn.Module, points: Tensor, steps: int, distance: float) -> tuple[Tensor, Tensor]:
     """For each point the pair that f stretched most on the way: where it starts, and the step to its end."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(points.shape, generator=generator, dtype=torch.float32)
+    direction = torch.randn(points.shape, generator=generator, dtype=torch.float32, device="cpu")
     direction = _unit(direction.to(points))
     found = torch.zeros(len(points), dtype=points.dtype, device=points.device)
     best_points = points
@@ -132,7 +132,7 @@ class _Rounding(TorchDispatchMode):
 
     def __init__(self, pairs: int) -> None:
         super().__init__()
-        self.pairs, self.share = pairs, torch.zeros(pairs, dtype=torch.float64)
+        self.pairs, self.share = pairs, torch.zeros(pairs, dtype=torch.float64, device="cpu")
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -237,7 +237,8 @@ def _most_stretched(
 ) -> StretchedPair:
     a = start.requires_grad_()
     generator = torch.Generator().manual_seed(seed)
-    direction = torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device).requires_grad_()
+    direction = torch.randn(start.shape, generator=generator, dtype=start.dtype, device="cpu")
+    direction = direction.to(start.device).requires_grad_()
     ascent = torch.optim.Adam([a, direction], lr=distance / 10, maximize=True)
     best = None
     for _ in range(steps + 1):

@@ -186,7 +186,8 @@ def _check_evaluates(walk: Traveller, node: fx.Node, training: bool) -> None:
 def _computes(layer: nn.Module, walk: Traveller, node: fx.Node) -> bool:
     """Does the layer do what the call does?"""
     like = walk.value(node.args[0])
-    x = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), dtype=like.dtype).to(like.device)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
     args = fx.node.map_arg(node.args[1:], walk.value)
     kwargs = fx.node.map_arg(node.kwargs, walk.value)
     call = getattr(type(x), node.target) if node.op == "call_method" else node.target

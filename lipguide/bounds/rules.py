@@ -130,7 +130,7 @@ def _sizes(walk: Traveller, node: fx.Node, tensor: Any, weight: Any, value: Tens
     """|w|, if w does not depend on the input (a product of two such values is not Lipschitz) and x is not repeated."""
     if walk.of(weight) != 0.0 or walk.value(tensor).shape != value.shape:
         return walk.refuse(node)
-    return torch.as_tensor(walk.value(weight), dtype=torch.float64).abs()
+    return torch.as_tensor(walk.value(weight), dtype=torch.float64, device="cpu").abs()
 
 
 def _joined(walk: Traveller, node: fx.Node, value: Tensor) -> float:

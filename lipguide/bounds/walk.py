@@ -154,7 +154,8 @@ def probe(shape: tuple[int, ...], *modules: nn.Module) -> Tensor:
     """
     tensors = chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(like)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
 
 
 class Walk:

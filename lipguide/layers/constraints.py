@@ -241,7 +241,7 @@ class Spectral(Constraint):
         waves = _waves(kernel)  # (taps, frequencies)
         generator = torch.Generator().manual_seed(0)
         pairs = len(kernel), kernel.shape[2], waves.shape[1], 2  # (groups, inputs, frequencies, 2)
-        v = torch.randn(pairs, generator=generator, dtype=torch.float32)
+        v = torch.randn(pairs, generator=generator, dtype=torch.float32, device="cpu")
         self.register_buffer("v", v.to(weight.device))  # real and imaginary parts, one column a frequency
         self.register_buffer("waves", torch.view_as_real(waves), persistent=False)
         with torch.no_grad():

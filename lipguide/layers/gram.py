@@ -81,8 +81,8 @@ class GramScale(Constraint):
         self.log_q = nn.Parameter(torch.zeros(shape[0]))
         self.varies = len(shape) > 2 and shape[-1] > 1  # does the symbol depend on the frequency?
         if self.varies:
-            waves = _spread_waves(shape[-1], self.density).float()
-            watched = torch.arange(WATCHED)  # which of them, the scanned ones last
+            waves = _spread_waves(shape[-1], self.density).float().to(self.log_q.device)
+            watched = torch.arange(WATCHED, device=self.log_q.device)  # which of them, the scanned ones last
             self.register_buffer("waves", waves, persistent=False)  # (frequencies, 2, taps)
             self.register_buffer("watched", watched)
 
@@ -224,8 +224,8 @@ def _nonzero(value: Tensor) -> Tensor:
 def _waves(kernel_size: int, density: int) -> Tensor:
     """cos⟨ω, t⟩ and sin⟨ω, t⟩ as (frequencies, 2, taps), for one of each pair ±ω of the grid: the other mirrors it."""
     side = density * (kernel_size - 1)
-    down = torch.arange(side)
-    across = torch.arange(side // 2 + 1)
+    down = torch.arange(side, device="cpu")
+    across = torch.arange(side // 2 + 1, device="cpu")
     places = torch.cartesian_prod(down, across)  # (places, 2)
     rows, columns = places.unbind(1)
     # In the first column and, of an even side, in the last one the mirror image is in the same column.
@@ -233,7 +233,7 @@ def _waves(kernel_size: int, density: int) -> Tensor:
     first_of_two = 2 * rows <= side
     kept = ~mirrored | first_of_two
     omega = places[kept].double() * (2 * math.pi / side)  # (frequencies, 2)
-    along = torch.arange(kernel_size).double()
+    along = torch.arange(kernel_size, device="cpu").double()
     taps = torch.cartesian_prod(along, along)  # (taps, 2)
     angles = omega @ taps.T  # (frequencies, taps)
     waves = torch.stack((angles.cos(), angles.sin()), 1)
@@ -248,7 +248,7 @@ def _spread_waves(kernel_size: int, density: int) -> Tensor:
     stride = round(0.618 * count)
     while math.gcd(stride, count) > 1:  # else some would come twice
         stride += 1
-    order = torch.arange(count) * stride % count
+    order = torch.arange(count, device="cpu") * stride % count
     return waves[order]
 
 

@@ -105,7 +105,8 @@ def polar(weight: Tensor) -> Tensor:
 
 def _are_orthonormal(columns: Tensor) -> bool:
     gram = columns.mT @ columns
-    return bool((gram - torch.eye(gram.shape[-1]).to(gram)).abs().max() < ORTHONORMAL)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return bool((gram - eye).abs().max() < ORTHONORMAL)
 
 
 def _orthonormal_in(constraint: Constraint, raw: Tensor) -> Tensor:
@@ -178,7 +179,8 @@ class OrthogonalKernel(Constraint):
             raw.append(_drawn(weight, self.groups, len(self.axes), self.middle, self.rank))
         if self.lifts:
             lift = _drawn(weight, self.groups, self.middle, self.inputs)
-            raw.append(torch.eye(*lift.shape[1:]).to(lift).expand_as(lift).clone() if kept else polar(lift))
+            inputs_first = torch.eye(*lift.shape[1:], dtype=lift.dtype, device=lift.device)
+            raw.append(inputs_first.expand_as(lift).clone() if kept else polar(lift))
         return tuple(part.to(weight.dtype) for part in raw)
 
     def _first_ending(self, kernel: Tensor) -> Tensor:

@@ -170,8 +170,8 @@ def _check_tau(tau: float) -> float:
 
 def _binomial_tail(draws: int, chance: float) -> Tensor:
     """Entry k, for k = 0 to draws: the probability of k hits or more. Summed from the small end, rounded up."""
-    k = torch.arange(draws + 1, dtype=torch.float64)
-    n = torch.tensor(float(draws), dtype=torch.float64)
+    k = torch.arange(draws + 1, dtype=torch.float64, device="cpu")
+    n = torch.tensor(float(draws), dtype=torch.float64, device="cpu")
     log_ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     each = (log_ways + k * math.log(chance) + (n - k) * math.log1p(-chance)).exp()
     return (each.flip(0).cumsum(0).flip(0) * (1 + 1e-9)).clamp(max=1.0)

@@ -82,7 +82,7 @@ def robust_accuracy_curve(
         raise ValueError("the robust accuracy of no samples is undefined")
     whole("batch_size", batch_size)
     check_eval(model, "measuring its robustness")
-    strengths = torch.as_tensor(epsilons, dtype=torch.float64).cpu()
+    strengths = torch.as_tensor(epsilons, dtype=torch.float64, device="cpu")
     if strengths.ndim != 1 or not (strengths >= 0).all():
         raise ValueError(f"epsilons must be a list of numbers, 0 or more, not {epsilons}")
     batches = zip(x.split(batch_size), y.split(batch_size), strict=True)

@@ -137,7 +137,7 @@ def check_pictures(x: Tensor, strength: float | Tensor, unbounded: bool = False)
             "attacks move pixels within [0, 1], and x holds other values: give the pictures as they are and make a "
             "normalisation the first layer of the model"
         )
-    strengths = torch.as_tensor(strength)
+    strengths = torch.as_tensor(strength, device="cpu")
     if not (strengths >= 0).all():
         raise ValueError(f"the strength of an attack must be 0 or more, not {strength}")
     if not unbounded and strengths.isinf().any():

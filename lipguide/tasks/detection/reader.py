@@ -119,8 +119,9 @@ class Detector(nn.Module):
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Centres (P, 2) of the windows, x and y in pictures, and (P,) pixels of the level that a picture has."""
-        parts = [places(canvas, CELL // 2) for canvas in self.canvases]
-        centres, sides = (torch.cat(part).to(self.class_head.weight.device) for part in zip(*parts, strict=True))
+        device = self.class_head.weight.device
+        parts = [places(canvas, CELL // 2, device=device) for canvas in self.canvases]
+        centres, sides = (torch.cat(part) for part in zip(*parts, strict=True))
         return centres, sides
 
     def log_scores(self, output: ReaderOutput) -> Tensor:

@@ -23,7 +23,7 @@ __all__ = ["Score", "detections", "hits", "on_cpu", "score"]
 OVERLAP = 0.5  # at which a detection counts as right
 MOST = 100  # detections of one class in one scene that count for mAP
 # Where precision is read. In single precision, as torchmetrics has it: one of ten objects is not yet a recall of 0.1.
-RECALLS = torch.linspace(0.0, 1.0, 101).double()
+RECALLS = torch.linspace(0.0, 1.0, 101, device="cpu").double()
 
 
 class Score(NamedTuple):

@@ -50,7 +50,7 @@ def births(scores: Tensor, graph: Tensor, drift: float, least: float = 0.0) -> t
         openers = _openers(link[~beaten][:, ~beaten])
         found += (own[~beaten][openers] + drift).tolist()
         classes += [int(c)] * len(openers)
-    return torch.tensor(found), torch.tensor(classes, dtype=torch.long)
+    return torch.tensor(found, device="cpu"), torch.tensor(classes, dtype=torch.long, device="cpu")
 
 
 def _openers(link: np.ndarray) -> list[int]:

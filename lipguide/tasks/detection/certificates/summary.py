@@ -92,9 +92,9 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
         objects.append((classes, before, after))
     label, before, after = (torch.cat(parts) for parts in zip(*objects, strict=True))
     born, alarm_label = (torch.cat(parts) for parts in zip(*alarms, strict=True))
-    scenes = torch.arange(len(labels))
-    of_objects = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in objects]))
-    of_alarms = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in alarms]))
+    scenes = torch.arange(len(labels), device="cpu")
+    of_objects = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in objects], device="cpu"))
+    of_alarms = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in alarms], device="cpu"))
     return Certificate(eps, least, of_objects, label, before, after, born, of_alarms, alarm_label)
 
 
@@ -161,7 +161,7 @@ def object_radii(given: Answers, targets: Targets, grid: list[float], least: flo
     radii = None
     for eps in sorted(grid):
         found = certify(given, targets, eps, least).heights > least
-        radii = torch.zeros(len(found)) if radii is None else radii
+        radii = torch.zeros(len(found), device="cpu") if radii is None else radii
         radii[found] = eps
     if radii is None:
         raise ValueError("the grid of eps is empty: give one or more")
