@@ -109,7 +109,7 @@ def _check_head(model: nn.Module, images: Tensor, logits: Tensor, rows: Tensor) 
     """Refuse `rows` of a head whose classes look at different features, or look at one feature more than once; of one
     whose outputs are not the logits; and those that are not the head's."""
     heads = {part: name for name, part in model.named_modules() if isinstance(part, HEADS)}
-    given = [part for part, output in _outputs(model, images, list(heads)) if _are_the_logits(output, logits)]
+    given = _that_give(logits, model, images, list(heads))
     for head in given:
         reason = _why_not(head, logits, rows)
         if reason:
@@ -123,16 +123,21 @@ def _check_head(model: nn.Module, images: Tensor, logits: Tensor, rows: Tensor) 
         )
 
 
-def _outputs(model: nn.Module, images: Tensor, parts: list[nn.Module]) -> list[tuple[nn.Module, Tensor]]:
-    """What some parts of a model give, call by call."""
-    seen: list[tuple[nn.Module, Tensor]] = []
-    hooks = [part.register_forward_hook(lambda part, args, output: seen.append((part, output))) for part in parts]
+def _that_give(logits: Tensor, model: nn.Module, images: Tensor, parts: list[nn.Module]) -> list[nn.Module]:
+    """Which of some parts of a model give its logits."""
+    found: list[nn.Module] = []
+
+    def look(part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if _are_the_logits(output, logits):
+            found.append(part)
+
+    hooks = [part.register_forward_hook(look) for part in parts]
     try:
         model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return found
 
 
 def _has_rows(head: nn.Module, rows: Tensor) -> bool:
