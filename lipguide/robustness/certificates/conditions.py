@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipguide.arguments import whole
+from lipguide.bounds.walk import check_untouched
 from lipguide.checks import HALF, check_eval, check_numbers, lipschitz_constant
+from lipguide.layers.brick import voucher
 from lipguide.layers.export import uncached, without_parametrizations
 from lipguide.robustness.certificates.radii import slopes
 
@@ -111,6 +113,7 @@ def _check_head(model: nn.Module, images: Tensor, logits: Tensor, rows: Tensor) 
     heads = {part: name for name, part in model.named_modules() if isinstance(part, HEADS)}
     given = _that_give(logits, model, images, list(heads))
     for head in given:
+        check_untouched(head)
         reason = _why_not(head, logits, rows)
         if reason:
             raise ValueError(f"the head {heads[head]!r} ({type(head).__name__}) {reason}")
@@ -166,6 +169,8 @@ def _gaps(logits: Tensor) -> Tensor:
 
 def _why_not(head: nn.Module, logits: Tensor, rows: Tensor) -> str:
     """Why these must not be given as the rows of this head; nothing if they may."""
+    if voucher(head, HEADS.__contains__) is None:
+        return "changes what a layer of torch computes with its weight, so that rows says nothing of it: leave out rows"
     if isinstance(head, nn.Linear):
         return "" if _as_far_apart(head.weight, rows) else OTHERS
     if head.transposed:

@@ -344,3 +344,21 @@ def test_rows_of_another_head_are_refused(head):
 def test_a_batch_has_one_picture_or_more():
     with pytest.raises(ValueError, match="batch_size is 0"):
         checked_logits(lipschitz_network(0).float(), images(), batch_size=0)
+
+
+class Hot(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def test_rows_do_not_speak_for_a_head_that_computes_something_else_with_them():
+    """On these pictures no gradient tells: the trunk uses a tenth of its constant."""
+    torch.manual_seed(0)
+    x = torch.rand(5, 4, generator=generator(0))
+    hot = nn.Sequential(nn.Identity(), Hot(4, 3)).eval()
+    with pytest.raises(ValueError, match="the head '1' .Hot. changes what a layer of torch computes"):
+        checked_logits(hot, x, 10.0, rows=hot[1].weight)
+    hooked = nn.Sequential(nn.Identity(), nn.Linear(4, 3)).eval()
+    hooked[1].register_forward_hook(lambda module, args, output: 3 * output)
+    with pytest.raises(ValueError, match="it carries a hook"):
+        checked_logits(hooked, x, 10.0, rows=hooked[1].weight)
