@@ -14,6 +14,7 @@ import lipguide as lip
 from lipguide.tasks.detection.boxes import pad_targets
 from lipguide.tasks.detection.certificates import answers, certified_ap, certify
 from lipguide.tasks.detection.reader import Detector
+from lipguide.tasks.detection.scores import score
 
 CONSTRAINTS = ["spectral", "orthogonal", "aol", "frobenius", "unit_rows", "l2_normalized"]
 
@@ -90,7 +91,9 @@ def test_a_detector_is_certified_as_before():
     found = answers(model, x).detections(-2.0)
     targets = pad_targets([scene["boxes"][:1] for scene in found], [scene["labels"][:1] for scene in found])
     before = certify(answers(model, x), targets, 0.01, -2.0)
+    rated = score(found, targets)
     with torch.device("meta"):
         there = certify(answers(model, x), targets, 0.01, -2.0)
         assert certified_ap(there) == certified_ap(before)
+        assert score(found, targets) == rated
     assert torch.equal(there.heights, before.heights) and torch.equal(there.births, before.births)

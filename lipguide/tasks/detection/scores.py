@@ -141,11 +141,15 @@ def _compared(found: list[dict[str, Tensor]], targets: Targets) -> tuple[_Made, 
         raise ValueError(f"detections of {len(found)} scenes, but targets of {len(truth.labels)}")
     for index, scene in enumerate(found):
         _check_shapes(index, *(scene[name] for name in ("boxes", "scores", "labels")))
-    device = found[0]["boxes"].device if found else None
-    none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
-    columns = [torch.cat([empty.to(device), *(scene[name] for scene in found)]).cpu() for name, empty in none.items()]
-    counts = torch.tensor([len(scene["labels"]) for scene in found], dtype=torch.long)
-    made = _Made(*columns, torch.arange(len(found)).repeat_interleave(counts))
+    device = found[0]["boxes"].device if found else torch.device("cpu")
+    none = {
+        "boxes": torch.zeros(0, 4, device=device),
+        "scores": torch.zeros(0, device=device),
+        "labels": torch.zeros(0, dtype=torch.long, device=device),
+    }
+    columns = [torch.cat([empty, *(scene[name] for scene in found)]).cpu() for name, empty in none.items()]
+    counts = torch.tensor([len(scene["labels"]) for scene in found], dtype=torch.long, device="cpu")
+    made = _Made(*columns, torch.arange(len(found), device="cpu").repeat_interleave(counts))
     _check_values(made)
     return made, truth
 
@@ -174,7 +178,7 @@ def _check_values(made: _Made) -> None:
 
 def _right(made: _Made, truth: Targets) -> Tensor:
     """(K,): which detections are right. The best of every scene choose first, then the second of every scene, …"""
-    right = torch.zeros(len(made.scores), dtype=torch.bool)
+    right = torch.zeros_like(made.scores, dtype=torch.bool)
     free = truth.labels != NOTHING  # (N, M)
     if not free.numel():
         return right
@@ -211,7 +215,7 @@ def _ranks(scores: Tensor, groups: Tensor) -> Tensor:
     _, counts = groups[order].unique_consecutive(return_counts=True)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order)) - first
+    ranks[order] = torch.arange(len(order), device=order.device) - first
     return ranks
 
 
@@ -229,7 +233,7 @@ def _mean_average_precision(made: _Made, right: Tensor, truth: Tensor) -> float:
 def _average_precision(scores: Tensor, right: Tensor, objects: int) -> float:
     """The mean, over the recalls 0, 0.01, … 1, of the best precision at that recall or beyond; 0 beyond the last."""
     found = right[scores.argsort(descending=True, stable=True)].double().cumsum(0)
-    precision = found / torch.arange(1, len(found) + 1)
+    precision = found / torch.arange(1, len(found) + 1, device=found.device)
     best = precision.flip(0).cummax(0).values.flip(0)
     place = torch.searchsorted(found / objects, RECALLS)
     return float(torch.cat([best, best.new_zeros(1)])[place].mean())
