@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from lipguide.arguments import whole
 from lipguide.layers.export import without_parametrizations
+from lipguide.seeded import normal
 
 __all__ = ["StretchedPair", "lipschitz_lower_bound", "most_stretched_pair", "stretch"]
 
@@ -59,9 +60,7 @@ def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distanc
 
 def _climbed(f: nn.Module, points: Tensor, steps: int, distance: float) -> tuple[Tensor, Tensor]:
     """For each point the pair that f stretched most on the way: where it starts, and the step to its end."""
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(points.shape, generator=generator, dtype=torch.float32, device="cpu")
-    direction = _unit(direction.to(points))
+    direction = _unit(normal(points.shape).to(points))
     found = torch.zeros(len(points), dtype=points.dtype, device=points.device)
     best_points = points
     best_steps = distance * direction
@@ -236,9 +235,7 @@ def _most_stretched(
     fn: Callable[[Tensor], Tensor], start: Tensor, distance: float, steps: int, seed: int
 ) -> StretchedPair:
     a = start.requires_grad_()
-    generator = torch.Generator().manual_seed(seed)
-    direction = torch.randn(start.shape, generator=generator, dtype=start.dtype, device="cpu")
-    direction = direction.to(start.device).requires_grad_()
+    direction = normal(start.shape, start.dtype, seed).to(start.device).requires_grad_()
     ascent = torch.optim.Adam([a, direction], lr=distance / 10, maximize=True)
     best = None
     for _ in range(steps + 1):

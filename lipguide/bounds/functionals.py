@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lipguide.bounds.calls import Call, NoBound
 from lipguide.bounds.torch_layers import LAYERS
+from lipguide.seeded import normal
 
 if TYPE_CHECKING:
     from lipguide.bounds.forwards import Traveller
@@ -186,8 +187,7 @@ def _check_evaluates(walk: Traveller, node: fx.Node, training: bool) -> None:
 def _computes(layer: nn.Module, walk: Traveller, node: fx.Node) -> bool:
     """Does the layer do what the call does?"""
     like = walk.value(node.args[0])
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
+    x = normal(like.shape, like.dtype).to(like.device)
     args = fx.node.map_arg(node.args[1:], walk.value)
     kwargs = fx.node.map_arg(node.kwargs, walk.value)
     call = getattr(type(x), node.target) if node.op == "call_method" else node.target

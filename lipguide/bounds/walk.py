@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lipguide.bounds.calls import Call, NoBound
 from lipguide.bounds.forwards import only_shrinks, travel, versions
 from lipguide.bounds.torch_layers import LAYERS
-from lipguide.layers.brick import Brick, home, overtaken, own_rule, voucher
+from lipguide.layers.brick import Brick, computes_as, home, overtaken, own_rule, voucher
 from lipguide.layers.export import equation_of
+from lipguide.seeded import normal
 
 __all__ = [
     "LayerBound",
@@ -154,8 +155,7 @@ def probe(shape: tuple[int, ...], *modules: nn.Module) -> Tensor:
     """
     tensors = chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
+    return normal(shape).to(like)
 
 
 class Walk:
@@ -204,7 +204,7 @@ class Walk:
             return self._by_its_own_rule(module, rule, constant)
         if kind := voucher(module, LAYERS.__contains__):
             return self._layer(module, LAYERS[kind], constant)
-        if voucher(module, {nn.Sequential}.__contains__):
+        if computes_as(module, nn.Sequential):
             for part in module:
                 constant = self(part, constant)
             return constant

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Brick", "Through", "home", "overtaken", "own_rule", "voucher"]
+__all__ = ["Brick", "Through", "computes_as", "home", "overtaken", "own_rule", "voucher"]
 
 Through = Callable[[nn.Module, float], Any]
 """Takes a part of a module and the constant of its input, and returns the constant of its output."""
@@ -161,6 +161,18 @@ def voucher(module: nn.Module, speaks: Callable[[type], bool]) -> type | None:
         if speaks(kind):
             return None if _changes(line[:place], kind) else kind
     return None
+
+
+def computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Does a module compute what one of these classes says, whatever its own class is called?
+
+    >>> class Doubled(nn.ReLU):
+    ...     def forward(self, x):
+    ...         return 2 * super().forward(x)
+    >>> computes_as(nn.ReLU(), nn.ReLU, nn.Tanh), computes_as(Doubled(), nn.ReLU, nn.Tanh)
+    (True, False)
+    """
+    return voucher(module, kinds.__contains__) is not None
 
 
 def _changes(below: tuple[type, ...], kind: type) -> set[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lipguide.layers.symbol import MEMORY, centred_places
+from lipguide.seeded import normal
 
 __all__ = ["climb"]
 
@@ -63,9 +64,7 @@ def _some_of(start: Tensor, numbers: int) -> Tensor:
 
 def _random(groups: int, inputs: int, places: int) -> Tensor:
     """Complex columns (groups, inputs, places), the same ones every time."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = torch.randn(groups, inputs, places, 2, generator=generator, dtype=torch.float32, device="cpu")
-    return torch.view_as_complex(pairs)
+    return torch.view_as_complex(normal((groups, inputs, places, 2)))
 
 
 def _of_length_one(columns: Tensor) -> Tensor:

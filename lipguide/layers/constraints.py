@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lipguide.checks import HALF
 from lipguide.layers.geometry import Geometry
 from lipguide.layers.norms import conv_norm, matrix_norm
+from lipguide.seeded import normal
 
 __all__ = ["AOL", "Clip", "Constraint", "Scaled", "Spectral", "UnitRows", "at_scale_one", "exact"]
 
@@ -239,9 +240,7 @@ class Spectral(Constraint):
         self.proof: tuple[Tensor, float] | None = None
         kernel = self._kernel(exact(weight.detach()))
         waves = _waves(kernel)  # (taps, frequencies)
-        generator = torch.Generator().manual_seed(0)
-        pairs = len(kernel), kernel.shape[2], waves.shape[1], 2  # (groups, inputs, frequencies, 2)
-        v = torch.randn(pairs, generator=generator, dtype=torch.float32, device="cpu")
+        v = normal((len(kernel), kernel.shape[2], waves.shape[1], 2))  # (groups, inputs, frequencies, 2)
         self.register_buffer("v", v.to(weight.device))  # real and imaginary parts, one column a frequency
         self.register_buffer("waves", torch.view_as_real(waves), persistent=False)
         with torch.no_grad():

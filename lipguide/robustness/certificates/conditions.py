@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from lipguide.arguments import whole
 from lipguide.bounds.walk import check_untouched
 from lipguide.checks import HALF, check_eval, check_numbers, lipschitz_constant
-from lipguide.layers.brick import voucher
+from lipguide.layers.brick import computes_as
 from lipguide.layers.export import uncached, without_parametrizations
 from lipguide.robustness.certificates.radii import slopes
 
@@ -169,7 +169,7 @@ def _gaps(logits: Tensor) -> Tensor:
 
 def _why_not(head: nn.Module, logits: Tensor, rows: Tensor) -> str:
     """Why these must not be given as the rows of this head; nothing if they may."""
-    if voucher(head, HEADS.__contains__) is None:
+    if not computes_as(head, *HEADS):
         return "changes what a layer of torch computes with its weight, so that rows says nothing of it: leave out rows"
     if isinstance(head, nn.Linear):
         return "" if _as_far_apart(head.weight, rows) else OTHERS

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.bounds.walk import check_untouched
-from lipguide.layers.brick import voucher
+from lipguide.layers.brick import computes_as
 from lipguide.layers.export import uncached
 from lipguide.layers.sll import SLLLinear
 from lipguide.robustness.certificates.conditions import checked_logits, in_float64
@@ -80,19 +80,14 @@ def local_radius(model: nn.Sequential, images: Tensor, labels: Tensor | None = N
 
 
 def _ending(model: nn.Sequential) -> tuple[SLLLinear, nn.Linear]:
-    parts = list(model) if _is(nn.Sequential, model) else [model]
-    if len(parts) > 2 and _is(SLLLinear, parts[-2]) and _is(nn.Linear, parts[-1]):
+    parts = list(model) if computes_as(model, nn.Sequential) else [model]
+    if len(parts) > 2 and computes_as(parts[-2], SLLLinear) and computes_as(parts[-1], nn.Linear):
         return parts[-2], parts[-1]
     ends = ", ".join(type(part).__name__ for part in parts[-2:])
     raise ValueError(
         "local_radius looks into the last block of an nn.Sequential that ends in SLLLinear and nn.Linear; this ends in "
         f"{ends}: use radius, which asks for nothing but logits"
     )
-
-
-def _is(kind: type[nn.Module], module: nn.Module) -> bool:
-    """Does a module compute what this class says, whatever its own class is called?"""
-    return voucher(module, {kind}.__contains__) is not None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lipguide.checks import decisions
 from lipguide.precision import full_precision
 from lipguide.robustness.certificates import certified_miou, certified_pixel_accuracy, checked_logits
 from lipguide.robustness.scores import check_masks, miou, pixel_accuracy, pooled_miou
+from lipguide.seeded import normal
 from lipguide.tasks import task
 from lipguide.tasks.segmentation.data import CLASSES, pictures
 from lipguide.tasks.segmentation.networks import build
@@ -69,7 +70,7 @@ def noisy(images: Tensor, noise: float) -> Tensor:
     >>> noisy(torch.zeros(1, 3, 4, 4), noise=0.0).abs().max()
     tensor(0.)
     """
-    return images + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return images + noise * normal(images.shape)
 
 
 def measure(model: nn.Sequential, recipe: Recipe, data: task.Data) -> dict[str, Any]:
