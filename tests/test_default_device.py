@@ -11,10 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import lipguide as lip
-from lipguide.tasks.detection.boxes import pad_targets
+from lipguide.tasks.detection.attacks import mixture
+from lipguide.tasks.detection.boxes import Targets, pad_targets
 from lipguide.tasks.detection.certificates import answers, certified_ap, certify
-from lipguide.tasks.detection.reader import Detector
+from lipguide.tasks.detection.reader import Detector, ReaderStep
 from lipguide.tasks.detection.scores import score
+from lipguide.tasks.detection.smoothing import smoothed, surely_found
+from lipguide.tasks.detection.sure import rates
+from lipguide.tasks.detection.sure import surely_found as surely_found_by_rates
+from lipguide.tasks.detection.unlearnt import unlearnt
+from lipguide.tasks.segmentation.recipes import noisy
 
 CONSTRAINTS = ["spectral", "orthogonal", "aol", "frobenius", "unit_rows", "l2_normalized"]
 
@@ -97,3 +103,38 @@ def test_a_detector_is_certified_as_before():
         assert certified_ap(there) == certified_ap(before)
         assert score(found, targets) == rated
     assert torch.equal(there.heights, before.heights) and torch.equal(there.births, before.births)
+
+
+def test_a_step_of_the_reader_is_taken_as_before():
+    torch.manual_seed(0)
+    model = Detector((8, 8, 8), 16)
+    step = ReaderStep(model.training_loss())
+    batch = torch.rand(2, 3, 74, 74), torch.tensor([[[0.3, 0.2, 0.5, 0.7]]]).expand(2, 1, 4), torch.ones(2, 1).long()
+    values = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        with torch.device(device):
+            values.append(step(model, batch).item())
+    assert values[0] == values[1]
+
+
+def elsewhere(detector, picture, targets):
+    """What is asked of detectors that carry no certificate of their own, and of pictures with noise."""
+    boxes, labels = targets.boxes[0], targets.labels[0]
+    one = [{"boxes": boxes, "scores": torch.full((1,), 0.9, device="cpu"), "labels": labels}]
+    yield noisy(picture, 0.1).sum().item()
+    bounds = smoothed(lambda pictures: one * len(pictures), picture[0], 0.01, 0.1, 40)
+    yield surely_found(bounds, boxes, labels).tolist()
+    nothing = [{name: part[:0] for name, part in one[0].items()}]
+    yield len(mixture({"weak": one, "strong": nothing}, targets)[0]["labels"])
+    yield surely_found_by_rates(detector, rates(detector), picture, targets, 0.01)
+
+
+def test_other_detectors_are_judged_as_before():
+    box = torch.tensor([[[0.1, 0.1, 0.4, 0.8]]])
+    picture, targets = torch.rand(1, 3, 74, 74), Targets(box, torch.tensor([[1]]))
+    torch.manual_seed(0)
+    given = unlearnt("spectral-norm", width=4).eval(), picture, targets
+    before = list(elsewhere(*given))
+    with torch.device("meta"):
+        assert list(elsewhere(*given)) == before

@@ -217,8 +217,8 @@ def most_harmful(found: dict[str, list[dict[str, Tensor]]], targets: Targets) ->
         raise ValueError("the strongest of no attack is undefined: give one candidate or more")
     harm = []
     for scenes in found.values():
-        right = torch.tensor(hits(scenes, targets), dtype=torch.float64)
-        made = torch.tensor([len(scene["labels"]) for scene in scenes], dtype=torch.float64)
+        right = torch.tensor(hits(scenes, targets), dtype=torch.float64, device="cpu")
+        made = torch.tensor([len(scene["labels"]) for scene in scenes], dtype=torch.float64, device="cpu")
         harm.append(-right + (made - right) / 1000)  # an object counts more than any number of alarms
     return torch.stack(harm).argmax(0).tolist()
 

@@ -315,7 +315,7 @@ class ReaderStep(nn.Module):
         images, boxes, labels = batch
         targets = check_targets(Targets(boxes, labels)) if self.classes is None else Checked(*batch[1:], self.classes)
         images = model.brightless(unit_range(images))
-        moved = tuple(torch.randint(-CELL // 4, CELL // 4, (2,)).tolist())
+        moved = tuple(torch.randint(-CELL // 4, CELL // 4, (2,), device="cpu").tolist())
         windows: list[list[Tensor]] = []
         with parametrize.cached():
             for number, chosen in enumerate(self._chosen(model, targets)):

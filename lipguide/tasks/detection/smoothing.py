@@ -104,10 +104,10 @@ def smoothed(
 
 def _slots(found: dict[str, Tensor], classes: int) -> Tensor:
     """(classes, slots, 4): the boxes of a picture by class and part of the picture, from left to right."""
-    slots = torch.full((classes, PARTS, DEEP, 4), torch.inf)
+    slots = torch.full((classes, PARTS, DEEP, 4), torch.inf, device="cpu")
     middle = (found["boxes"][:, 0] + found["boxes"][:, 2]) / 2
     part = (middle * PARTS).long().clamp(0, PARTS - 1)
-    taken = torch.zeros(classes, PARTS, dtype=torch.long)
+    taken = torch.zeros(classes, PARTS, dtype=torch.long, device="cpu")
     for row in middle.argsort(stable=True).tolist():
         label, place = int(found["labels"][row]), int(part[row])
         if taken[label, place] < DEEP:
@@ -126,8 +126,8 @@ def surely_found(bounds: Smoothed, truth: Tensor, labels: Tensor, least: float =
     >>> surely_found(still, box[None], torch.tensor([0]))
     tensor([True])
     """
-    corners = torch.cartesian_prod(*[torch.tensor([0, 1])] * 4).bool()  # (16, 4)
-    used = torch.zeros(bounds.low.shape[:2], dtype=torch.bool)
+    corners = torch.cartesian_prod(*[torch.tensor([0, 1], device="cpu")] * 4).bool()  # (16, 4)
+    used = torch.zeros_like(bounds.low[..., 0], dtype=torch.bool)
     found = []
     for box, label in zip(truth.cpu(), labels.tolist(), strict=True):
         low, high = bounds.low[label], bounds.high[label]  # (slots, 4)
@@ -137,4 +137,4 @@ def surely_found(bounds: Smoothed, truth: Tensor, labels: Tensor, least: float =
         found.append(bool(good.any()))
         if found[-1]:
             used[label, int(good.int().argmax())] = True
-    return torch.tensor(found, dtype=torch.bool)
+    return torch.tensor(found, dtype=torch.bool, device="cpu")

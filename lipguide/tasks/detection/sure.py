@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.bounds.walk import check_untouched
-from lipguide.layers.brick import voucher
+from lipguide.layers.brick import computes_as
 from lipguide.layers.export import without_parametrizations
 from lipguide.precision import full_precision
 from lipguide.robustness.certificates.radii import slopes
@@ -54,7 +54,7 @@ def rates(model: TinierSSD) -> Rates:
     >>> tuple(found.gaps.shape), tuple(found.offsets.shape), bool((found.offsets <= 1.001).all())
     ((1700, 11, 11), (1700,), True)
     """
-    if voucher(model, {TinierSSD}.__contains__) is None:
+    if not computes_as(model, TinierSSD):
         raise ValueError(
             f"{type(model).__name__} is no TinierSSD, or changes what one computes: its rates are not known"
         )
@@ -65,7 +65,7 @@ def rates(model: TinierSSD) -> Rates:
     for stage, *heads in zip(plain.stages, plain.class_heads, plain.box_heads, strict=True):
         of_classes, of_boxes = map(_filters, heads)
         trunk *= lipschitz_bound(stage.eval(), shape).value
-        shape = tuple(stage(torch.zeros(1, *shape, dtype=plain.priors.dtype))[0].shape)
+        shape = tuple(stage(torch.zeros(1, *shape, dtype=plain.priors.dtype, device="cpu"))[0].shape)
         gap = torch.stack([slopes(len(rows), trunk, rows, rows.device) for rows in of_classes])
         offset = trunk * torch.linalg.matrix_norm(of_boxes, 2) * (1 + 1e-9)  # (4,)
         cells = shape[1] * shape[2]
@@ -76,7 +76,7 @@ def rates(model: TinierSSD) -> Rates:
 
 def _filters(head: nn.Module) -> Tensor:
     """(ratios, filters of a prior, features of a patch): each output of the head is one of them times a patch."""
-    if voucher(head, {nn.Conv2d}.__contains__) is None or head.padding_mode != "zeros" or head.groups > 1:
+    if not computes_as(head, nn.Conv2d) or head.padding_mode != "zeros" or head.groups > 1:
         raise ValueError(
             f"a head is {head}: what its filters add up is known of an nn.Conv2d without groups that pads with zeros"
         )
@@ -121,14 +121,14 @@ def _found(
         near = _most_overlap(placed[prior], radius[prior], placed, radius) > SILENCES
         few = int((high >= least[thing, prior]).sum()) <= KEPT
         after.append(bool(before[thing]) and few and not bool((rivals & near).any()))
-    return before, torch.tensor(after, dtype=torch.bool)
+    return before, torch.tensor(after, dtype=torch.bool, device=before.device)
 
 
 def _scores(logits: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest probability of each class but the last, (P, C) each, of logits (P, C + 1) whose
     differences move by up to (P, C + 1, C + 1)."""
     lead = logits[:, None] - logits[:, :, None]  # [p, i, j] = z_j − z_i
-    moves = moves * (1 - torch.eye(logits.shape[1], dtype=moves.dtype))
+    moves = moves * (1 - torch.eye(logits.shape[1], dtype=moves.dtype, device=moves.device))
     low, high = (1 / (lead + sign * moves).exp().sum(2) for sign in (1, -1))
     return low[:, :-1], high[:, :-1]
 
