@@ -39,6 +39,8 @@ class Bound(NamedTuple):
     heads: dict[str, float]
     """The constant of each output by itself; empty where there is only one."""
     layers: list[LayerBound]
+    input_shape: tuple[int, ...]
+    """Of the inputs that it speaks of, without the batch: an average over a smaller picture has a larger constant."""
 
     def __str__(self) -> str:
         rows = [("layer", "kind", "output", "constant", "so far")]
@@ -74,7 +76,9 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
 
     Args:
         model: a network in eval mode.
-        input_shape: that of one input, without the batch; convolutions on small pictures are bounded for their size.
+        input_shape: that of one input, without the batch. The bound is for inputs of this shape and for no others: an
+            average over a smaller picture, for one, has a larger constant. `lip.certificates.checked_logits` notices
+            pictures of another shape if it is given the `Bound` itself; a number does not remember what it was for.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.ReLU()).eval()
     >>> _ = nn.init.eye_(model[1].weight)
@@ -93,7 +97,7 @@ def lipschitz_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Bound:
         walk.check(input_shape)
     heads = dict(_leaves(outcome, ""))
     value = math.sqrt(sum(constant**2 for constant in heads.values()))
-    return Bound(value, heads if len(heads) > 1 else {}, walk.rows)
+    return Bound(value, heads if len(heads) > 1 else {}, walk.rows, tuple(input_shape))
 
 
 if lipschitz_bound.__doc__:  # python -OO has none

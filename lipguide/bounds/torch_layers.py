@@ -223,6 +223,8 @@ def _celu(layer: nn.CELU, call: Call) -> float:
 
 
 def _softplus(layer: nn.Softplus, call: Call) -> float:
+    if not torch.finfo(torch.float32).tiny <= abs(layer.beta) < math.inf:
+        raise NoBound(f"with beta={layer.beta} torch divides by it and gives infinite values or NaN; give it beta=1")
     if not layer.threshold >= 16:  # torch goes over to x there, with a jump of log(1 + e^-threshold) / beta
         raise NoBound(f"it jumps at its threshold of {layer.threshold}; leave it at 20, where nothing is seen of it")
     return 1.0

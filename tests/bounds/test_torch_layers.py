@@ -1,6 +1,7 @@
 """The constant of a single layer is never below what the layer does, and for linear layers hardly above it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -270,6 +271,10 @@ def test_an_unconstrained_sll_is_bounded_by_its_own_weight():
         (nn.Unflatten(0, (1, -1)), (4,), "batch"),
         (nn.Unflatten(-2, (-1, 1)), (4,), "batch"),
         (nn.Softplus(threshold=1.0), (3,), "jumps"),
+        (nn.Softplus(beta=0), (3,), "with beta=0 torch divides by it"),
+        (nn.Softplus(beta=1e-46), (3,), "divides"),
+        (nn.Softplus(beta=math.nan), (3,), "divides"),
+        (nn.Softplus(beta=math.inf), (3,), "divides"),
         (nn.Softmax(dim=0), (3,), "batch"),
         (nn.LayerNorm(4), (4,), "BatchCentering"),
         (nn.GroupNorm(1, 2), (2, 4, 4), "BatchCentering"),

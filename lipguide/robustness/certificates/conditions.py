@@ -19,7 +19,11 @@ __all__ = ["checked_logits", "in_float64"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 HEADS = (nn.Linear, *CONVOLUTIONS)
-OTHERS = "has other rows than those that are given: give its weight as it is now, in eval mode"
+WITHOUT = "Leave out rows, and give the constant of the whole network"
+OTHERS = (
+    "has other rows than those that are given: give its weight as it is now, in eval mode. What is no weight of a head, "
+    f"as a product of two layers, cannot be checked here. {WITHOUT}"
+)
 PROBED = 32  # pictures on which the network also runs in its own precision, and is differentiated
 ROUNDING = 1e-5  # by which logits in float32 may differ from those in float64, relative to the largest
 
@@ -37,7 +41,8 @@ def checked_logits(
     normalisation), evaluation mode (no dropout), logits that are numbers, full precision (the model's own logits agree
     with those that the same weights give in float64: no half-precision parameters, no autocast, no TF32), a head of
     full rows whose outputs are the logits, and, on the first 32 pictures, that no gradient exceeds what `lipschitz`
-    allows. The last can refute a constant, never prove it: `lip.lipschitz_bound` does.
+    allows. The last can refute a constant, never prove it: `lip.lipschitz_bound` does. Its bound is for pictures of
+    one shape; given as it is, and not as a number, pictures of another one are refused.
 
     The certificate of these logits is that of the network in exact arithmetic. A network that then runs in float32 is
     another function, if only just: `lipguide.robustness.certificates.radii` says what its rounding takes away.
@@ -54,6 +59,7 @@ def checked_logits(
     whole("batch_size", batch_size)
     check_eval(model, "certifying it")
     constant = lipschitz_constant(lipschitz)
+    _check_shape(images, lipschitz)
     with torch.inference_mode(False):
         own = _own_logits(model, images[:PROBED])
         with uncached():  # what is remembered may be of another mode: then the two differ
@@ -121,8 +127,7 @@ def _check_head(model: nn.Module, images: Tensor, logits: Tensor, rows: Tensor) 
     if named and not given:
         raise ValueError(
             f"the logits are not what the head {', '.join(named)} gives: something behind it changes the gaps between "
-            "classes, or repeats them, as up-sampling does, and rows says nothing of that. Leave out rows, and give "
-            "the constant of the whole network"
+            f"classes, or repeats them, as up-sampling does, and rows says nothing of that. {WITHOUT}"
         )
 
 
@@ -181,7 +186,10 @@ def _why_not(head: nn.Module, logits: Tensor, rows: Tensor) -> str:
             "means nothing. Leave out rows, or take groups=1"
         )
     if rows.shape != head.weight.shape:
-        return f"has a weight {tuple(head.weight.shape)}: give it as it is, for rows {tuple(rows.shape)} hide its taps"
+        return (
+            f"has a weight {tuple(head.weight.shape)}: give it as it is, for rows {tuple(rows.shape)} hide its taps or "
+            f"are not its own. {WITHOUT}"
+        )
     if not _as_far_apart(head.weight, rows):
         return OTHERS
     if head.padding_mode == "zeros":
@@ -234,6 +242,16 @@ def _what_may_be_wrong(model: nn.Module, rows: Tensor | None) -> str:
     name = children[-1][0]
     head = "model[-1]" if isinstance(model, nn.Sequential) else f"model.{name}"
     return f"Is this the constant of the trunk, all but the last layer? Then pass rows={head}.weight. {normalisation}"
+
+
+def _check_shape(images: Tensor, lipschitz: float | SupportsFloat) -> None:
+    """A `Bound` knows for which inputs it was made; a number does not."""
+    made_for = getattr(lipschitz, "input_shape", None)
+    if made_for is not None and images.shape[1:] != made_for:
+        raise ValueError(
+            f"lipschitz is a bound for inputs of shape {made_for}, and the pictures are {tuple(images.shape[1:])}: an "
+            "average over a smaller picture has a larger constant. Take lip.lipschitz_bound for the shape of these"
+        )
 
 
 def _check_images(images: Tensor) -> None:

@@ -6,7 +6,9 @@ if z = W h + b on features h that are L-Lipschitz, by at most L ‖w_y − w_j�
     radius = min_{j ≠ y} (z_y − z_j) / (√2 L)      or      min_{j ≠ y} (z_y − z_j) / (L ‖w_y − w_j‖).
 
 L belongs to the *whole* way from pixels in [0, 1] to the logits (or to the features): a normalisation of the input is a
-part of the model, and multiplies L by 1 / min(std).
+part of the model, and multiplies L by 1 / min(std). And it belongs to pictures of one size, the `input_shape` that
+`lip.lipschitz_bound` was asked for. Logits do not tell the size of their pictures, so nothing here can notice another
+one; `checked_logits` does, if it is given the `Bound` itself.
 
 *In which arithmetic it holds.* The certificate is about the network in exact arithmetic, with the weights as they are
 stored and the logits as they are given. What is computed here is computed in float64 and rounded down, so nothing is

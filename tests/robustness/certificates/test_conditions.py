@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lipguide import SLL, MaxMin, SLLLinear, export, orthogonal, spectral
+from lipguide import SLL, MaxMin, SLLLinear, export, lipschitz_bound, orthogonal, spectral
 from lipguide.robustness.certificates import (
     checked_logits,
 )
@@ -154,6 +154,18 @@ def test_reduced_precision_is_caught():
     nn.init.orthogonal_(coarse.weight)
     with pytest.raises(ValueError, match="reduced precision"):
         checked_logits(nn.Sequential(nn.Flatten(), coarse).eval(), images())
+
+
+def test_a_bound_is_not_taken_for_pictures_of_another_size():
+    """The average over a picture of 2×2 has four times the constant of one over 8×8, and no gradient need tell."""
+    torch.manual_seed(0)
+    model = nn.Sequential(spectral(nn.Conv2d(3, 4, 1)), MaxMin(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    large, small = (lipschitz_bound(model, (3, side, side)) for side in (8, 2))
+    assert small.value > 3.9 * large.value
+    assert large.input_shape == (3, 8, 8)
+    checked_logits(model, images(), small)
+    with pytest.raises(ValueError, match=r"for inputs of shape \(3, 8, 8\), and the pictures are \(3, 2, 2\)"):
+        checked_logits(model, images(), large)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(0, 3, 2, 2), torch.zeros(2, 3, 2, 2, dtype=torch.uint8)])
@@ -339,6 +351,20 @@ def test_rows_of_another_head_are_refused(head):
     checked_logits(model, x, 100.0, rows=head.weight + 0.5)  # as far apart as the rows of the head
     with pytest.raises(ValueError, match="the head '1' .* has other rows than those that are given"):
         checked_logits(model, x, 100.0, rows=0.9 * head.weight)
+
+
+@pytest.mark.parametrize("behind", [nn.AvgPool2d(2), nn.Conv2d(4, 3, 1), nn.Conv2d(4, 4, 1)])
+def test_where_rows_cannot_be_taken_the_error_says_to_leave_them_out(behind):
+    """Sound they would be: an average of pixels, and the product of two layers. The whole constant does for both."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*head_on(2, kernel_size=1), behind).eval()
+    rows = model[1].weight
+    if isinstance(behind, nn.Conv2d):
+        rows = (behind.weight.flatten(1) @ rows.flatten(1))[:, :, None, None]
+    x = torch.rand(3, 2, 4, 4, generator=generator(0))
+    with pytest.raises(ValueError, match="Leave out rows, and give the constant of the whole network"):
+        checked_logits(model, x, rows=rows)
+    checked_logits(model, x, lipschitz_bound(model, (2, 4, 4)))
 
 
 def test_a_batch_has_one_picture_or_more():
