@@ -21,8 +21,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 HEADS = (nn.Linear, *CONVOLUTIONS)
 WITHOUT = "Leave out rows, and give the constant of the whole network"
 OTHERS = (
-    "has other rows than those that are given: give its weight as it is now, in eval mode. What is no weight of a head, "
-    f"as a product of two layers, cannot be checked here. {WITHOUT}"
+    "has other rows than those that are given: give its weight as it is now, in eval mode. What is no weight of a "
+    f"head, as a product of two layers, cannot be checked here. {WITHOUT}"
 )
 PROBED = 32  # pictures on which the network also runs in its own precision, and is differentiated
 ROUNDING = 1e-5  # by which logits in float32 may differ from those in float64, relative to the largest
