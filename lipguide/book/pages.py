@@ -18,6 +18,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
 
 import lipguide
+from lipguide.book.bookkeeping import leave_out_records
 from lipguide.book.downloads import resolve_notebook
 from lipguide.book.icons import icon_sheet
 from lipguide.book.words import Words
@@ -219,6 +220,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("lipguide_repository", "", "html")
     app.add_transform(Terms)
     app.connect("config-inited", prepare)
+    app.connect("doctree-read", leave_out_records)
     app.connect("html-page-context", leave_out_scripts, priority=900)
     app.connect("env-updated", by_letter)
     app.connect("doctree-resolved", tidy, priority=900)
