@@ -25,11 +25,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.data import folder_of
-from lipguide.layers.sll import SLL
 from lipguide.tasks import task
 from lipguide.tasks.detection import configurations
 from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
@@ -41,6 +39,7 @@ from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.tinier_ssd import PICTURE, TinierSSD
 from lipguide.tasks.detection.unlearnt import CHANGES, unlearnt
 from lipguide.tasks.harness import trained
+from lipguide.tasks.weights import go_on_from
 
 __all__ = ["DATA", "LARGE", "RECIPES", "TASK", "CaseStudy", "Recipe", "build", "load", "measure"]
 
@@ -78,7 +77,7 @@ class Detection(task.Recipe, ABC):
 
     def take_over(self, model: nn.Module, weights: nn.Module) -> None:
         """Begin with the weights that `start` names."""
-        _take_over(model, weights)
+        go_on_from(model, weights)
 
 
 @dataclass(frozen=True)
@@ -228,20 +227,6 @@ def begin(model: nn.Module, recipe: Detection) -> None:
     model.to(memory_format=torch.channels_last)
     if recipe.start is not None:
         recipe.take_over(model, trained(recipe.start, next(model.parameters()).device)[0])
-
-
-@torch.no_grad()
-def _take_over(model: nn.Module, plain: nn.Module) -> None:
-    """Give a model with constraints the values of one without; what satisfies a constraint stays nearly as it is."""
-    modules = dict(model.named_modules())
-    for name, value in plain.state_dict().items():
-        parent, _, last = name.rpartition(".")
-        if isinstance(modules[parent], SLL) and last == "weight":
-            modules[parent].parametrizations.weight.original.copy_(value)
-        elif parametrize.is_parametrized(modules[parent], last):
-            setattr(modules[parent], last, value)  # torch asks the constraint what to keep
-        else:
-            getattr(modules[parent], last).copy_(value)
 
 
 @torch.no_grad()
