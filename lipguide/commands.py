@@ -62,9 +62,9 @@ def write_synthetic(options: argparse.Namespace) -> int:
     from lipguide.data import SyntheticHouseNumbers
 
     for split in options.split:
-        scenes = SyntheticHouseNumbers(split, options.size, options.seed)
+        scenes = SyntheticHouseNumbers(split, options.size, options.seed, version=options.version)
         where = scenes.save(options.root) if options.root else "the cache"
-        print(f"{split}: {len(scenes)} scenes in {where}")
+        print(f"{scenes.name}, {split}: {len(scenes)} scenes in {where}")
     return 0
 
 

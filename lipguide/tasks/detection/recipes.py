@@ -28,6 +28,8 @@ from torch import nn
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.data import folder_of
+from lipguide.data.shn import TWINS
+from lipguide.data.shn.looks import DEFAULT
 from lipguide.tasks import task
 from lipguide.tasks.detection import configurations
 from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
@@ -204,17 +206,19 @@ def build(recipe: Detection) -> nn.Module:
 
 def load(recipe: Detection, split: str, seed: int) -> task.Data:
     """The scenes that a recipe trains or tests on."""
-    if recipe.data not in DATA:
-        raise ValueError(f"no data {recipe.data!r}; there are: {', '.join(DATA)}")
+    known = dict.fromkeys((*DATA, *TWINS))
+    if recipe.data not in known:
+        raise ValueError(f"no data {recipe.data!r}; there are: {', '.join(known)}")
     svhn = folder_of("svhn").resolve() if recipe.data == "svhn" else None
-    scenes = _scenes(split, recipe.items if split == "train" else recipe.test_items, seed, svhn)
+    items = recipe.items if split == "train" else recipe.test_items
+    scenes = _scenes(split, items, seed, svhn, TWINS.get(recipe.data, DEFAULT))
     return task.Data(scenes.name, scenes.columns, scenes.hash)
 
 
 @lru_cache(maxsize=2)
-def _scenes(split: str, items: int | None, seed: int, svhn: Path | None) -> Split:
+def _scenes(split: str, items: int | None, seed: int, svhn: Path | None, version: int) -> Split:
     """The scenes last asked for: recipes that train one after the other share them, for to cut them takes a minute."""
-    return load_split(split, items, seed, torch.device("cpu"), svhn)
+    return load_split(split, items, seed, torch.device("cpu"), svhn, version)
 
 
 def step(model: nn.Module, recipe: Detection, data: task.Data) -> nn.Module:
