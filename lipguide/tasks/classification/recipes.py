@@ -114,7 +114,7 @@ class Recipe(task.Recipe):
 class LocalRecipe(Recipe):
     """A network that ends in an SLL block, trained for what `local_radius` will say of it."""
 
-    rate: float = 1.5e-3
+    rate: float = 1e-3
     reach: float = 36 / 255
     start: str | None = "classification-residual"
 
@@ -171,7 +171,7 @@ RECIPES = {
     "classification-resnet": Recipe("resnet", steps=5000),
     "classification-sll": Recipe("sll", steps=4000),
     "classification-residual": Recipe("residual", steps=12_000),
-    "classification-local": LocalRecipe("residual", steps=3000),
+    "classification-local": LocalRecipe("residual", steps=1500),
     "classification-ordinary": Recipe("ordinary-vgg", steps=5000, rate=2e-3),
     "classification-adversarial": Recipe("ordinary-vgg", steps=2500, rate=2e-3, adversary=0.5),
 }
