@@ -90,7 +90,7 @@ def test_a_gap_over_its_slope_is_the_distance_to_the_boundary_of_a_linear_piece(
         for j in range(4):
             jacobian = torch.autograd.functional.jacobian(lambda features: head(block(features)), u[n])
             gap = head(block(u[n]))[label] - head(block(u[n]))[j]
-            expected = 0.0 if j == label else -math.sqrt(2) * float(gap / (jacobian[label] - jacobian[j]).norm())
+            expected = 0.0 if j == label else -math.sqrt(2) * (gap / (jacobian[label] - jacobian[j]).norm()).item()
             assert z[n, j].item() == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
