@@ -26,7 +26,7 @@ from torch import Tensor
 from lipguide.robustness.certificates.radii import slopes
 from lipguide.tasks.detection.boxes import check_finite, check_number
 
-__all__ = ["heard", "peaks", "radii", "rivals", "together"]
+__all__ = ["heard", "radii", "reported", "rivals", "together"]
 
 
 def radii(logits: Tensor, rows: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def together(rows: Tensor, sides: Tensor) -> Tensor:
         sides: (4, features), of the box head.
 
     >>> together(torch.eye(3, 8), torch.eye(8)[4:])
-    tensor([1.0000, 1.0000])
+    tensor([1., 1.])
     """
     classes = len(rows) - 1
     apart = slopes(len(rows), 1.0, rows, rows.device).to(rows)
@@ -112,19 +112,21 @@ def heard(scores: Tensor, graph: Tensor, least: float) -> Tensor:
     before = some[None] > some[:, None]  # (one, its rival, C)
     before |= (some[None] == some[:, None]) & earlier[..., None]
     before &= near[..., None]
-    reported = torch.zeros_like(left)
+    spoken = torch.zeros_like(left)
     while left.any():
         peaks = left & ~(before & left).any(1)
         silenced = near.float() @ peaks.float() > 0
-        reported |= peaks
+        spoken |= peaks
         left = left & ~peaks & ~silenced
     result = torch.zeros_like(speaks)
-    result[which] = reported
+    result[which] = spoken
     return result
 
 
 @torch.no_grad()
-def peaks(scores: Tensor, boxes: Tensor, graph: Tensor, least: float = 0.0, first: int = 0) -> list[dict[str, Tensor]]:
+def reported(
+    scores: Tensor, boxes: Tensor, graph: Tensor, least: float = 0.0, first: int = 0
+) -> list[dict[str, Tensor]]:
     """Detections of every scene, as torchmetrics takes them, by falling score.
 
     Args:
@@ -135,7 +137,7 @@ def peaks(scores: Tensor, boxes: Tensor, graph: Tensor, least: float = 0.0, firs
         first: the number of the first scene, for errors.
 
     >>> boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.1, 0.0, 0.6, 0.5]]])
-    >>> found = peaks(torch.tensor([[[0.9, 0.0], [0.8, 0.3]]]), boxes, torch.ones(2, 2).bool())
+    >>> found = reported(torch.tensor([[[0.9, 0.0], [0.8, 0.3]]]), boxes, torch.ones(2, 2).bool())
     >>> found[0]["labels"].tolist(), found[0]["scores"].tolist()
     ([0, 1], [0.8999999761581421, 0.30000001192092896])
     """

@@ -29,7 +29,7 @@ from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import orthogonal, unit_rows
 from lipguide.tasks.detection.boxes import NOTHING, Checked, Targets, check_targets, single, unit_range
 from lipguide.tasks.detection.certificates.overlap import overlap
-from lipguide.tasks.detection.decision import peaks, radii, rivals, together
+from lipguide.tasks.detection.decision import radii, reported, rivals, together
 from lipguide.tasks.detection.fcos import Brightless
 from lipguide.tasks.detection.losses import check_output
 from lipguide.tasks.detection.pyramid import Canvas, Level
@@ -139,13 +139,13 @@ class Detector(nn.Module):
         return radii(output.logits, self.class_head.weight.detach())
 
     def decide(self, output: ReaderOutput, first: int = 0) -> list[dict[str, Tensor]]:
-        """The detections of every scene: the peaks above `least`. This is the decision that the certificates are of.
+        """The detections of every scene: who is heard above `least`. This is the decision that the certificates are of.
 
         Args:
             output: of the detector.
             first: the number of the first scene, for errors.
         """
-        return peaks(self.scores(output), self.boxes(output), self.rivals(), self.least, first)
+        return reported(self.scores(output), self.boxes(output), self.rivals(), self.least, first)
 
     def rivals(self) -> Tensor:
         """(P, P): which windows could look at the same digit."""

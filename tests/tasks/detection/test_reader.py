@@ -11,7 +11,7 @@ import lipguide as lip
 from lipguide.layers.export import without_parametrizations
 from lipguide.tasks.classification.networks import vgg
 from lipguide.tasks.detection.boxes import pad_targets
-from lipguide.tasks.detection.decision import heard, peaks, radii, rivals
+from lipguide.tasks.detection.decision import heard, radii, reported, rivals
 from lipguide.tasks.detection.pyramid import Canvas, Level, averages
 from lipguide.tasks.detection.reader import CELL, HEIGHT, WIDTH, Detector, ReaderStep, assign, places, take_over
 from lipguide.tasks.detection.scores import score
@@ -161,7 +161,7 @@ def test_the_step_learns_one_scene():
     model.eval()
     with torch.no_grad():
         output = model(picture)
-    found = peaks(model.scores(output), model.boxes(output), model.rivals())
+    found = reported(model.scores(output), model.boxes(output), model.rivals())
     assert score(found, targets).map50 == pytest.approx(100.0)
 
 

@@ -11,7 +11,7 @@ from lipguide.bounds.walk import check_untouched
 from lipguide.layers.brick import overtaken, own_rule
 from lipguide.precision import full_precision
 from lipguide.tasks.detection.boxes import check_finite, check_number
-from lipguide.tasks.detection.decision import peaks
+from lipguide.tasks.detection.decision import reported
 from lipguide.tasks.detection.scores import check_call
 
 __all__ = ["ROUNDING", "Answers", "answers"]
@@ -20,7 +20,7 @@ ROUNDING = 1e-4  # of scores, in float32: so much is added to how far an attack 
 
 
 class Answers(NamedTuple):
-    """Scores and boxes of P windows in N pictures, of a detector whose decision is `peaks`.
+    """Scores and boxes of P windows in N pictures, of a detector whose decision is `reported`.
 
     Args:
         scores: (N, P, C).
@@ -45,7 +45,7 @@ class Answers(NamedTuple):
 
     def detections(self, least: float = 0.0) -> list[dict[str, Tensor]]:
         """What the detector reports above `least`."""
-        return peaks(self.scores, self.boxes, self.graph, least)
+        return reported(self.scores, self.boxes, self.graph, least)
 
     def check(self) -> None:
         """Raise ValueError for what no certificate can rest on: answers that are no numbers, and constants that are

@@ -246,7 +246,7 @@ def test_who_is_beaten_by_one_that_may_be_silenced_may_be_reported():
 
 
 def test_who_is_surely_silent_silences_nobody():
-    """Four in a line with falling scores: the first is heard, so the second is not, the third is, and the fourth not."""
+    """Four in a line with falling scores: the first is heard, so not the second; so the third is, and not the last."""
     line = (torch.arange(4)[:, None] - torch.arange(4)).abs() <= 1
     scores = torch.tensor([[1.6], [1.2], [0.8], [0.4]])
     assert len(births(scores, line, 0.1)[0]) == int(heard(scores, line, 0.0).sum()) == 2
