@@ -32,7 +32,7 @@ from torch import Tensor
 
 __all__ = ["overlap", "room", "surely_overlaps"]
 
-TRIED = 24  # values of λ
+TRIED = 12  # values of λ
 # The four lengths whose least is a side of the intersection run from the object's or the box's own end to the object's
 # or the box's own end. These are their slopes in the two ends of the box, (low, high).
 SLOPES = ((0.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (-1.0, 1.0))
@@ -124,7 +124,7 @@ def _borne(value: Tensor, gradient: tuple[Tensor, Tensor], matrix: Tensor) -> Te
     x, y = gradient
     size = torch.linalg.matrix_norm(matrix)  # no less than ‖M‖
     scale = (x.square().sum(-1) + y.square().sum(-1)) / value.clamp(min=1e-12)  # λ where M is 0
-    tried = torch.linspace(-3.0, 0.5, TRIED, dtype=value.dtype, device=value.device).exp()
+    tried = torch.linspace(-2.5, 0.3, TRIED, dtype=value.dtype, device=value.device).exp()
     lam = 1.001 * size[..., None] + tried * scale[..., None]  # (…, TRIED)
 
     # vᵀ(H + λ)⁻¹ v = (‖y‖² + cᵀ N⁻¹ c) / λ with c = λ x − M y and N = λ² − M Mᵀ.
