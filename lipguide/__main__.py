@@ -125,6 +125,7 @@ def _add_data(subparsers: Any) -> None:
     synthetic.add_argument("--root", help="write pictures, masks and digitStruct.mat there, as SVHN has them")
     synthetic.add_argument("--split", nargs="+", choices=("train", "test"), default=["train", "test"])
     synthetic.add_argument("--size", type=int, help="scenes a split (default: as many as SVHN has)")
+    synthetic.add_argument("--version", type=int, choices=(1, 2), default=1, help="of the twin (1)")
     _add_seed(synthetic)
     compare = _add(
         sets,
@@ -134,9 +135,16 @@ def _add_data(subparsers: Any) -> None:
     )
     compare.add_argument("--svhn", required=True, help="folder that holds SVHN's test/, or train/ with --split train")
     compare.add_argument("--split", choices=("train", "test"), default="test", help="of the real pictures")
-    compare.add_argument("--size", type=int, help="synthetic scenes a split (default: as many as SVHN has)")
-    compare.add_argument("--epochs", type=int, default=12)
-    compare.add_argument("--record", type=Path, help="a JSON file that the figures go into as well")
+    compare.add_argument("--size", type=int, help="synthetic scenes that networks are tested on (2000)")
+    compare.add_argument("--lessons", type=int, help="synthetic scenes that a small network learns from (12000)")
+    compare.add_argument("--epochs", type=int, help="how often it sees them (12)")
+    compare.add_argument("--classifier-steps", type=int, help="of a classifier trained here (default: the recipe's)")
+    compare.add_argument("--detector-steps", type=int, help="of a detector trained here (default: the recipe's)")
+    compare.add_argument("--attacked", type=int, help="scenes that are attacked (250)")
+    compare.add_argument("--attack-steps", type=int, help="of the attack (20)")
+    compare.add_argument(
+        "--folder", type=Path, default=Path("study", "likeness"), help="for what is trained, and for the record"
+    )
     _add_device(compare)
     _add_seed(compare)
 

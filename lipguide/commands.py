@@ -62,25 +62,30 @@ def write_synthetic(options: argparse.Namespace) -> int:
     from lipguide.data import SyntheticHouseNumbers
 
     for split in options.split:
-        scenes = SyntheticHouseNumbers(split, options.size, options.seed)
+        scenes = SyntheticHouseNumbers(split, options.size, options.seed, version=options.version)
         where = scenes.save(options.root) if options.root else "the cache"
-        print(f"{split}: {len(scenes)} scenes in {where}")
+        print(f"{scenes.name}, {split}: {len(scenes)} scenes in {where}")
     return 0
 
 
 def compare_data(options: argparse.Namespace) -> int:
     """Measure how like SVHN the twin is."""
-    from lipguide.book.likeness import likeness, report
+    from lipguide.book.ledger import Ledger
+    from lipguide.book.likeness import Plan, likeness, report
     from lipguide.distributed import choose_device
-    from lipguide.files import write_json
-    from lipguide.provenance import provenance
 
     device = choose_device(options.device)
-    made_by = provenance(device, options.seed)
-    found = likeness(options.svhn, options.split, options.size, options.epochs, device, options.seed)
+    asked = {name: getattr(options, name) for name in Plan.__dataclass_fields__}
+    plan = Plan(**{name: value for name, value in asked.items() if value is not None})
+    with _progress_on_stdout(), _one_thread():
+        ledger = Ledger("likeness", device.type, device.type, options.seed, folder=options.folder)
+        found = likeness(options.svhn, options.split, options.folder, plan, device, options.seed)
+    data = found.pop("data")
+    ledger.used(data["name"], data["hash"])
+    for what, value in found.items():
+        ledger[what] = value
     print(report(found))
-    if options.record:
-        write_json(options.record, {"provenance": made_by, "results": found})
+    print(f"on record: {ledger.save()}")
     return 0
 
 
@@ -95,6 +100,19 @@ def train(options: argparse.Namespace) -> int:
                 print(path)
     distributed.finish()
     return 0
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The same trainings give the same weights on any number of cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

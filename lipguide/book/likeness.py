@@ -1,8 +1,15 @@
-"""How like SVHN is SHN? Everything that can be measured where SVHN's pictures are at hand: what networks read and find
-on real pictures that saw synthetic ones alone, and figures of the pictures that need no label."""
+"""How like SVHN is each version of SHN? Everything that can be measured where SVHN's pictures are at hand: what
+networks read and find on real pictures that saw synthetic ones alone, and figures of the pictures that need no label.
+
+Every network is trained on every version, but where weights ship that were. What is trained is kept in a folder, with
+its checkpoint while it trains, so that a command that was interrupted goes on where it stopped."""
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lipguide.book.transfer import SYN_DIGITS, logits_of, share_read, train_reader
+from lipguide.book.transfer import SYN_DIGITS, logits_of, share_read, small_reader, train_reader
 from lipguide.data.digits import Digits, digits
-from lipguide.data.shn import SyntheticHouseNumbers
+from lipguide.data.shn import TWINS, SyntheticHouseNumbers
 from lipguide.data.shn.cache import content_hash
 from lipguide.data.shn.colours import LUMA
 from lipguide.data.shn.difficulty import Difficulty
+from lipguide.data.shn.looks import DEFAULT, LOOKS
 from lipguide.data.svhn import SVHN
+from lipguide.files import write_json
+from lipguide.layers.export import without_parametrizations
+from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
 from lipguide.tasks.detection.data import Split, load_split
-from lipguide.tasks.detection.scores import detections, score
-from lipguide.tasks.harness import trained
+from lipguide.tasks.detection.evaluation import EPSILON
+from lipguide.tasks.detection.scores import Score, detections, score
+from lipguide.tasks.harness import recipe_of, train_by, trained
+from lipguide.tasks.task import Recipe
+from lipguide.tasks.weights import fingerprint, load, run_of, save
 
-__all__ = ["CLASSIFIER", "DETECTOR", "SHARES", "likeness", "looks", "report"]
+__all__ = ["CLASSIFIER", "DETECTOR", "SHARES", "Plan", "distance", "likeness", "looks", "report"]
 
+logger = logging.getLogger(__name__)
 CLASSIFIER = "classification-ordinary"
 DETECTOR = "tinier-ssd-naive"
 SHARES = (5, 25, 50, 75, 95)  # the percentiles of `looks`
@@ -73,96 +88,237 @@ def distance(ours: list[float], real: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(ours, real, strict=True)) / spread
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured, and how long networks learn for it; None for as long as the recipes say.
+
+    Args:
+        size: the most synthetic scenes of the test that anything is measured on.
+        lessons: scenes that the small reader learns from.
+        epochs: how often it sees them.
+        classifier_steps: of a classifier that is trained here; 0 where none is to be.
+        detector_steps: of a detector, likewise.
+        attacked: the most scenes that are attacked.
+        attack_steps: of an attack.
+    """
+
+    size: int | None = 2000
+    lessons: int = 12_000
+    epochs: int = 12
+    classifier_steps: int | None = None
+    detector_steps: int | None = None
+    attacked: int = 250
+    attack_steps: int = 20
+
+
+def likeness(
+    svhn: str | Path,
+    split: str = "test",
+    folder: str | Path = Path("study", "likeness"),
+    plan: Plan | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All figures of all versions: what a small reader, the ordinary classifier and the naive detector make of real
+    pictures and of the test pictures of each version, by the version that they have learnt from; and the looks.
+
+    Args:
+        svhn: the folder that holds the split.
+        split: of the real pictures.
+        folder: keeps what is trained.
+
+    >>> likeness("nowhere")
+    Traceback (most recent call last):
+    FileNotFoundError: nowhere/test is missing: get SVHN with `python -m lipguide data svhn --root nowhere`
+    """
+    real = SVHN(svhn, split)
+    plan, folder, device = plan or Plan(), Path(folder), torch.device(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    twins = {f"shn{version}": SyntheticHouseNumbers("test", plan.size, seed, version=version) for version in LOOKS}
+    tests = {"svhn": digits(real)} | {name: digits(twin) for name, twin in twins.items()}
+    scenes = {"svhn": load_split(split, None, seed, device, svhn)}
+    scenes |= {name: load_split("test", plan.size, seed, device, version=twin.version) for name, twin in twins.items()}
+    read: dict[str, Any] = {"detector": {}, "classifier": {}, "reader": {}}
+    for name, twin in twins.items():
+        for kind, found in _networks(twin.version, plan, folder, device, seed):
+            model, run = found
+            figures = {"run": run}
+            for what in tests:
+                pictures = scenes[what] if kind == "detector" else tests[what]
+                figures[what] = _once(folder / f"{kind}-{name}-{what}.json", model, pictures, plan)
+            read[kind][name] = figures
+    seen = {name: looks(data.images[:20_000]) for name, data in tests.items()}
+    return {
+        "data": {"name": f"SVHN, {split}, {len(real)} pictures", "hash": scenes["svhn"].hash},
+        "split": split,
+        "plan": asdict(plan),
+        "hash": {name: content_hash("train", seed, Difficulty(), twin.version) for name, twin in twins.items()},
+        "pictures": {"svhn": len(real)} | {name: len(twin) for name, twin in twins.items()},
+        "digits": {name: len(data.labels) for name, data in tests.items()},
+        "windows": {name: len(part.images) for name, part in scenes.items()},
+        "syn_digits": 100 * SYN_DIGITS,
+        **read,
+        "looks": seen,
+        "difference": {name: {k: distance(v, seen["svhn"][k]) for k, v in seen[name].items()} for name in twins},
+    }
+
+
+# What is trained
+
+
+def _networks(
+    version: int, plan: Plan, folder: Path, device: torch.device, seed: int
+) -> Iterator[tuple[str, tuple[nn.Module, dict[str, Any]]]]:
+    """What has learnt from a version, one after the other, each with its run."""
+    for kind, name, steps in (
+        ("detector", DETECTOR, plan.detector_steps),
+        ("classifier", CLASSIFIER, plan.classifier_steps),
+    ):
+        if version == DEFAULT or steps != 0:
+            yield kind, _taught(name, version, steps, folder, device, seed)
+    yield "reader", _reader(version, plan, folder, device, seed)
+
+
+def _reader(
+    version: int, plan: Plan, folder: Path, device: torch.device, seed: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The small reader that has learnt from a version."""
+    name = f"small-reader-{version}"
+    setting = {"lessons": plan.lessons, "epochs": plan.epochs, "seed": seed}
+    if not _kept(folder, name, setting):
+        lessons = digits(SyntheticHouseNumbers("train", plan.lessons, seed, version=version))
+        model = train_reader(lessons, plan.epochs, device, seed, checkpoint=folder / f".{name}")
+        save(name, model, setting | {"digits": len(lessons.labels)}, folder)
+        (folder / f".{name}").unlink(missing_ok=True)
+    model = small_reader().eval()
+    run = load(name, model, folder)
+    return model.to(device), run
+
+
+def _taught(
+    name: str, version: int, steps: int | None, folder: Path, device: torch.device, seed: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A network of a recipe that has learnt from a version: the one that ships, or else one that is trained here."""
+    task, recipe = recipe_of(name)
+    if version == DEFAULT:
+        model, run = trained(name, device)
+        return model, _told(run, recipe)
+    recipe = replace(recipe, data=_data_of(version))
+    steps = recipe.steps if steps is None else steps
+    name = f"{name}-{version}"
+    if not _kept(folder, name, {"steps": steps}):
+        logger.info("%s: %d steps", name, steps)
+        model, run = train_by(task, recipe, device, seed, steps, folder / f".{name}")
+        save(name, model, run, folder)
+        (folder / f".{name}").unlink(missing_ok=True)
+    model = without_parametrizations(task.network(recipe)).eval()
+    run = load(name, model, folder)
+    return model.requires_grad_(False).to(device), _told(run, recipe)
+
+
+def _data_of(version: int) -> str:
+    """The name that recipes have for a version."""
+    return next(name for name, number in TWINS.items() if number == version)
+
+
+def _told(run: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What the figures say of a training."""
+    data = run["data"] if isinstance(run["data"], str) else run["data"]["name"]
+    return {"steps": run["steps"], "batch_size": recipe.batch_size, "data": data, "seconds": run["seconds"]}
+
+
+def _kept(folder: Path, name: str, setting: dict[str, Any]) -> bool:
+    """Whether an earlier call has trained this; ValueError if it did so otherwise."""
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        return False
+    made = run_of(path)
+    for what, value in setting.items():
+        if made.get(what) != value:
+            raise ValueError(
+                f"{path} was made by another run ({what} = {made.get(what)} there, {value} here): move it away, or "
+                "name another folder"
+            )
+    return True
+
+
+# What is measured
+
+
+def _once(path: Path, model: nn.Module, pictures: Digits | Split, plan: Plan) -> dict[str, float]:
+    """The figures of a network on pictures: those that an earlier call left, or else those that are measured now."""
+    weights, images = fingerprint(*model.state_dict().values()), fingerprint(pictures.images)
+    setting = {"weights": weights, "images": images, "attacked": plan.attacked, "attack_steps": plan.attack_steps}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("setting") != setting:
+        found = _find(model, pictures, plan) if isinstance(pictures, Split) else _read(model, pictures)
+        known = {"setting": setting, "figures": found}
+        write_json(path, known)
+        logger.info("%s: %s", path.stem, found)
+    return known["figures"]
+
+
 def _log_loss(logits: Tensor, labels: Tensor) -> float:
     """Mean cross-entropy at the temperature that suits best: less noisy than the accuracy on few digits."""
     losses = [F.cross_entropy(logits.double() / (0.5 + 0.1 * k), labels).item() for k in range(46)]
     return min(losses)
 
 
-def _read(model: nn.Module, data: Digits, device: str | torch.device) -> dict[str, float]:
-    logits = logits_of(model, data, device)
+def _read(model: nn.Module, data: Digits) -> dict[str, float]:
+    logits = logits_of(model, data, next(model.parameters()).device)
     return {"accuracy": 100 * share_read(logits, data), "log_loss": _log_loss(logits, data.labels)}
 
 
-@torch.no_grad()
-def _find(model: nn.Module, scenes: Split) -> dict[str, float]:
-    scores = score(detections(model, unit_range(scenes.images)), scenes.targets)
-    return {"map50": scores.map50, "recall": scores.recall}
-
-
-def likeness(
-    svhn: str | Path,
-    split: str = "test",
-    size: int | None = None,
-    epochs: int = 12,
-    device: str | torch.device = "cpu",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """All figures: a small reader trained here on `size` synthetic scenes, the classifier and the detector that ship
-    (trained on synthetic ones), and the looks; each on real pictures and on synthetic test pictures.
-
-    Args:
-        svhn: the folder that holds the split.
-        split: of the real pictures.
-        size: synthetic scenes that the reader learns from, and the most that are tested on; None for all.
-        epochs: of the reader's training.
-
-    >>> likeness("nowhere")
-    Traceback (most recent call last):
-    FileNotFoundError: nowhere/test is missing: get SVHN with `python -m lipguide data svhn --root nowhere`
-    """
-    folder = SVHN(svhn, split)
-    twin, lessons = (SyntheticHouseNumbers(part, size, seed) for part in ("test", "train"))
-    tests = {"svhn": digits(folder), "shn": digits(twin)}
-    taught = digits(lessons)
-    reader = train_reader(taught, epochs, device, seed)
-    classifier, _ = trained(CLASSIFIER, device)
-    detector, _ = trained(DETECTOR, device)
-    scenes = {"svhn": load_split(split, None, seed, torch.device(device), svhn)}
-    scenes["shn"] = load_split("test", size, seed, torch.device(device))
+def _find(model: nn.Module, scenes: Split, plan: Plan) -> dict[str, float]:
+    """Clean on all scenes; under an attack, and clean once more, on the first of them."""
+    few = scenes.part(slice(plan.attacked))
+    pictures = unit_range(few.images)
+    moved = attack_l2(model, pictures, few.targets, EPSILON, steps=plan.attack_steps)
+    clean, attacked = _scored(model, unit_range(scenes.images), scenes), _scored(model, moved, few)
     return {
-        "split": split,
-        "hash": content_hash("train", seed, Difficulty()),
-        "scenes": {"svhn": len(folder), "shn": len(twin), "lessons": len(lessons)},
-        "digits": {name: len(data.labels) for name, data in tests.items()},
-        "windows": {name: len(part.images) for name, part in scenes.items()},
-        "syn_digits": 100 * SYN_DIGITS,
-        "reader": {name: _read(reader, data, device) for name, data in tests.items()},
-        "classifier": {name: _read(classifier, data, device) for name, data in tests.items()},
-        "detector": {name: _find(detector, part) for name, part in scenes.items()},
-        "looks": {"svhn": looks(tests["svhn"].images), "shn": looks(taught.images[:20000])},
+        "map50": clean.map50,
+        "recall": clean.recall,
+        "attacked": len(few.images),
+        "map50_of_attacked": _scored(model, pictures, few).map50,
+        "pgd_map50": attacked.map50,
     }
 
 
+@torch.no_grad()
+def _scored(model: nn.Module, pictures: Tensor, scenes: Split) -> Score:
+    return score(detections(model, pictures), scenes.targets)
+
+
 def report(found: dict[str, Any]) -> str:
-    """The figures as a table to print.
+    """The figures as a table to print: a column for each set of pictures, a row for each network and what it learnt.
 
     Args:
         found: what `likeness` returns.
 
-    >>> percentiles = {"svhn": {"grain": [0.0, 1.0]}, "shn": {"grain": [0.0, 0.5]}}
-    >>> one = {"svhn": {"accuracy": 80.0, "log_loss": 0.6}, "shn": {"accuracy": 90.0, "log_loss": 0.3}}
-    >>> two = {"svhn": {"map50": 70.0, "recall": 75.0}, "shn": {"map50": 80.0, "recall": 85.0}}
-    >>> found = {"split": "test", "digits": {"svhn": 9, "shn": 8}, "windows": {"svhn": 4, "shn": 3}, "reader": one,
-    ...          "classifier": one, "detector": two, "looks": percentiles, "syn_digits": 86.9}
+    >>> read = {"shn2": {"svhn": {"accuracy": 80.0}, "shn2": {"accuracy": 90.0}}}
+    >>> seen = {"map50": 70.0, "pgd_map50": 40.0}
+    >>> found = {"split": "test", "digits": {"svhn": 9, "shn2": 8}, "windows": {"svhn": 4, "shn2": 3}, "reader": read,
+    ...          "classifier": read, "detector": {"shn2": {"svhn": seen, "shn2": seen}}, "syn_digits": 86.9,
+    ...          "difference": {"shn2": {"grain": 0.5}}}
     >>> print(report(found).splitlines()[1])
-    small network, digits read (%)                                80.00      90.00
+    small reader, learnt from shn2, digits read (%)             80.00      90.00
     """
-    row = "{:56s}{:>11s}{:>11s}".format
-    lines = [row("trained on synthetic house numbers alone", f"SVHN {found['split']}", "SHN test")]
-    for title, name, figure in (
-        ("small network, digits read (%)", "reader", "accuracy"),
-        ("small network, log loss", "reader", "log_loss"),
-        (f"{CLASSIFIER}, digits read (%)", "classifier", "accuracy"),
-        (f"{CLASSIFIER}, log loss", "classifier", "log_loss"),
-        (f"{DETECTOR}, mAP at 0.5, number view (%)", "detector", "map50"),
-        (f"{DETECTOR}, recall (%)", "detector", "recall"),
+    sets = list(found["digits"])
+    row = ("{:54s}" + "{:>11s}" * len(sets)).format
+    lines = [row("", *(f"SVHN {found['split']}" if name == "svhn" else f"{name} test" for name in sets))]
+    for title, network, figure, says in (
+        ("small reader", "reader", "accuracy", "digits read (%)"),
+        (CLASSIFIER, "classifier", "accuracy", "digits read (%)"),
+        (DETECTOR, "detector", "map50", "mAP (%)"),
+        (DETECTOR, "detector", "pgd_map50", "attacked (%)"),
     ):
-        lines.append(row(title, *(f"{found[name][data][figure]:.2f}" for data in ("svhn", "shn"))))
+        for taught, seen in found[network].items():
+            values = (f"{seen[name][figure]:.2f}" for name in sets)
+            lines.append(row(f"{title}, learnt from {taught}, {says}", *values))
     for title, name in (("digits", "digits"), ("scenes of the number view", "windows")):
-        lines.append(row(title, *(str(found[name][data]) for data in ("svhn", "shn"))))
+        lines.append(row(title, *(str(found[name][data]) for data in sets)))
     lines.append(f"a network trained on SYN DIGITS reads {found['syn_digits']:.1f} % (published, DIRT-T table 1)")
-    lines.append(row("looks of crops: largest difference of percentiles / spread", "", "SHN"))
-    for name, real in found["looks"]["svhn"].items():
-        lines.append(row(f"  {name}", "", f"{distance(found['looks']['shn'][name], real):.2f}"))
+    lines.append(row("looks of crops: largest difference / spread", "", *found["difference"]))
+    for name in next(iter(found["difference"].values())):
+        lines.append(row(f"  {name}", "", *(f"{one[name]:.2f}" for one in found["difference"].values())))
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,18 @@ def small_reader() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, 10))
 
 
-def train_reader(data: Digits, epochs: int, device: torch.device | str, seed: int = 0, batch: int = 128) -> nn.Module:
+def train_reader(
+    data: Digits,
+    epochs: int,
+    device: torch.device | str,
+    seed: int = 0,
+    batch: int = 128,
+    checkpoint: Path | None = None,
+) -> nn.Module:
     """Train `small_reader` by cross-entropy: AdamW, one cycle of the learning rate, no augmentation.
+
+    Args:
+        checkpoint: as `lipguide.training.fit` takes it.
 
     >>> images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
     >>> train_reader(Digits(images, labels), epochs=1, device="cpu", batch=4).training
@@ -44,7 +55,8 @@ def train_reader(data: Digits, epochs: int, device: torch.device | str, seed: in
         model = small_reader().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     steps = math.ceil(len(data.labels) / batch) * epochs
-    fit(model, data, Supervised(nn.CrossEntropyLoss()), optimizer, steps, batch, schedule="one-cycle", seed=seed)
+    step = Supervised(nn.CrossEntropyLoss())
+    fit(model, data, step, optimizer, steps, batch, "one-cycle", seed=seed, checkpoint=checkpoint)
     return model.eval()
 
 

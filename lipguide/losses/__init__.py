@@ -8,6 +8,7 @@ Notation: f(x) are the logits, y the right class, m the margin, tau a temperatur
 """
 
 from lipguide.losses.binary import HKR, KR, HingeMargin, TauBCEWithLogits
+from lipguide.losses.local import local_logits, local_slopes
 from lipguide.losses.multiclass import (
     EMMA,
     CategoricalHinge,
@@ -42,4 +43,6 @@ __all__ = [
     "TauBCEWithLogits",
     "TauCrossEntropy",
     "TauFocal",
+    "local_logits",
+    "local_slopes",
 ]

@@ -13,13 +13,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lipguide.files import replacing
+from lipguide.layers.constraints import WARM_UP
+from lipguide.layers.sll import SLL
 
-__all__ = ["TEST_SEED", "TRAIN_SEED", "WEIGHTS", "fingerprint", "holds_constraints", "load", "run_of", "save"]
+__all__ = [
+    "TEST_SEED",
+    "TRAIN_SEED",
+    "WEIGHTS",
+    "fingerprint",
+    "go_on_from",
+    "holds_constraints",
+    "load",
+    "run_of",
+    "save",
+]
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 TRAIN_SEED = 0  # of the synthetic pictures that networks learn from; on it layers, losses and rates were chosen
@@ -29,7 +43,6 @@ TEST_SEED = 1  # of those that judge the weights
 def fingerprint(*tensors: Tensor) -> str:
     """Twelve digits that tell data apart: of the SHA-256 over the bytes of the tensors, one after the other.
 
-    >>> import torch
     >>> fingerprint(torch.tensor([1, 2]), torch.tensor([3])) == fingerprint(torch.tensor([1, 2, 3]))
     True
     """
@@ -82,6 +95,30 @@ def load(name: str, model: nn.Module, folder: str | Path = WEIGHTS) -> dict[str,
     except RuntimeError as error:
         raise ValueError(f"the weights {name!r} belong to another model: {error}") from error
     return run
+
+
+@torch.no_grad()
+def go_on_from(model: nn.Module, plain: nn.Module) -> None:
+    """Give a model with constraints the values of one without; what satisfies a constraint stays nearly as it is.
+
+    >>> from lipguide.layers.affine import unit_rows
+    >>> model, plain = unit_rows(nn.Linear(2, 1)), nn.Linear(2, 1)
+    >>> plain.weight.data = torch.tensor([[0.6, 0.8]])
+    >>> go_on_from(model, plain)
+    >>> torch.equal(model.weight, plain.weight)
+    True
+    """
+    modules = dict(model.named_modules())
+    for name, value in plain.state_dict().items():
+        parent, _, last = name.rpartition(".")
+        if isinstance(modules[parent], SLL) and last == "weight":
+            modules[parent].parametrizations.weight.original.copy_(value)
+        elif parametrize.is_parametrized(modules[parent], last):
+            setattr(modules[parent], last, value)  # torch asks the constraint what to keep
+            for _ in range(WARM_UP):  # a power iteration knows the norm of the weight before
+                getattr(modules[parent], last)
+        else:
+            getattr(modules[parent], last).copy_(value)
 
 
 def run_of(path: str | Path) -> dict[str, Any]:

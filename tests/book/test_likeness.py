@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lipguide.__main__ import main
+from lipguide.book.ledger import read
 from lipguide.book.likeness import SHARES, distance, looks
 from lipguide.data import SyntheticHouseNumbers
+from lipguide.tasks.harness import recipe_of
+
+QUICKLY = ["--size", "12", "--lessons", "8", "--epochs", "1", "--attacked", "2", "--attack-steps", "1"]
+QUICKLY += ["--classifier-steps", "2", "--detector-steps", "2", "--device", "cpu"]
+
+
+def few(monkeypatch) -> None:
+    """Let the recipes take a few scenes instead of all."""
+
+    def shorter(name: str):
+        task, recipe = recipe_of(name)
+        return task, replace(recipe, items=80, test_items=8)
+
+    monkeypatch.setattr("lipguide.book.likeness.recipe_of", shorter)
 
 
 def patterned(count: int, seed: int) -> torch.Tensor:
@@ -56,13 +71,32 @@ def test_compare_measures_a_real_folder_and_keeps_a_record(tmp_path, capsys, mon
     monkeypatch.setenv("LIPGUIDE_CACHE", str(tmp_path / "cache"))
     real = SyntheticHouseNumbers("test", 10, seed=77, cache=False)
     real.save(tmp_path / "svhn")
-    arguments = ["--svhn", str(tmp_path / "svhn"), "--size", "12", "--epochs", "1", "--device", "cpu"]
-    assert main(["data", "compare", *arguments, "--record", str(tmp_path / "record.json")]) == 0
-    found = json.loads((tmp_path / "record.json").read_text())["results"]
+    few(monkeypatch)
+    arguments = ["--svhn", str(tmp_path / "svhn"), "--folder", str(tmp_path / "made"), *QUICKLY]
+    assert main(["data", "compare", *arguments]) == 0
+    record = read(tmp_path / "made" / "likeness.cpu.json")
+    assert record["provenance"]["data"]["name"] == "SVHN, test, 10 pictures" and record["provenance"]["threads"] == 1
+    found = record["results"]
     assert found["digits"]["svhn"] == sum(len(note.labels) for note in real.annotations())
-    assert found["scenes"] == {"svhn": 10, "shn": 12, "lessons": 12} and found["windows"]["svhn"] <= 10
+    assert found["pictures"] == {"svhn": 10, "shn1": 12, "shn2": 12} and found["windows"]["svhn"] <= 10
     # The real folder is synthetic here, and what ships has learnt from synthetic scenes.
-    assert found["classifier"]["svhn"]["accuracy"] > 50 and found["detector"]["svhn"]["map50"] > 40
+    assert found["classifier"]["shn1"]["svhn"]["accuracy"] > 50 and found["detector"]["shn1"]["svhn"]["map50"] > 40
+    assert found["detector"]["shn1"]["svhn"]["attacked"] == 2
+    assert found["detector"]["shn1"]["run"]["steps"] == 3788 and found["detector"]["shn2"]["run"]["steps"] == 2
+    assert found["detector"]["shn2"]["run"]["data"].startswith("Synthetic House Numbers 2, train")
     printed = capsys.readouterr().out
-    row = next(line for line in printed.splitlines() if line.startswith("classification-ordinary, digits read"))
-    assert row.split()[-2:] == [f"{found['classifier'][name]['accuracy']:.2f}" for name in ("svhn", "shn")]
+    row = next(line for line in printed.splitlines() if line.startswith("classification-ordinary, learnt from shn1"))
+    read_right = (found["classifier"]["shn1"][name]["accuracy"] for name in ("svhn", "shn1", "shn2"))
+    assert row.split()[-3:] == [f"{share:.2f}" for share in read_right]
+
+    # What was trained and measured is not done again, nor taken for something else.
+    for name in ("train_by", "train_reader", "_find", "_read"):
+        monkeypatch.setattr(f"lipguide.book.likeness.{name}", lambda *_, **__: pytest.fail("done again"))
+    assert main(["data", "compare", *arguments]) == 0
+    assert read(tmp_path / "made" / "likeness.cpu.json")["results"] == found
+    assert main(["data", "compare", *arguments, "--detector-steps", "3"]) == 1
+    assert "steps = 2 there, 3 here" in capsys.readouterr().err
+    assert main(["data", "compare", *arguments, "--detector-steps", "0", "--classifier-steps", "0"]) == 0
+    ships = read(tmp_path / "made" / "likeness.cpu.json")["results"]
+    assert list(ships["detector"]) == list(ships["classifier"]) == ["shn1"]
+    assert ships["reader"] == found["reader"]

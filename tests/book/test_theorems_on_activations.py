@@ -1,6 +1,7 @@
 """Claims of the chapter on activations that carry weight, checked beyond the chapter's own examples."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from lipguide.book.ledger import read
 from lipguide.layers.activations import GroupSort2, Householder, MaxMin, MaxMinDouble
 
+RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 few = settings(deadline=None, max_examples=20, derandomize=True)
 seeds = st.integers(0, 10**6)
 
@@ -98,3 +101,10 @@ def test_orthogonal_neighbours_absorb_householders_angle(seed):
     )
     low_first = MaxMin()(z @ q).roll(3, 1)
     torch.testing.assert_close(layer(z), low_first @ q.T)
+
+
+def test_the_five_that_sort_or_reflect_have_the_same_row_in_the_chapter():
+    """Its table of singular values gives one row for all five."""
+    jacobian = read(RESULTS / "activations.quick.json")["results"]["jacobian"]
+    for name in ("GroupSort2", "GroupSort8", "MaxMin", "FullSort", "Householder"):
+        assert all(f"{value:.2f}" == "1.00" for value in jacobian[name].values()), name

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ import torch
 
 from lipguide.data import SVHN, Difficulty, SyntheticHouseNumbers, contact_sheet, geometry, geometry_table, svhn_facts
 from lipguide.data.shn import cache as module
-from lipguide.data.shn import processes
+from lipguide.data.shn import processes, typefaces
 from lipguide.data.shn.cache import PACKAGE, content_hash, load_pages, sources
+from lipguide.data.shn.glyphs import glyphs_missing, keep_drawn, take_glyphs
 from lipguide.data.shn.layout import sample_layout
+from lipguide.data.shn.looks import LOOKS
 from lipguide.data.shn.pages import Pages
 from lipguide.data.shn.rendering import render
 
@@ -54,10 +57,11 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(some):
     assert len(few) == 5 and all(same(few[k], some[k]) for k in range(5))
 
 
-def test_the_number_of_processes_does_not_matter():
+@pytest.mark.parametrize("version", LOOKS)
+def test_the_number_of_processes_does_not_matter(version):
     size = module.BLOCK + 20
-    alone = load_pages("test", size, 9, EASY, cache=False, workers=1)
-    shared = load_pages("test", size, 9, EASY, cache=False, workers=2)
+    alone = load_pages("test", size, 9, EASY, cache=False, workers=1, version=version)
+    shared = load_pages("test", size, 9, EASY, cache=False, workers=2, version=version)
     assert len(shared) == size
     for name, array in alone.arrays.items():
         np.testing.assert_array_equal(array, shared.arrays[name])
@@ -90,6 +94,56 @@ def test_processors_without_vector_units_make_the_same_pictures():
     assert done.stdout.strip() == digest.hexdigest()
 
 
+# Versions that are frozen
+
+DRAWN_WITH = {"numpy": "2.2.6", "scipy": "1.15.3", "pillow": "12.3.0", "matplotlib": "3.10.9"}
+FROZEN = {
+    1: "d134daa367355732a1b3be408d0189c8eab568a4d7c15bf429327781adfaac89",
+    2: "483db2302993c3cba655b16f3028093a8348e3fea2843fad2bba832a7fb84946",
+}
+
+
+@pytest.mark.parametrize("version", LOOKS)
+def test_a_version_draws_the_same_scenes_for_ever(version):
+    """Weights were trained on them: what changes a pixel of a version belongs into another one."""
+    if {name: metadata.version(name) for name in DRAWN_WITH} != DRAWN_WITH:
+        pytest.skip("other versions of the libraries that draw may change single pixels")
+    digest = hashlib.sha256()
+    for split in ("train", "test"):
+        for index in range(60):
+            scene = render(split, 11, index, Difficulty(), version)
+            digest.update(scene.picture + scene.mask + scene.boxes.tobytes() + scene.labels.tobytes())
+    assert digest.hexdigest() == FROZEN[version]
+
+
+def test_versions_differ_in_looks_and_not_in_geometry():
+    first, second = (SyntheticHouseNumbers("train", 40, seed=3, cache=False, version=version) for version in (1, 2))
+    for old, new in zip(first, second, strict=True):
+        assert torch.equal(old.boxes, new.boxes) and torch.equal(old.labels, new.labels)
+        assert not torch.equal(old.pixels, new.pixels)
+    assert (first.name, second.name) == ("Synthetic House Numbers 1", "Synthetic House Numbers 2")
+
+
+def test_the_version_of_the_weights_that_ship_is_the_one_that_nobody_asks_for(some):
+    asked = SyntheticHouseNumbers("train", 5, seed=3, cache=False, version=1)
+    assert all(same(asked[k], some[k]) for k in range(5))
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", 1.5, None])
+def test_a_version_that_there_is_not_is_refused(version):
+    with pytest.raises(ValueError, match="version"):
+        SyntheticHouseNumbers("train", 1, cache=False, version=version)
+
+
+def test_versions_do_not_mix_in_the_cache():
+    for version in (1, 2):
+        kept = SyntheticHouseNumbers("train", 3, seed=2, version=version)
+        again = SyntheticHouseNumbers("train", 3, seed=2, version=version)
+        fresh = SyntheticHouseNumbers("train", 3, seed=2, version=version, cache=False)
+        assert all(same(kept[k], fresh[k]) and same(again[k], fresh[k]) for k in range(3))
+    assert content_hash("train", 2, Difficulty(), 1) != content_hash("train", 2, Difficulty(), 2)
+
+
 # What an item is
 
 
@@ -104,9 +158,9 @@ def test_items_keep_the_contract(some):
         assert mask.dtype == torch.uint8 and mask.shape == image.shape[1:] and mask.max() <= len(labels)
 
 
-def test_every_digit_has_ink_and_nearly_all_of_it_in_its_box(some):
-    for index in range(len(some)):
-        _, boxes, labels, mask = some[index]
+@pytest.mark.parametrize("version", LOOKS)
+def test_every_digit_has_ink_and_nearly_all_of_it_in_its_box(version):
+    for _, boxes, labels, mask in SyntheticHouseNumbers("train", 60, seed=3, cache=False, version=version):
         height, width = mask.shape
         for k in range(len(labels)):
             rows, columns = torch.nonzero(mask == k + 1, as_tuple=True)
@@ -118,9 +172,10 @@ def test_every_digit_has_ink_and_nearly_all_of_it_in_its_box(some):
             assert inside.float().mean() > 0.97
 
 
-def test_masks_say_where_the_ink_is():
+@pytest.mark.parametrize("version", LOOKS)
+def test_masks_say_where_the_ink_is(version):
     """Without nuisances the pixels of the mask differ in brightness from those around them."""
-    data = SyntheticHouseNumbers("train", 80, seed=5, difficulty=EASY, cache=False)
+    data = SyntheticHouseNumbers("train", 80, seed=5, difficulty=EASY, cache=False, version=version)
     differs = 0
     for index in range(len(data)):
         image, _, _, mask = data[index]
@@ -261,12 +316,12 @@ def test_an_interrupted_run_leaves_whole_blocks_and_goes_on(tmp_path, monkeypatc
     monkeypatch.setattr(module, "BLOCK", 3)
     drawn = []
 
-    def stop_at_five(split, seed, index, difficulty):
+    def stop_at_five(split, seed, index, *which):
         if index == 4 and len(drawn) < 6:
             drawn.append("stop")
             raise KeyboardInterrupt
         drawn.append(index)
-        return render(split, seed, index, difficulty)
+        return render(split, seed, index, *which)
 
     monkeypatch.setattr(module, "render", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
@@ -291,7 +346,7 @@ def worker(task: dict, *options: str, **how) -> subprocess.CompletedProcess:
 
 
 def one_scene(folder: Path) -> dict:
-    what = {"split": "train", "seed": 0, "difficulty": {}, "parts": [[0, 1]]}
+    what = {"split": "train", "seed": 0, "difficulty": {}, "version": 1, "parts": [[0, 1]]}
     return {"make": "scenes", "folder": str(folder), "glyphs": str(folder / "glyphs"), **what}
 
 
@@ -323,6 +378,29 @@ def test_the_key_hashes_every_file_that_draws_and_no_other():
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert {str(path) for path in sources()} == {*loaded, str(PACKAGE / "data" / "svhn_facts.json")}
     assert not {"cache.py", "pages.py", "worker.py", "__init__.py"} & {path.name for path in sources()}
+
+
+def test_a_process_alone_keeps_its_glyphs_for_the_next_one(tmp_path, monkeypatch):
+    first = load_pages("train", module.MANY, 6, Difficulty())
+    for path in (tmp_path / "cache").rglob("00000-*.npz"):
+        path.unlink()
+    monkeypatch.setattr(typefaces, "draw_glyph", lambda *_: pytest.fail("drawn again"))
+    typefaces.GLYPHS.clear()
+    again = load_pages("train", module.MANY, 6, Difficulty())
+    np.testing.assert_array_equal(first.arrays["bytes"], again.arrays["bytes"])
+
+
+def test_a_damaged_file_of_glyphs_is_made_again(tmp_path):
+    before = {key: typefaces.glyph(*key) for key in ((0, 3), (30, 8))}
+    keep_drawn(tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    assert glyphs_missing(tmp_path) == list(range(len(typefaces.FACES)))
+    keep_drawn(tmp_path)
+    typefaces.GLYPHS.clear()
+    take_glyphs(tmp_path)
+    for key, glyph in before.items():
+        assert np.array_equal(typefaces.GLYPHS[key].field, glyph.field) and typefaces.GLYPHS[key].cell == glyph.cell
 
 
 def test_another_layout_of_the_files_is_another_folder(monkeypatch):

@@ -23,11 +23,14 @@ from lipguide.data.items import Annotation, Scene, make_scene
 from lipguide.data.shn.cache import BLOCK, content_hash, load_pages
 from lipguide.data.shn.cuttings import kept_cuttings, make_rows
 from lipguide.data.shn.difficulty import Difficulty
+from lipguide.data.shn.looks import DEFAULT, look_of
 from lipguide.data.shn.pages import decode
 from lipguide.data.shn.rendering import SPLITS, Encoded
 from lipguide.data.svhn.digit_struct import write_digit_struct
 
-__all__ = ["SyntheticHouseNumbers"]
+__all__ = ["TWINS", "SyntheticHouseNumbers"]
+
+TWINS = {"house-numbers": DEFAULT, "house-numbers-2": 2}  # versions by the names that recipes have for them
 
 
 class SyntheticHouseNumbers(Dataset[Scene]):
@@ -42,6 +45,7 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         difficulty: see `Difficulty`.
         cache: keep the scenes, and what is cut out of them, under `cache_folder()` for the next time.
         workers: processes that make what is missing; None for one a core for large sets.
+        version: 1, which the weights that ship were trained on, or 2, which is more like SVHN.
 
     >>> data = SyntheticHouseNumbers("train", size=2, seed=0, cache=False)
     >>> scene = data[0]
@@ -57,7 +61,9 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         difficulty: Difficulty | None = None,
         cache: bool = True,
         workers: int | None = None,
+        version: int = DEFAULT,
     ) -> None:
+        look_of(whole("version", version))  # an error before anything is drawn
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
         size = svhn_facts()[split]["images"] if size is None else whole("size", size, least=0)
@@ -67,7 +73,8 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         self.split, self.seed = split, whole("seed", seed, least=0)
         self.difficulty = Difficulty() if difficulty is None else difficulty
         self._cache, self._workers = cache, workers
-        self._pages = load_pages(split, size, self.seed, self.difficulty, cache, workers)
+        self.version, self.name = version, f"Synthetic House Numbers {version}"
+        self._pages = load_pages(split, size, self.seed, self.difficulty, cache, workers, version)
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -87,7 +94,7 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         memory where the data set keeps its scenes."""
         if not self._cache:
             return make_rows(self._pages, range(len(self)), cutting)
-        key = content_hash(self.split, self.seed, self.difficulty)
+        key = content_hash(self.split, self.seed, self.difficulty, self.version)
         return kept_cuttings(self._pages, key, cutting, self._workers)
 
     def annotation(self, index: int) -> Annotation:

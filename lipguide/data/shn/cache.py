@@ -2,8 +2,8 @@
 
 A block is a file of up to BLOCK scenes. Its folder's name is a hash of everything its pictures depend on: what the
 source of the generator says (its comments aside), the figures it follows, the versions of the libraries that draw and
-compress, split, seed and difficulty. Each block is written under a temporary name and renamed, so two processes may
-fill the same folder, and a run that was interrupted goes on where it stopped.
+compress, version, split, seed and difficulty. Each block is written under a temporary name and renamed, so two
+processes may fill the same folder, and a run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from lipguide.data.npz import DamagedFile
 from lipguide.data.shn.difficulty import Difficulty
-from lipguide.data.shn.glyphs import glyphs_missing
+from lipguide.data.shn.glyphs import glyphs_missing, keep_drawn, take_glyphs
+from lipguide.data.shn.looks import DEFAULT
 from lipguide.data.shn.pages import FIELDS, Pages
 from lipguide.data.shn.processes import share
 from lipguide.data.shn.rendering import Encoded, render
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 BLOCK = 256
+MANY = 64  # scenes, from which on a process keeps the glyphs that it has drawn for the next one
 PACKAGE = Path(__file__).resolve().parents[2]
 FIGURES = PACKAGE / "data" / "svhn_facts.json"
 DRAWING = PACKAGE / "data" / "shn" / "rendering.py"
@@ -85,13 +87,13 @@ def _source_hash() -> str:
     return hash_of(sources()) + " ".join(version(name) for name in LIBRARIES)
 
 
-def content_hash(split: str, seed: int, difficulty: Difficulty) -> str:
+def content_hash(split: str, seed: int, difficulty: Difficulty, version: int = DEFAULT) -> str:
     """Name of the folder for these scenes: 24 hexadecimal digits.
 
     >>> content_hash("train", 0, Difficulty()) == content_hash("test", 0, Difficulty())
     False
     """
-    parameters = [split, seed, *map(float, astuple(difficulty))]
+    parameters = [version, split, seed, *map(float, astuple(difficulty))]
     layout = [BLOCK, *FIELDS]  # how the files are laid out: others must not be taken for these
     return hashlib.sha256((_source_hash() + json.dumps([parameters, layout])).encode()).hexdigest()[:24]
 
@@ -154,13 +156,23 @@ def unwritable(folder: Path, error: OSError) -> OSError:
 # The making
 
 
-def make_block(split: str, seed: int, difficulty: Difficulty, block: int, count: int) -> Iterator[Encoded]:
+def make_block(
+    split: str, seed: int, difficulty: Difficulty, version: int, block: int, count: int
+) -> Iterator[Encoded]:
     """Draw the first `count` scenes of a block."""
     for index in range(block * BLOCK, block * BLOCK + count):
-        yield render(split, seed, index, difficulty)
+        yield render(split, seed, index, difficulty, version)
 
 
-def load_pages(split: str, size: int, seed: int, difficulty: Difficulty, cache: bool = True, workers: int = 1) -> Pages:
+def load_pages(
+    split: str,
+    size: int,
+    seed: int,
+    difficulty: Difficulty,
+    cache: bool = True,
+    workers: int = 1,
+    version: int = DEFAULT,
+) -> Pages:
     """The first `size` scenes, from the cache or made now, with a progress bar on a terminal.
 
     >>> pages = load_pages("test", 3, 0, Difficulty(), cache=False)
@@ -172,13 +184,13 @@ def load_pages(split: str, size: int, seed: int, difficulty: Difficulty, cache: 
     with ExitStack() as stack:
         folder = None
         if cache:
-            folder = cache_folder("shn", content_hash(split, seed, difficulty))
+            folder = cache_folder("shn", content_hash(split, seed, difficulty, version))
         elif workers > 1:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lipguide-")))
         parts = {block: stored(folder, block, count) if folder else None for block, count in counts.items()}
         todo = [(block, count) for block, count in counts.items() if parts[block] is None]
         if todo:
-            _make(parts, todo, folder, (split, seed, difficulty), workers)
+            _make(parts, todo, folder, (split, seed, difficulty, version), workers)
         return Pages.joined([parts[block] for block in counts])
 
 
@@ -186,36 +198,47 @@ def _make(
     parts: dict[int, Pages | None],
     todo: list[tuple[int, int]],
     folder: Path | None,
-    which: tuple[str, int, Difficulty],
+    which: tuple[str, int, Difficulty, int],
     workers: int,
 ) -> None:
     """Fill in the missing parts, here or in processes of their own, and keep them in the folder if there is one."""
     if folder is not None:
         prepare(folder)
-    split, seed, difficulty = which
+    split, seed, difficulty, version = which
     total = sum(count for _, count in todo)
     with tqdm(total=total, unit="scene", desc=f"house numbers ({split})", disable=None) as bar:
         if workers > 1 and len(todo) > 1:
             glyphs = _shared_glyphs(folder.parent, workers, bar)
             task = {"make": "scenes", "folder": str(folder), "glyphs": str(glyphs)}
-            task |= {"split": split, "seed": seed, "difficulty": asdict(difficulty)}
+            task |= {"split": split, "seed": seed, "difficulty": asdict(difficulty), "version": version}
             share(task, todo, workers, bar)
             parts |= {block: Pages.load(block_path(folder, block, count)) for block, count in todo}
             return
+        glyphs = _glyphs_folder(folder.parent) if folder is not None and total >= MANY else None
+        if glyphs is not None:
+            take_glyphs(glyphs)
         for block, count in todo:
             scenes = []
-            for scene in make_block(split, seed, difficulty, block, count):
+            for scene in make_block(*which, block, count):
                 scenes.append(scene)
                 bar.update(1)
             parts[block] = Pages.of(scenes)
             if folder is not None:
                 keep(parts[block], block_path(folder, block, count))
+        if glyphs is not None:
+            prepare(glyphs)
+            keep_drawn(glyphs)
+
+
+def _glyphs_folder(folder: Path) -> Path:
+    """The folder below this one for the typefaces, as this code draws them."""
+    key = hashlib.sha256((_source_hash() + hash_of([GLYPHS])).encode()).hexdigest()[:24]
+    return folder / f"glyphs-{key}"
 
 
 def _shared_glyphs(folder: Path, workers: int, bar: tqdm) -> Path:
     """The folder below this one that holds all typefaces, drawn by processes if they are not there."""
-    key = hashlib.sha256((_source_hash() + hash_of([GLYPHS])).encode()).hexdigest()[:24]
-    folder = folder / f"glyphs-{key}"
+    folder = _glyphs_folder(folder)
     missing = glyphs_missing(folder)
     if missing:
         share({"make": "glyphs", "folder": str(folder)}, missing, workers, bar)

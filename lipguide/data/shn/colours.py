@@ -9,67 +9,10 @@ from itertools import accumulate
 
 import numpy as np
 
+from lipguide.data.shn.looks import Look
+
 __all__ = ["Palette", "luminance", "sample_palette", "set_apart"]
 
-WALLS = (  # name, sRGB, share
-    ("white paint", (226, 224, 218), 8),
-    ("cream", (214, 203, 178), 8),
-    ("beige", (190, 174, 146), 9),
-    ("sand", (168, 150, 122), 6),
-    ("light grey", (182, 183, 184), 6),
-    ("grey", (132, 133, 134), 6),
-    ("dark grey", (78, 80, 85), 6),
-    ("stone", (158, 149, 134), 6),
-    ("red brick", (138, 78, 62), 7),
-    ("dark brick", (102, 62, 52), 4),
-    ("orange brick", (172, 112, 84), 4),
-    ("brown", (108, 76, 52), 6),
-    ("dark wood", (66, 46, 36), 5),
-    ("green paint", (86, 106, 88), 3),
-    ("dark green", (38, 58, 48), 4),
-    ("navy", (40, 50, 82), 4),
-    ("blue grey", (108, 124, 142), 5),
-    ("pale blue", (158, 178, 194), 3),
-    ("black", (34, 34, 38), 6),
-    ("ochre", (198, 164, 102), 3),
-    ("salmon", (198, 152, 138), 3),
-    ("maroon", (94, 38, 38), 3),
-    ("dark glass", (52, 58, 66), 5),
-    ("pale green", (172, 184, 160), 2),
-)
-NUMBERS = (
-    ("black", (26, 26, 29), 22),
-    ("white", (236, 235, 230), 20),
-    ("brass", (178, 142, 76), 7),
-    ("gold", (214, 178, 98), 7),
-    ("bronze", (82, 62, 44), 6),
-    ("silver", (178, 180, 184), 7),
-    ("chrome", (208, 211, 216), 4),
-    ("navy", (32, 44, 92), 4),
-    ("red", (158, 40, 38), 4),
-    ("green", (32, 84, 56), 2),
-    ("yellow", (222, 188, 74), 3),
-    ("cream", (224, 212, 182), 5),
-    ("copper", (158, 94, 64), 2),
-    ("grey", (112, 113, 116), 4),
-    ("blue", (40, 74, 150), 3),
-)
-PLATES = (  # plate and the number on it
-    ((232, 231, 226), (28, 28, 32), 8),
-    ((30, 46, 104), (236, 236, 234), 6),
-    ((30, 30, 34), (232, 230, 224), 5),
-    ((184, 150, 84), (30, 26, 22), 4),
-    ((34, 74, 56), (234, 232, 222), 2),
-    ((62, 64, 68), (222, 222, 222), 3),
-    ((112, 78, 50), (226, 214, 186), 3),
-    ((226, 214, 184), (58, 42, 34), 3),
-    ((214, 214, 214), (36, 58, 128), 3),
-    ((150, 34, 34), (236, 232, 226), 2),
-    ((176, 178, 180), (40, 40, 44), 3),
-    ((238, 236, 228), (148, 36, 34), 2),
-    ((96, 100, 104), (30, 30, 32), 2),
-    ((68, 52, 42), (204, 168, 92), 3),
-)
 METALS = ("brass", "gold", "silver", "chrome", "bronze", "copper")
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -78,7 +21,8 @@ LUMA = np.array([0.299, 0.587, 0.114])
 class Palette:
     """Colours as (3,) float32 in [0, 1]; `material` names the wall, `metal` says whether the number is of metal.
 
-    >>> sample_palette(np.random.default_rng(0)).wall.shape
+    >>> from lipguide.data.shn.looks import LOOKS
+    >>> sample_palette(LOOKS[2], np.random.default_rng(0)).wall.shape
     (3,)
     """
 
@@ -134,12 +78,12 @@ def set_apart(number: np.ndarray, ground: np.ndarray, least: float) -> np.ndarra
     return np.clip(number + (target - luminance(number)), 0.02, 0.98).astype(number.dtype)
 
 
-def sample_palette(rng: np.random.Generator) -> Palette:
+def sample_palette(look: Look, rng: np.random.Generator) -> Palette:
     """Draw the colours of a scene; `set_apart` keeps the number visible once its ground is painted."""
-    material, wall, _ = _choose(WALLS, rng)
-    _, other, _ = _choose(WALLS, rng)
-    name, number, _ = _choose(NUMBERS, rng)
-    plate, on_plate, _ = _choose(PLATES, rng)
+    material, wall, _ = _choose(look.walls, rng)
+    _, other, _ = _choose(look.walls, rng)
+    name, number, _ = _choose(look.numbers, rng)
+    plate, on_plate, _ = _choose(look.plates, rng)
     wall, other, number = _vary(wall, rng, 0.07), _vary(other, rng, 0.07), _vary(number, rng, 0.05)
     plate, on_plate = _vary(plate, rng, 0.05), _vary(on_plate, rng, 0.05)
     colours = (c.astype(np.float32) for c in (wall, other, plate, number, on_plate))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from PIL import Image
 
 from lipguide.data.shn.arrays import fractal
 from lipguide.data.shn.layout import Layout
+from lipguide.data.shn.looks import Look
 from lipguide.data.shn.typefaces import FACES, OFFSET, glyph
 
 __all__ = ["FAR", "Hand", "Ink", "draw_number", "draw_strangers", "sample_hand"]
 
 FAR = -1e4  # distance, in pixels, where there is no ink at all
-SHARES = np.cumsum([face.weight for face in FACES]) / sum(face.weight for face in FACES)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class Hand:
         fill: share of the box's (height, width) that ink takes.
         growth: relative change of the digits' height along the number.
         rough: how far a brush strays, in digit heights.
+        rise: of the line of digits to the right, while uprights stay upright: how a wall looks from down the street.
 
-    >>> sample_hand("train", 0.1, np.random.default_rng(0)).face < len(FACES)
+    >>> from lipguide.data.shn.looks import LOOKS
+    >>> sample_hand("train", 0.1, LOOKS[2], np.random.default_rng(0)).face < len(FACES)
     True
     """
 
@@ -44,6 +47,7 @@ class Hand:
     fill: tuple[float, float]
     growth: float
     rough: float = 0.0
+    rise: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +62,10 @@ class Ink:
         height: of the digits in pixels.
 
     >>> from lipguide.data.shn.layout import sample_layout
+    >>> from lipguide.data.shn.looks import LOOKS
     >>> rng = np.random.default_rng(0)
     >>> layout = sample_layout("train", rng)
-    >>> ink = draw_number(layout, sample_hand("train", layout.slope, rng), rng)
+    >>> ink = draw_number(layout, sample_hand("train", layout.slope, LOOKS[2], rng), rng)
     >>> bool((ink.distance > 0).any())
     True
     """
@@ -78,19 +83,27 @@ class Ink:
         return slice(None), slice(self.top, self.top + rows), slice(self.left, self.left + columns)
 
 
-def sample_hand(split: str, slope: float, rng: np.random.Generator) -> Hand:
+@cache
+def _shares(look: Look) -> np.ndarray:
+    """Shares of the typefaces, each added to those before it."""
+    shares = np.array([face.weight * look.faces[face.kind] for face in FACES])
+    return np.cumsum(shares) / sum(shares)
+
+
+def sample_hand(split: str, slope: float, look: Look, rng: np.random.Generator) -> Hand:
     """Draw a hand; a number line that rises is either turned as a whole or climbs like stairs."""
-    face = int(np.searchsorted(SHARES, rng.random(), side="right"))
+    face = int(np.searchsorted(_shares(look), rng.random(), side="right"))
     u = rng.random(8)
     weight = FACES[face].thin + (FACES[face].heavy - FACES[face].thin) * u[0]
     turn = math.atan(slope) * (0.9 if u[1] < 0.6 else 0.1) + 0.03 * float(rng.standard_normal())
     strong = 0.22 if u[2] < 0.25 else 0.06
     keystone = (strong * (2 * u[3] - 1), strong * (2 * u[4] - 1))
-    slant = 0.05 * float(rng.standard_normal()) + (0.16 * u[5] if u[6] < 0.1 else 0.0)
-    tight = (0.90, 0.86) if split == "train" else (0.88, 0.76)  # the boxes of test were drawn wider
+    slant = look.slant * float(rng.standard_normal()) + (0.16 * u[5] if u[6] < 0.1 else 0.0)
+    tight = look.tight[split]
     high = tight[0] + 0.12 * float(rng.random())
     wide = tight[1] + 0.14 * float(rng.random())
     rough = 0.003 + 0.012 * float(rng.random()) if rng.random() < 0.35 else 0.0
+    turn, rise = (0.0, turn) if u[1] < look.sheared else (turn, 0.0)
     return Hand(
         face=face,
         weight=weight,
@@ -100,12 +113,13 @@ def sample_hand(split: str, slope: float, rng: np.random.Generator) -> Hand:
         fill=(high, wide),
         growth=0.12 * (2 * u[7] - 1),
         rough=rough,
+        rise=min(max(rise, -0.45), 0.45),
     )
 
 
 def _linear(hand: Hand, condense: float) -> np.ndarray:
     c, s = math.cos(hand.turn), math.sin(hand.turn)
-    return np.array([[c, -s], [s, c]]) @ np.array([[condense, -hand.slant], [0.0, 1.0]])
+    return np.array([[c, -s], [s, c]]) @ np.array([[condense, -hand.slant], [hand.rise * condense, 1.0]])
 
 
 def _extent(hull: np.ndarray, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -246,7 +260,8 @@ def draw_strangers(layout: Layout, hand: Hand, rng: np.random.Generator) -> Ink 
     u = rng.random(6)
     left, top, width, tall = (layout.boxes[:, k].astype(float) for k in range(4))
     height, right = float(tall[0]), float((left + width).max())
-    hand = Hand(hand.face if FACES[hand.face].prints else 0, 0.0, hand.slant, hand.turn, (0.0, 0.0), (1.0, 1.0), 0.0)
+    printed = hand.face if FACES[hand.face].prints else 0
+    hand = Hand(printed, 0.0, hand.slant, hand.turn, (0.0, 0.0), (1.0, 1.0), 0.0, rise=hand.rise)
     signs: list[int | str] = []
     boxes: list[tuple[float, ...]] = []
     if u[0] < 0.05:

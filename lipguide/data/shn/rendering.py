@@ -14,6 +14,7 @@ from lipguide.data.shn.colours import LUMA, luminance, sample_palette, set_apart
 from lipguide.data.shn.difficulty import Difficulty
 from lipguide.data.shn.ink import FAR, Hand, Ink, draw_number, draw_strangers, sample_hand
 from lipguide.data.shn.layout import Layout, sample_layout
+from lipguide.data.shn.looks import DEFAULT, Look, look_of
 from lipguide.data.shn.scenery import add_plate, add_surroundings, light, obstruct
 from lipguide.data.shn.walls import sample_wall
 
@@ -134,20 +135,21 @@ def _screws(picture: Array, ink: Ink, layout: Layout, rng: np.random.Generator) 
 
 
 def compose(
-    layout: Layout, hand: Hand, ink: Ink, difficulty: Difficulty, rng: np.random.Generator
+    layout: Layout, hand: Hand, ink: Ink, difficulty: Difficulty, look: Look, rng: np.random.Generator
 ) -> tuple[Array, float]:
     """The scene in sharp focus (3, H, W), and by how much the number's brightness differs from its ground's."""
-    palette = sample_palette(rng)
+    palette = sample_palette(look, rng)
     unit = ink.height
-    picture = sample_wall(palette.material, (layout.height, layout.width), palette.wall, unit, hand.turn, rng)
-    add_surroundings(picture, layout, palette, hand.turn, rng)
-    plated = rng.random() < 0.3
+    shape, along = (layout.height, layout.width), hand.turn + hand.rise
+    picture = sample_wall(look, palette.material, shape, palette.wall, unit, along, rng)
+    add_surroundings(picture, layout, palette, hand.turn, look, rng)
+    plated = rng.random() < look.plated
     if plated:
-        add_plate(picture, layout, palette, hand.turn, rng)
+        add_plate(picture, layout, palette, hand.turn, hand.rise, look, rng)
     colour, metal = (palette.on_plate, False) if plated else (palette.number, palette.metal)
     ground, spread = _ground(picture, ink)
     u = rng.random(2)
-    least = 0.11 + 0.09 * u[1] if u[0] < 0.2 * difficulty.contrast else 0.18 + 0.17 * u[1]
+    least = 0.11 + 0.09 * u[1] if u[0] < 0.2 * difficulty.contrast else look.apart[0] + look.apart[1] * u[1]
     colour = set_apart(colour, ground, max(least, min(2.4 * spread, 0.4)))
     strangers = draw_strangers(layout, hand, rng)
     if strangers is not None:
@@ -155,29 +157,30 @@ def compose(
     _paint_number(picture, ink, colour, ground, metal, rng)
     if rng.random() < 0.12 and unit > 24:
         _screws(picture, ink, layout, rng)
-    obstruct(picture, layout, difficulty.occlusion, rng)
-    light(picture, unit, difficulty.occlusion, rng)
+    obstruct(picture, layout, difficulty.occlusion, look, rng)
+    light(picture, unit, difficulty.occlusion, look, rng)
     return picture, abs(luminance(colour) - luminance(ground))
 
 
-def render(split: str, seed: int, index: int, difficulty: Difficulty) -> Encoded:
+def render(split: str, seed: int, index: int, difficulty: Difficulty, version: int = DEFAULT) -> Encoded:
     """Scene `index` of a split: it depends on its arguments alone, not on what was drawn before.
 
     >>> first, again = (render("train", 0, 7, Difficulty()) for _ in range(2))
     >>> first.picture == again.picture and first.mask == again.mask
     True
     """
+    look = look_of(version)
     rng = np.random.default_rng(np.random.SeedSequence((seed, SPLITS[split], index)))
     layout = sample_layout(split, rng)
-    hand = sample_hand(split, layout.slope, rng)
+    hand = sample_hand(split, layout.slope, look, rng)
     ink = draw_number(layout, hand, rng)
-    picture, stands_out = compose(layout, hand, ink, difficulty, rng)
-    picture = expose(picture, difficulty.contrast, stands_out, rng)
-    picture = focus(picture, ink.height, difficulty.blur, rng)
+    picture, stands_out = compose(layout, hand, ink, difficulty, look, rng)
+    picture = expose(picture, difficulty.contrast, stands_out, look, rng)
+    picture = focus(picture, ink.height, difficulty.blur, look, rng)
     mask = np.zeros((layout.height, layout.width), dtype=np.uint8)
     mask[ink.window[1:]] = np.where(ink.distance > 0, ink.owner, 0)
     return Encoded(
-        develop(picture, difficulty, rng),
+        develop(picture, difficulty, look, rng),
         zlib.compress(mask.tobytes(), 3),
         layout.width,
         layout.height,

@@ -19,6 +19,7 @@ from lipguide.data.shn.arrays import (
 )
 from lipguide.data.shn.colours import Palette, sample_palette
 from lipguide.data.shn.layout import Layout
+from lipguide.data.shn.looks import Look
 from lipguide.data.shn.walls import grid, sample_wall
 
 __all__ = ["add_plate", "add_surroundings", "light", "obstruct"]
@@ -31,7 +32,9 @@ def _number_box(layout: Layout) -> tuple[float, float, float, float]:
     return float(left.min()), float(top.min()), float((left + width).max()), float((top + height).max())
 
 
-def add_surroundings(picture: Array, layout: Layout, palette: Palette, turn: float, rng: np.random.Generator) -> None:
+def add_surroundings(
+    picture: Array, layout: Layout, palette: Palette, turn: float, look: Look, rng: np.random.Generator
+) -> None:
     """Up to three neighbours of the wall: a frame, a window, a door, a hedge, beside, above or below the number."""
     shape = picture.shape[1:]
     unit = float(layout.boxes[0, 3])
@@ -58,11 +61,11 @@ def add_surroundings(picture: Array, layout: Layout, palette: Palette, turn: flo
             green = np.array([0.2, 0.27, 0.12], dtype=np.float32) * np.float32(0.5 + 0.9 * u[3])
             blend(picture, green[:, None, None] * (1.0 + 0.5 * leaves), coverage(inside, 2.0))
             continue
-        fresh = sample_palette(rng)
+        fresh = sample_palette(look, rng)
         colour = palette.other if u[2] < 0.5 else fresh.wall
         material = "dark glass" if u[2] > 0.85 else fresh.material
         cover = coverage(inside, 1.2)
-        blend(picture, sample_wall(material, shape, colour, unit, lean, rng), cover)
+        blend(picture, sample_wall(look, material, shape, colour, unit, lean, rng), cover)
         width = np.float32(unit * (0.05 + 0.25 * u[4]))
         if u[3] < 0.55:
             trim = np.clip(palette.wall * np.float32(0.6 + 0.7 * u[5]), 0.03, 0.95)
@@ -77,25 +80,35 @@ def _sunk(distance: Array, softness: float, offset: tuple[float, float]) -> Arra
     return soft_step(moved / np.float32(max(softness, 1.0)) + np.float32(0.5))
 
 
-def add_plate(picture: Array, layout: Layout, palette: Palette, turn: float, rng: np.random.Generator) -> None:
+def add_plate(
+    picture: Array,
+    layout: Layout,
+    palette: Palette,
+    turn: float,
+    rise: float,
+    look: Look,
+    rng: np.random.Generator,
+) -> None:
     """A sign under the whole number, or a tile under each digit: shadow, face, rim, and now and then its screws."""
     shape = picture.shape[1:]
     unit = float(layout.boxes[0, 3])
     left, top, right, bottom = _number_box(layout)
     u = rng.random(9)
     pad_x, pad_y = unit * (0.08 + 0.5 * u[0]), unit * (0.07 + 0.3 * u[1])
-    each = u[2] < 0.25
+    each = u[2] < look.tiled
     boxes = [tuple(map(float, b)) for b in layout.boxes] if each else [(left, top, right - left, bottom - top)]
     x, y = grid(shape)
     c, s = np.float32(math.cos(turn)), np.float32(math.sin(turn))
+    sheared = s + np.float32(rise)
+    slope = math.tan(turn) + rise
     distance = np.full(shape, -1e3, dtype=np.float32)
     for bx, by, bw, bh in boxes:
         dx, dy = x - np.float32(bx + bw / 2), y - np.float32(by + bh / 2)
         half_w, half_h = bw / 2 + (0.1 * unit if each else pad_x), bh / 2 + pad_y
-        if not each and turn:  # the box of a turned number is wider than the number's own rectangle
-            half_h = max(half_h - abs(math.tan(turn)) * bw / 2, 0.5 * unit + pad_y)
+        if not each and slope:  # the box of a turned number is wider than the number's own rectangle
+            half_h = max(half_h - abs(slope) * bw / 2, 0.5 * unit + pad_y)
         radius = half_h if u[3] < 0.12 and not each else unit * 0.3 * float(u[3]) ** 2
-        plate = rounded_rectangle(dx * c + dy * s, dy * c - dx * s, half_w, half_h, radius)
+        plate = rounded_rectangle(dx * c + dy * s, dy * c - dx * sheared, half_w, half_h, radius)
         distance = np.maximum(distance, plate)
     depth = unit * (0.02 + 0.1 * u[4])
     shadow = _sunk(distance, 1.5 * depth + 1.0, (depth * (2 * u[5] - 1), depth))
@@ -103,8 +116,8 @@ def add_plate(picture: Array, layout: Layout, palette: Palette, turn: float, rng
     face = palette.plate[:, None, None] * (1.0 + np.float32(0.02) * fractal(rng, shape, (unit, unit), 2))
     blend(picture, face, coverage(distance, 1.2))
     rim = unit * (0.025 + 0.05 * u[7])
-    if u[8] < 0.4:
-        inset = distance - np.float32(rim * (1.0 + 1.2 * (u[8] < 0.2)))
+    if u[8] < look.lined:
+        inset = distance - np.float32(rim * (1.0 + 1.2 * (u[8] < look.lined / 2)))
         line = coverage(np.float32(rim / 2) - np.abs(inset), 1.2)
         blend(picture, palette.on_plate, np.float32(0.85) * line)
     else:
@@ -113,7 +126,7 @@ def add_plate(picture: Array, layout: Layout, palette: Palette, turn: float, rng
     if u[6] < 0.35 and not each:
         for side in (-1, 1):
             sx = (left + right) / 2 + side * ((right - left) / 2 + 0.55 * pad_x) * float(c)
-            sy = (top + bottom) / 2 + side * ((right - left) / 2 + 0.55 * pad_x) * float(s)
+            sy = (top + bottom) / 2 + side * ((right - left) / 2 + 0.55 * pad_x) * float(sheared)
             screw = line_distance(x, y, (sx, sy), (sx, sy))
             blend(picture, palette.other * np.float32(0.7), coverage(np.float32(0.05 * unit) - screw, 1.2))
 
@@ -207,19 +220,19 @@ def _glare(picture: Array, box: tuple[float, ...], unit: float, rng: np.random.G
     blend(picture, bright, np.float32(0.25 + 0.5 * float(rng.random())) * spot)
 
 
-HINDRANCES = ((_foliage, 0.05), (_bars, 0.06), (_dirt, 0.12), (_glare, 0.07))
+HINDRANCES = (_foliage, _bars, _dirt, _glare)
 
 
-def obstruct(picture: Array, layout: Layout, strength: float, rng: np.random.Generator) -> None:
+def obstruct(picture: Array, layout: Layout, strength: float, look: Look, rng: np.random.Generator) -> None:
     """Cover parts of the number; `strength` scales how often that happens."""
     box = _number_box(layout)
     unit = float(layout.boxes[0, 3])
-    for hide, share in HINDRANCES:
+    for hide, share in zip(HINDRANCES, look.hindrances, strict=True):
         if rng.random() < share * strength:
             hide(picture, box, unit, rng)
 
 
-def light(picture: Array, unit: float, strength: float, rng: np.random.Generator) -> None:
+def light(picture: Array, unit: float, strength: float, look: Look, rng: np.random.Generator) -> None:
     """Sun and shade in place: a gradient, now and then the edge of a shadow or dappled light under a tree."""
     shape = picture.shape[1:]
     x, y = grid(shape)
@@ -231,7 +244,7 @@ def light(picture: Array, unit: float, strength: float, rng: np.random.Generator
         + np.float32(tilt[1]) * (y - np.float32(shape[0] / 2))
     )
     picture *= field
-    if u[2] < 0.22 * strength:
+    if u[2] < look.shades[0] * strength:
         angle = 6.2832 * u[3]
         c, s = math.cos(angle), math.sin(angle)
         middle_x = shape[1] * (0.2 + 0.6 * u[4])
@@ -239,7 +252,7 @@ def light(picture: Array, unit: float, strength: float, rng: np.random.Generator
         middle = middle_x * c + middle_y * s
         soft = unit * (0.03 + 0.3 * u[6] ** 2) + 1.0
         shade = coverage(x * np.float32(c) + y * np.float32(s) - np.float32(middle), soft)
-    elif u[2] < 0.32 * strength:
+    elif u[2] < look.shades[1] * strength:
         spots = fractal(rng, shape, (0.8 * unit, 1.1 * unit), 3, 0.6)
         shade = np.float32(0.75) * coverage(spots, 0.8 + 1.2 * float(u[4]))
     else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["PENS", "Pen", "skeleton"]
+__all__ = ["ENAMEL", "PENS", "Pen", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Pen:
         contrast: how much thinner the horizontal parts are (0 to 0.6).
         cap: "round" or "flat" ends.
         slab: length of a bar across the free ends.
+        ball: whether curves end in a ball.
         stencil: width of the gap that a stencil leaves.
         waist: height at which 3, 4, 6, 8 and 9 are narrowest.
         one: form of the digit; three, four, six and seven likewise.
@@ -40,6 +41,7 @@ class Pen:
     contrast: float = 0.0
     cap: str = "round"
     slab: float = 0.0
+    ball: bool = False
     stencil: float = 0.0
     waist: float = 0.5
     one: str = "flag"
@@ -126,6 +128,13 @@ def _seven(pen: Pen) -> list[np.ndarray]:
     return strokes
 
 
+def _balls(digit: int, strokes: list[np.ndarray], pen: Pen) -> list[np.ndarray]:
+    """A small upright loop, which the pen fills, at every end of a curve."""
+    ends = {2: [(0, 0)], 3: [(0, 0), (-1, -1)], 5: [(-1, -1)], 6: [(1, -1)], 9: [(1, -1)]}.get(digit, [])
+    reach = 0.5 * pen.half * np.array([(-1, -1), (-1, 1), (1, 1), (1, -1), (-1, -1)]) / [pen.width, 1.0]
+    return [strokes[stroke][point] + reach for stroke, point in ends]
+
+
 def skeleton(digit: int, pen: Pen) -> list[np.ndarray]:
     """The strokes of a digit in the given hand, x in [0, pen.width] and y in [0, 1] before the line has thickness.
 
@@ -159,6 +168,7 @@ def skeleton(digit: int, pen: Pen) -> list[np.ndarray]:
         strokes = [1.0 - stroke for stroke in _six(pen)]
     else:
         raise ValueError(f"digit must be 0 to 9, not {digit}")
+    strokes = strokes + _balls(digit, strokes, pen) if pen.ball else strokes
     scale = np.array([pen.width * (0.8 if digit == 1 else 1.0), 1.0])
     return [stroke * scale for stroke in strokes]
 
@@ -217,4 +227,16 @@ PENS: tuple[Pen, ...] = (
     Pen(0.48, 0.080, square=2.2, cap="flat", one="flag", three="flat", six="straight", seven="plain"),
     Pen(0.70, 0.090, square=2.5, cap="flat", one="flag", six="hooked", contrast=0.25),
     *_varied(22),
+)
+ENAMEL: tuple[Pen, ...] = (  # of enamelled plates: narrow and heavy, with thin level parts, feet and balls
+    Pen(0.46, 0.090, square=2.3, cap="flat", one="based", slab=0.14, contrast=0.7, six="hooked", ball=True),
+    Pen(0.52, 0.095, square=2.2, cap="flat", one="based", slab=0.15, contrast=0.7, six="hooked", ball=True),
+    Pen(0.42, 0.080, square=2.5, cap="flat", one="based", slab=0.12, contrast=0.6, six="hooked", ball=True),
+    Pen(0.58, 0.100, square=2.1, cap="flat", one="based", slab=0.16, contrast=0.65, six="hooked", ball=True),
+    Pen(0.50, 0.060, square=2.1, cap="flat", one="based", slab=0.10, contrast=0.5, six="hooked", ball=True),
+    Pen(0.48, 0.075, square=2.2, cap="flat", one="based", slab=0.11, contrast=0.5, six="curved", three="flat"),
+    Pen(0.40, 0.075, square=2.9, cap="flat", one="flag", contrast=0.2, six="hooked"),
+    Pen(0.44, 0.090, square=3.0, cap="flat", one="flag", contrast=0.15, six="hooked"),
+    Pen(0.36, 0.065, square=2.8, cap="flat", one="flag", contrast=0.15, six="hooked"),
+    Pen(0.50, 0.080, square=2.6, cap="flat", one="flag", contrast=0.2, six="curved"),
 )

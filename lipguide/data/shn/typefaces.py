@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lipguide.data.shn.strokes import PENS, Pen, skeleton
+from lipguide.data.shn.strokes import ENAMEL, PENS, Pen, skeleton
 
 __all__ = ["FACES", "GLYPHS", "MARGIN", "RESOLUTION", "Face", "Glyph", "draw_glyph", "glyph"]
 
@@ -24,7 +24,8 @@ OFFSET = 0.5  # added to the stored distance, so that 0 (what lies beyond the fi
 
 @dataclass(frozen=True)
 class Face:
-    """A typeface: a font file with the characters that stand for its digits, or a pen; weight = its usual share.
+    """A typeface: a font file with the characters that stand for its digits, or a pen; weight = its share among those
+    of its kind.
 
     >>> FACES[0].source
     'DejaVuSans-Bold.ttf'
@@ -35,6 +36,7 @@ class Face:
     zero: str = "0"
     thin: float = -0.025
     heavy: float = 0.03
+    kind: str = "print"
 
     @property
     def prints(self) -> bool:
@@ -69,26 +71,27 @@ class Glyph:
 SANS_BOLD = chr(0x1D7EC)
 SANS = chr(0x1D7E2)
 FACES: tuple[Face, ...] = (
-    Face("DejaVuSans-Bold.ttf", 3.0, thin=-0.05, heavy=0.01),
+    Face("DejaVuSans-Bold.ttf", 3.0, thin=-0.05, heavy=0.01, kind="poster"),
     Face("DejaVuSans.ttf", 3.0, thin=-0.02, heavy=0.04),
-    Face("DejaVuSans-Oblique.ttf", 0.6),
-    Face("DejaVuSans-BoldOblique.ttf", 0.5, thin=-0.05, heavy=0.01),
-    Face("DejaVuSerif.ttf", 1.2),
-    Face("DejaVuSerif-Bold.ttf", 1.5, thin=-0.04, heavy=0.01),
-    Face("DejaVuSerif-Italic.ttf", 0.4),
-    Face("DejaVuSerif-BoldItalic.ttf", 0.4, thin=-0.04, heavy=0.01),
-    Face("STIXGeneral.ttf", 1.5, thin=-0.005, heavy=0.03),
-    Face("STIXGeneralBol.ttf", 1.5, heavy=0.02),
-    Face("STIXGeneralItalic.ttf", 0.5, thin=-0.005, heavy=0.03),
-    Face("STIXGeneralBolIta.ttf", 0.4),
+    Face("DejaVuSans-Oblique.ttf", 0.6, kind="italic"),
+    Face("DejaVuSans-BoldOblique.ttf", 0.5, thin=-0.05, heavy=0.01, kind="italic"),
+    Face("DejaVuSerif.ttf", 1.2, kind="book"),
+    Face("DejaVuSerif-Bold.ttf", 1.5, thin=-0.04, heavy=0.01, kind="poster"),
+    Face("DejaVuSerif-Italic.ttf", 0.4, kind="italic"),
+    Face("DejaVuSerif-BoldItalic.ttf", 0.4, thin=-0.04, heavy=0.01, kind="italic"),
+    Face("STIXGeneral.ttf", 1.5, thin=-0.005, heavy=0.03, kind="book"),
+    Face("STIXGeneralBol.ttf", 1.5, heavy=0.02, kind="poster"),
+    Face("STIXGeneralItalic.ttf", 0.5, thin=-0.005, heavy=0.03, kind="italic"),
+    Face("STIXGeneralBolIta.ttf", 0.4, kind="italic"),
     Face("STIXGeneral.ttf", 2.0, SANS, thin=-0.015, heavy=0.04),
-    Face("STIXGeneralBol.ttf", 3.0, SANS_BOLD, heavy=0.02),
+    Face("STIXGeneralBol.ttf", 3.0, SANS_BOLD, heavy=0.02, kind="poster"),
     Face("cmss10.ttf", 2.0, thin=-0.01, heavy=0.04),
-    Face("cmr10.ttf", 0.8, thin=0.0, heavy=0.04),
-    Face("cmb10.ttf", 1.2, heavy=0.02),
-    Face("cmmi10.ttf", 0.4, thin=0.0, heavy=0.04),
+    Face("cmr10.ttf", 0.8, thin=0.0, heavy=0.04, kind="book"),
+    Face("cmb10.ttf", 1.2, heavy=0.02, kind="poster"),
+    Face("cmmi10.ttf", 0.4, thin=0.0, heavy=0.04, kind="italic"),
     Face("cmtt10.ttf", 0.6, thin=0.0, heavy=0.04),
-    *(Face(pen, 0.5, thin=max(-0.025, 0.038 - pen.half)) for pen in PENS),
+    *(Face(pen, 0.5, thin=max(-0.025, 0.038 - pen.half), kind="pen") for pen in PENS),
+    *(Face(pen, 1.0, thin=-0.02, kind="enamel") for pen in ENAMEL),
 )
 
 

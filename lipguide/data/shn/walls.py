@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lipguide.data.shn.arrays import Array, blend, coverage, fractal, soft_step
+from lipguide.data.shn.looks import Look
 
 __all__ = ["grid", "sample_wall"]
 
@@ -173,36 +174,29 @@ def glass(shape: tuple[int, int], colour: Array, unit: float, turn: float, rng: 
     return picture
 
 
-LIKELY: dict[str, tuple[tuple[Wall, int], ...]] = {
-    "red brick": ((brick, 8), (plaster, 2)),
-    "dark brick": ((brick, 8), (plaster, 2)),
-    "orange brick": ((brick, 8), (plaster, 2)),
-    "stone": ((stone, 6), (plaster, 4)),
-    "dark glass": ((glass, 8), (sheet, 2)),
-    "dark wood": ((wood, 6), (boards, 4)),
-    "brown": ((wood, 6), (boards, 4), (brick, 2)),
-    "": (
-        (plaster, 42),
-        (boards, 20),
-        (sheet, 14),
-        (brick, 9),
-        (stone, 7),
-        (wood, 4),
-        (tiles, 4),
-        (glass, 3),
-    ),
-}
+MAKES: dict[str, Wall] = {make.__name__: make for make in (plaster, brick, boards, wood, stone, tiles, sheet, glass)}
 
 
 def sample_wall(
-    material: str, shape: tuple[int, int], colour: Array, unit: float, turn: float, rng: np.random.Generator
+    look: Look,
+    material: str,
+    shape: tuple[int, int],
+    colour: Array,
+    unit: float,
+    turn: float,
+    rng: np.random.Generator,
 ) -> Array:
     """A wall of the named colour, in one of the makes that suit it.
 
-    >>> sample_wall("red brick", (20, 40), np.full(3, 0.4, np.float32), 10.0, 0.0, np.random.default_rng(0)).shape
+    >>> from lipguide.data.shn.looks import LOOKS
+    >>> rng, brown = np.random.default_rng(0), np.full(3, 0.4, np.float32)
+    >>> sample_wall(LOOKS[2], "red brick", (20, 40), brown, 10.0, 0.0, rng).shape
     (3, 20, 40)
     """
-    choices = LIKELY.get(material, LIKELY[""])
+    choices = look.makes.get(material, look.makes[""])
     shares = np.cumsum([share for _, share in choices])
     make = choices[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))][0]
-    return make(shape, colour, unit, turn, rng)
+    picture = MAKES[make](shape, colour, unit, turn, rng)
+    if look.texture < 1:
+        blend(picture, colour, np.float32(1 - look.texture))
+    return picture

@@ -23,9 +23,9 @@ def scenes(task: dict) -> None:
     from lipguide.data.shn.pages import Pages
 
     take_glyphs(Path(task["glyphs"]))
-    difficulty = Difficulty(**task["difficulty"])
+    which = (task["split"], task["seed"], Difficulty(**task["difficulty"]), task["version"])
     for block, count in task["parts"]:
-        pages = Pages.of(list(make_block(task["split"], task["seed"], difficulty, block, count)))
+        pages = Pages.of(list(make_block(*which, block, count)))
         keep(pages, block_path(Path(task["folder"]), block, count))
         report(count)
 

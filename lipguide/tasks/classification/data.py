@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lipguide.data import REAL, Digits, SyntheticHouseNumbers, digits, first, real
+from lipguide.data.shn import TWINS
 
 __all__ = ["DATA", "pictures"]
 
@@ -21,7 +22,8 @@ def pictures(
     """Pictures of 32×32 with their labels: images (N, 3, 32, 32) in [0, 1] and labels (N,).
 
     Args:
-        data: "house-numbers", made on the spot; "svhn", the digits of SVHN's scenes; or "cifar10".
+        data: "house-numbers", made on the spot, or "house-numbers-2", their second version; "svhn", the digits of
+            SVHN's scenes; or "cifar10".
         split: "train" or "test".
         items: the first so many scenes of house numbers, or pictures of CIFAR-10; all of them when None.
         seed: of the house numbers.
@@ -31,8 +33,9 @@ def pictures(
     >>> pictures("house-numbers", "test", items=2).images.shape[1:]
     torch.Size([3, 32, 32])
     """
-    if data not in DATA or split not in ("train", "test"):
-        raise ValueError(f"no data {data!r}, {split!r}; there are {', '.join(DATA)}, each with train and test")
-    if data == "house-numbers":
-        return digits(SyntheticHouseNumbers(split, items, seed))
+    known = dict.fromkeys((*DATA, *TWINS))
+    if data not in known or split not in ("train", "test"):
+        raise ValueError(f"no data {data!r}, {split!r}; there are {', '.join(known)}, each with train and test")
+    if data in TWINS:
+        return digits(SyntheticHouseNumbers(split, items, seed, version=TWINS[data]))
     return digits(first(real(data, split, root), items))

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.checks import decisions
-from lipguide.losses import OffsetCrossEntropy
+from lipguide.layers.export import remembered
+from lipguide.losses import OffsetCrossEntropy, local_logits
 from lipguide.precision import full_precision
 from lipguide.robustness import attacks
 from lipguide.robustness.certificates import certified_accuracy, checked_logits
 from lipguide.tasks import task
 from lipguide.tasks.classification.data import DATA, pictures
 from lipguide.tasks.classification.networks import build, check_labels
+from lipguide.tasks.harness import trained
+from lipguide.tasks.weights import go_on_from
 from lipguide.training import Shifted, Supervised
 
-__all__ = ["LARGE", "RECIPES", "TASK", "Adversarial", "Recipe", "load", "measure"]
+__all__ = ["LARGE", "RECIPES", "TASK", "Adversarial", "Local", "LocalRecipe", "Recipe", "load", "measure"]
 
 
 class Adversarial(nn.Module):
@@ -55,6 +58,38 @@ class Adversarial(nn.Module):
         return self.loss(model(attacked), labels)
 
 
+class Local(nn.Module):
+    """A training step whose margins count what the last SLL block does near the picture: see `local_logits`.
+
+    The network is an `nn.Sequential` that ends in an SLL block and a head, as `local_radius` asks for.
+
+    Args:
+        loss: of these logits, `loss(logits, labels)`.
+        reach: how far the features are to be moved.
+
+    >>> from lipguide.layers.sll import SLLLinear
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), SLLLinear(4, 4), nn.Linear(4, 2))
+    >>> Local(nn.CrossEntropyLoss(), reach=0.1)(model, (torch.rand(2, 3, 2, 2), torch.tensor([0, 1]))).shape
+    torch.Size([])
+    """
+
+    def __init__(self, loss: nn.Module, reach: float) -> None:
+        super().__init__()
+        self.loss, self.reach = loss, reach
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        block, head = getattr(model, "module", model)[-2:]  # under torchrun the network lies in a wrapper
+        seen: list[Tensor] = []
+        hook = block.register_forward_pre_hook(lambda _, features: seen.extend(features))
+        try:
+            with remembered(model):  # the weights of the two are asked for twice
+                model(images)
+                return self.loss(local_logits(*seen, labels, block, head, self.reach), labels)
+        finally:
+            hook.remove()
+
+
 @dataclass(frozen=True)
 class Recipe(task.Recipe):
     """What is trained on what, and for how long."""
@@ -67,11 +102,36 @@ class Recipe(task.Recipe):
     test_items: int | None = 1000
     offset: float = 2 * math.sqrt(2) * 36 / 255  # of the 1-Lipschitz networks' loss
     adversary: float = 0.0  # the ε of adversarial training
+    start: ClassVar[str | None] = None  # the weights that it goes on from
+
+    def training_step(self) -> nn.Module:
+        """The step on the pictures as they come."""
+        loss = OffsetCrossEntropy(self.offset) if self.lipschitz else nn.CrossEntropyLoss()
+        return Adversarial(loss, self.adversary) if self.adversary else Supervised(loss)
+
+
+@dataclass(frozen=True)
+class LocalRecipe(Recipe):
+    """A network that ends in an SLL block, trained for what `local_radius` will say of it."""
+
+    rate: float = 1e-3
+    reach: float = 36 / 255
+    start: str | None = "classification-residual"
+
+    def training_step(self) -> nn.Module:
+        """The step on the pictures as they come."""
+        return Local(OffsetCrossEntropy(self.offset), self.reach)
 
 
 def network(recipe: Recipe) -> nn.Sequential:
     """The untrained network of a recipe."""
     return build(recipe.network, recipe.size)
+
+
+def begin(model: nn.Module, recipe: Recipe) -> None:
+    """Give a network the weights that its recipe goes on from."""
+    if recipe.start is not None:
+        go_on_from(model, trained(recipe.start, next(model.parameters()).device)[0])
 
 
 def load(recipe: Recipe, split: str, seed: int) -> task.Data:
@@ -83,9 +143,7 @@ def load(recipe: Recipe, split: str, seed: int) -> task.Data:
 def step(model: nn.Module, recipe: Recipe, data: task.Data) -> nn.Module:
     """The training step of a recipe; ValueError for labels that the network has no output for."""
     check_labels(model, data.columns[1])
-    loss = OffsetCrossEntropy(recipe.offset) if recipe.lipschitz else nn.CrossEntropyLoss()
-    kept = Adversarial(loss, recipe.adversary) if recipe.adversary else Supervised(loss)
-    return Shifted(kept, mirror=recipe.data == "cifar10")
+    return Shifted(recipe.training_step(), mirror=recipe.data == "cifar10")
 
 
 def measure(model: nn.Sequential, recipe: Recipe, data: task.Data) -> dict[str, Any]:
@@ -113,15 +171,17 @@ RECIPES = {
     "classification-resnet": Recipe("resnet", steps=5000),
     "classification-sll": Recipe("sll", steps=4000),
     "classification-residual": Recipe("residual", steps=12_000),
+    "classification-local": LocalRecipe("residual", steps=1500),
     "classification-ordinary": Recipe("ordinary-vgg", steps=5000, rate=2e-3),
     "classification-adversarial": Recipe("ordinary-vgg", steps=2500, rate=2e-3, adversary=0.5),
 }
 # The profile "full": for one GPU, on all of the data. Not run for this book.
+_ALONE = RECIPES | {"classification-local": LocalRecipe("residual", steps=12_000, rate=3e-3, start=None)}
 LARGE = {
     f"{name}-{data}-full": replace(
         recipe, size="gpu", data=data, test_items=None, steps=4 * recipe.steps, batch_size=256, rate=recipe.rate / 3
     )
-    for name, recipe in RECIPES.items()
+    for name, recipe in _ALONE.items()
     for data in DATA
 }
-TASK = task.Task(RECIPES, network, load, step, measure, LARGE)
+TASK = task.Task(RECIPES, network, load, step, measure, LARGE, begin)

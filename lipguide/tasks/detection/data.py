@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lipguide.data import SVHN, SyntheticHouseNumbers, scenes
+from lipguide.data.shn.looks import DEFAULT
 from lipguide.tasks.detection.boxes import Targets, pad_targets
 from lipguide.tasks.detection.tinier_ssd import PICTURE
 from lipguide.tasks.weights import fingerprint
@@ -40,7 +41,14 @@ class Split(NamedTuple):
         return self.images, *self.targets
 
 
-def load_split(split: str, count: int | None, seed: int, device: torch.device, svhn: str | Path | None = None) -> Split:
+def load_split(
+    split: str,
+    count: int | None,
+    seed: int,
+    device: torch.device,
+    svhn: str | Path | None = None,
+    version: int = DEFAULT,
+) -> Split:
     """The first scenes of a split, cut around the number: of SVHN, or of its synthetic twin.
 
     Args:
@@ -48,13 +56,15 @@ def load_split(split: str, count: int | None, seed: int, device: torch.device, s
         count: how many pictures are looked at; scenes without room around the number are left out. None: all.
         seed: of the synthetic pictures, and of the windows around the numbers.
         svhn: the folder of SVHN; None for the twin.
+        version: of the twin.
 
     >>> images = load_split("test", 4, 0, torch.device("cpu")).images
     >>> images.shape[1:], images.dtype
     (torch.Size([3, 74, 74]), torch.uint8)
     """
     if svhn is None:
-        whole, origin = SyntheticHouseNumbers(split, count, seed), "Synthetic House Numbers"
+        whole = SyntheticHouseNumbers(split, count, seed, version=version)
+        origin = whole.name
     else:
         whole, origin = SVHN(svhn, split), "SVHN"
     cut = scenes(whole, PICTURE, seed=seed, dtype=torch.uint8)

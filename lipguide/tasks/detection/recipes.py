@@ -25,11 +25,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.data import folder_of
-from lipguide.layers.sll import SLL
+from lipguide.data.shn import TWINS
+from lipguide.data.shn.looks import DEFAULT
 from lipguide.tasks import task
 from lipguide.tasks.detection import configurations
 from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
@@ -41,6 +41,7 @@ from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.tinier_ssd import PICTURE, TinierSSD
 from lipguide.tasks.detection.unlearnt import CHANGES, unlearnt
 from lipguide.tasks.harness import trained
+from lipguide.tasks.weights import go_on_from
 
 __all__ = ["DATA", "LARGE", "RECIPES", "TASK", "CaseStudy", "Recipe", "build", "load", "measure"]
 
@@ -78,7 +79,7 @@ class Detection(task.Recipe, ABC):
 
     def take_over(self, model: nn.Module, weights: nn.Module) -> None:
         """Begin with the weights that `start` names."""
-        _take_over(model, weights)
+        go_on_from(model, weights)
 
 
 @dataclass(frozen=True)
@@ -205,17 +206,19 @@ def build(recipe: Detection) -> nn.Module:
 
 def load(recipe: Detection, split: str, seed: int) -> task.Data:
     """The scenes that a recipe trains or tests on."""
-    if recipe.data not in DATA:
-        raise ValueError(f"no data {recipe.data!r}; there are: {', '.join(DATA)}")
+    known = dict.fromkeys((*DATA, *TWINS))
+    if recipe.data not in known:
+        raise ValueError(f"no data {recipe.data!r}; there are: {', '.join(known)}")
     svhn = folder_of("svhn").resolve() if recipe.data == "svhn" else None
-    scenes = _scenes(split, recipe.items if split == "train" else recipe.test_items, seed, svhn)
+    items = recipe.items if split == "train" else recipe.test_items
+    scenes = _scenes(split, items, seed, svhn, TWINS.get(recipe.data, DEFAULT))
     return task.Data(scenes.name, scenes.columns, scenes.hash)
 
 
 @lru_cache(maxsize=2)
-def _scenes(split: str, items: int | None, seed: int, svhn: Path | None) -> Split:
+def _scenes(split: str, items: int | None, seed: int, svhn: Path | None, version: int) -> Split:
     """The scenes last asked for: recipes that train one after the other share them, for to cut them takes a minute."""
-    return load_split(split, items, seed, torch.device("cpu"), svhn)
+    return load_split(split, items, seed, torch.device("cpu"), svhn, version)
 
 
 def step(model: nn.Module, recipe: Detection, data: task.Data) -> nn.Module:
@@ -228,20 +231,6 @@ def begin(model: nn.Module, recipe: Detection) -> None:
     model.to(memory_format=torch.channels_last)
     if recipe.start is not None:
         recipe.take_over(model, trained(recipe.start, next(model.parameters()).device)[0])
-
-
-@torch.no_grad()
-def _take_over(model: nn.Module, plain: nn.Module) -> None:
-    """Give a model with constraints the values of one without; what satisfies a constraint stays nearly as it is."""
-    modules = dict(model.named_modules())
-    for name, value in plain.state_dict().items():
-        parent, _, last = name.rpartition(".")
-        if isinstance(modules[parent], SLL) and last == "weight":
-            modules[parent].parametrizations.weight.original.copy_(value)
-        elif parametrize.is_parametrized(modules[parent], last):
-            setattr(modules[parent], last, value)  # torch asks the constraint what to keep
-        else:
-            getattr(modules[parent], last).copy_(value)
 
 
 @torch.no_grad()

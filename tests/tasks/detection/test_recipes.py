@@ -15,8 +15,9 @@ from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
 from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.fcos import FCOS, Brightless, fcos
-from lipguide.tasks.detection.recipes import LARGE, RECIPES, TASK, Recipe, _take_over, build, load, measure
+from lipguide.tasks.detection.recipes import LARGE, RECIPES, TASK, Recipe, build, load, measure
 from lipguide.tasks.detection.tinier_ssd import TinierSSD
+from lipguide.tasks.weights import go_on_from
 
 CHAPTER = Path(__file__).resolve().parents[3] / "book" / "detection.md"
 SHORT = Recipe("fcos", steps=3, batch_size=4, width=4, items=12, test_items=6)
@@ -53,7 +54,7 @@ def test_a_constrained_network_takes_over_the_values_of_a_plain_one():
         optimizer.step()
     plain = without_parametrizations(one)
     before = (plain(x).logits - other.eval()(x).logits).abs().mean()
-    _take_over(other, plain)
+    go_on_from(other, plain)
     after = (plain(x).logits - other.eval()(x).logits).abs().mean()
     assert after < 0.1 * before
     assert lipschitz_bound(other.trunk, (3, 74, 74)).value <= 1 + 1e-4
