@@ -37,7 +37,6 @@ CHAPTER = Path(__file__).resolve().parents[2] / "book" / "classification.md"
 LIPSCHITZ = [name for name in NETWORKS if not name.startswith("ordinary")]
 WITH_TWIN = [name for name in LIPSCHITZ if name != "pooled-vgg"]
 SMALL = {"widths": (4, 8), "features": 16, "pixels": 8}
-BEING_MADE = {"classification-local"}  # their recipe comes first, for it says by which commit they are made
 SHIPPED = [name for name in RECIPES if (WEIGHTS / f"{name}.safetensors").exists()]
 
 
@@ -347,5 +346,5 @@ def test_no_certificate_is_broken_inside_its_radius_and_most_are_at_three_times_
 
 
 def test_all_weights_but_those_for_a_gpu_ship():
-    assert set(SHIPPED) | BEING_MADE == set(RECIPES) and all(recipe.size == "gpu" for recipe in LARGE.values())
+    assert set(SHIPPED) == set(RECIPES) and all(recipe.size == "gpu" for recipe in LARGE.values())
     assert not [name for name in LARGE if (WEIGHTS / f"{name}.safetensors").exists()]
