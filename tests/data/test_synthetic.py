@@ -20,8 +20,9 @@ import torch
 
 from lipguide.data import SVHN, Difficulty, SyntheticHouseNumbers, contact_sheet, geometry, geometry_table, svhn_facts
 from lipguide.data.shn import cache as module
-from lipguide.data.shn import processes
+from lipguide.data.shn import processes, typefaces
 from lipguide.data.shn.cache import PACKAGE, content_hash, load_pages, sources
+from lipguide.data.shn.glyphs import glyphs_missing, keep_drawn, take_glyphs
 from lipguide.data.shn.layout import sample_layout
 from lipguide.data.shn.looks import LOOKS
 from lipguide.data.shn.pages import Pages
@@ -377,6 +378,29 @@ def test_the_key_hashes_every_file_that_draws_and_no_other():
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert {str(path) for path in sources()} == {*loaded, str(PACKAGE / "data" / "svhn_facts.json")}
     assert not {"cache.py", "pages.py", "worker.py", "__init__.py"} & {path.name for path in sources()}
+
+
+def test_a_process_alone_keeps_its_glyphs_for_the_next_one(tmp_path, monkeypatch):
+    first = load_pages("train", module.MANY, 6, Difficulty())
+    for path in (tmp_path / "cache").rglob("00000-*.npz"):
+        path.unlink()
+    monkeypatch.setattr(typefaces, "draw_glyph", lambda *_: pytest.fail("drawn again"))
+    typefaces.GLYPHS.clear()
+    again = load_pages("train", module.MANY, 6, Difficulty())
+    np.testing.assert_array_equal(first.arrays["bytes"], again.arrays["bytes"])
+
+
+def test_a_damaged_file_of_glyphs_is_made_again(tmp_path):
+    before = {key: typefaces.glyph(*key) for key in ((0, 3), (30, 8))}
+    keep_drawn(tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    assert glyphs_missing(tmp_path) == list(range(len(typefaces.FACES)))
+    keep_drawn(tmp_path)
+    typefaces.GLYPHS.clear()
+    take_glyphs(tmp_path)
+    for key, glyph in before.items():
+        assert np.array_equal(typefaces.GLYPHS[key].field, glyph.field) and typefaces.GLYPHS[key].cell == glyph.cell
 
 
 def test_another_layout_of_the_files_is_another_folder(monkeypatch):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lipguide.data.npz import DamagedFile
 from lipguide.data.shn.difficulty import Difficulty
-from lipguide.data.shn.glyphs import glyphs_missing
+from lipguide.data.shn.glyphs import glyphs_missing, keep_drawn, take_glyphs
 from lipguide.data.shn.looks import DEFAULT
 from lipguide.data.shn.pages import FIELDS, Pages
 from lipguide.data.shn.processes import share
@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 BLOCK = 256
+MANY = 64  # scenes, from which on a process keeps the glyphs that it has drawn for the next one
 PACKAGE = Path(__file__).resolve().parents[2]
 FIGURES = PACKAGE / "data" / "svhn_facts.json"
 DRAWING = PACKAGE / "data" / "shn" / "rendering.py"
@@ -213,6 +214,9 @@ def _make(
             share(task, todo, workers, bar)
             parts |= {block: Pages.load(block_path(folder, block, count)) for block, count in todo}
             return
+        glyphs = _glyphs_folder(folder.parent) if folder is not None and total >= MANY else None
+        if glyphs is not None:
+            take_glyphs(glyphs)
         for block, count in todo:
             scenes = []
             for scene in make_block(*which, block, count):
@@ -221,12 +225,20 @@ def _make(
             parts[block] = Pages.of(scenes)
             if folder is not None:
                 keep(parts[block], block_path(folder, block, count))
+        if glyphs is not None:
+            prepare(glyphs)
+            keep_drawn(glyphs)
+
+
+def _glyphs_folder(folder: Path) -> Path:
+    """The folder below this one for the typefaces, as this code draws them."""
+    key = hashlib.sha256((_source_hash() + hash_of([GLYPHS])).encode()).hexdigest()[:24]
+    return folder / f"glyphs-{key}"
 
 
 def _shared_glyphs(folder: Path, workers: int, bar: tqdm) -> Path:
     """The folder below this one that holds all typefaces, drawn by processes if they are not there."""
-    key = hashlib.sha256((_source_hash() + hash_of([GLYPHS])).encode()).hexdigest()[:24]
-    folder = folder / f"glyphs-{key}"
+    folder = _glyphs_folder(folder)
     missing = glyphs_missing(folder)
     if missing:
         share({"make": "glyphs", "folder": str(folder)}, missing, workers, bar)
