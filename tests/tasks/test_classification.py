@@ -204,6 +204,15 @@ def test_local_step_is_the_loss_of_the_local_logits_also_in_a_wrapper_and_leaves
     assert not model[-2]._forward_pre_hooks
 
 
+def test_going_on_from_weights_trains_the_dense_end_alone():
+    model, _ = train_by(TASK, LOCAL, torch.device("cpu"))
+    start, _ = trained(LOCAL.start)
+    for name, value in start.state_dict().items():
+        apart = (model.state_dict()[name] - value).abs().max()
+        ending = int(name.split(".")[0]) >= len(model) - 3
+        assert apart > 1e-5 if ending else apart < 1e-4, name
+
+
 def test_cifar10_and_svhn_crops_come_by_one_parameter(tmp_path, monkeypatch):
     class Cifar:
         def __init__(self, root, train):
