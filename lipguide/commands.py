@@ -167,9 +167,10 @@ def certify(options: argparse.Namespace) -> int:
     scenes = load_split("test", options.size, tasks.TEST_SEED, device)
     ledger.used(scenes.name, scenes.hash)
     model, made = tasks.trained("detection-reader", device)
-    twin, _ = tasks.trained("tinier-ssd-naive", device)
+    twin, its = tasks.trained("tinier-ssd-naive", device)
+    weights = {"weights": made["commit"], "twin": its["commit"]}
     with _progress_on_stdout():
-        record = certified(model, twin, scenes, Plan())
+        record = certified(model, twin, scenes, Plan(), options.folder, weights)
     for what, value in (record | {"weights": {key: made[key] for key in ("commit", "steps", "seconds")}}).items():
         ledger[what] = value
     print(f"on record: {ledger.save()}")

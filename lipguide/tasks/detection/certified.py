@@ -1,17 +1,25 @@
-"""The record of a certified detector: certificates of every scene, attacks on some, and the hunt for a wrong one."""
+"""The record of a certified detector: certificates of every scene, attacks on some, and the hunt for a wrong one.
+
+Each part is made once and kept, with the commit that made it, so what is interrupted goes on where it stopped.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lipguide.provenance import commit
+from lipguide.tasks.classification.runs import once
 from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, mixture
 from lipguide.tasks.detection.boxes import NOTHING, unit_range
-from lipguide.tasks.detection.certificates import Answers, answers, certified_recall, certify, curve, hunt
+from lipguide.tasks.detection.certificates import answers, certified_recall, certify, curve, hunt
 from lipguide.tasks.detection.data import Split
 from lipguide.tasks.detection.reader import Detector
 from lipguide.tasks.detection.scores import detections, score
@@ -20,6 +28,7 @@ from lipguide.tasks.detection.smoothing import smoothed, surely_found
 __all__ = ["Plan", "certified"]
 
 logger = logging.getLogger(__name__)
+PIECE = 50  # scenes that are hunted at a time
 
 
 @dataclass(frozen=True)
@@ -35,40 +44,74 @@ class Plan:
     """
 
     grid: tuple[float, ...] = (0.1, 0.25, 0.5)
-    budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
+    budgets: tuple[float, ...] = (0.5,)
     hunts: tuple[float, ...] = (0.1, 0.25)
     attacked: int = 100
-    hunted: int = 100
+    hunted: int = 50
     steps: int = 20
     smoothings: tuple[tuple[float, float, int], ...] = ((0.1, 0.1, 300), (0.25, 0.15, 1000))
     smoothed: int = 20
 
 
-def certified(model: Detector, twin: nn.Module, scenes: Split, plan: Plan) -> dict[str, Any]:
+def certified(
+    model: Detector, twin: nn.Module, scenes: Split, plan: Plan, folder: str | Path, made: Mapping[str, Any]
+) -> dict[str, Any]:
     """Everything that goes on record of `model`, such as the weights "detection-reader" give it, on some scenes.
 
     Args:
         twin: an ordinary detector, which median smoothing asks.
         scenes: all are certified, and the first of them attacked.
         plan: how much.
+        folder: where each part is kept; parts of other scenes or of other weights there are an error.
+        made: what tells the weights of both from others.
 
-    >>> import torch
+    >>> import tempfile, torch
     >>> from lipguide.tasks.detection.data import load_split
     >>> model, scenes = Detector((8, 8, 8), 16).eval(), load_split("test", 2, 0, torch.device("cpu"))
-    >>> record = certified(model, model, scenes, Plan((0.1,), (0.1,), (), attacked=1, steps=1, smoothings=()))
+    >>> plan = Plan((0.1,), (0.1,), (), attacked=1, steps=1, smoothings=())
+    >>> record = certified(model, model, scenes, plan, tempfile.mkdtemp(), {})
     >>> record["scenes"], [row["eps"] for row in record["certificates"]]
     (2, [0.1])
     """
+
+    def kept(name: str, wanted: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        path = Path(folder, f"{name}.json")
+        return once(path, {"data": scenes.hash, **made, **wanted}, lambda: {"commit": commit(), **make()})
+
+    def attacked(eps: float) -> dict[str, Any]:
+        few, steps = scenes.part(slice(plan.attacked)), {"eps": eps, "steps": plan.steps}
+        return kept(f"attacked-{eps:g}", steps, partial(_attacked, model, few, **steps))
+
+    def compared(eps: float, sigma: float, draws: int) -> dict[str, Any]:
+        few, asked = scenes.part(slice(plan.smoothed)), {"eps": eps, "sigma": sigma, "draws": draws}
+        own = certify(answers(model, unit_range(few.images)), few.targets, eps, model.least)
+        smooth = kept(f"smoothed-{eps:g}", asked, partial(_smoothed, twin, few, **asked))
+        return smooth | {"reader": certified_recall(own)}
+
+    def hunted(eps: float) -> dict[str, Any]:
+        pieces, steps = [], {"eps": eps, "steps": plan.steps}
+        last = min(plan.hunted, len(scenes.images))
+        for first in range(0, last, PIECE):
+            few = scenes.part(slice(first, min(first + PIECE, last)))
+            pieces.append(kept(f"hunted-{eps:g}-{first}", steps, partial(_hunted, model, few, **steps)))
+        return _together(pieces)
+
+    whole = kept("certificates", {"grid": list(plan.grid)}, partial(_whole, model, scenes, plan.grid))
+    return whole | {
+        "attacked": [attacked(eps) for eps in plan.budgets],
+        "smoothed": [compared(*setting) for setting in plan.smoothings],
+        "hunted": [hunted(eps) for eps in plan.hunts],
+    }
+
+
+def _whole(model: Detector, scenes: Split, grid: Sequence[float]) -> dict[str, Any]:
+    """What is certified of all scenes, what is found on them clean, and the seconds a scene of both steps."""
     images, targets = unit_range(scenes.images), scenes.targets
     given, forward = _timed(lambda: answers(model, images))
-    rows, bounds = _timed(lambda: curve(given, targets, plan.grid, model.least))
+    rows, bounds = _timed(lambda: curve(given, targets, grid, model.least))
     clean = score(given.detections(model.least), targets)
     logger.info("clean %.1f mAP; certified found %s", clean.map50, [round(row["found"], 1) for row in rows])
     each = len(images)
-
-    def first(number: int) -> tuple[Answers, Split]:
-        return given.part(slice(number)), scenes.part(slice(number))
-
     return {
         "scenes": each,
         "objects": int((targets.labels >= 0).sum()),
@@ -76,10 +119,7 @@ def certified(model: Detector, twin: nn.Module, scenes: Split, plan: Plan) -> di
         "steepness": given.steepness,
         "clean": clean._asdict(),
         "certificates": rows,
-        "attacked": [_attacked(model, *first(plan.attacked), eps, plan.steps) for eps in plan.budgets],
-        "hunted": [_hunted(model, *first(plan.hunted), eps, plan.steps) for eps in plan.hunts],
-        "smoothed": [_smoothed(twin, *first(plan.smoothed), model.least, *one) for one in plan.smoothings],
-        "seconds": {"forward": forward / each, "certificate": bounds / each / max(len(plan.grid), 1)},
+        "seconds": {"forward": forward / each, "certificate": bounds / each / max(len(grid), 1)},
     }
 
 
@@ -88,7 +128,7 @@ def _timed(function: Any) -> tuple[Any, float]:
     return function(), time.perf_counter() - began
 
 
-def _attacked(model: Detector, given: Answers, scenes: Split, eps: float, steps: int) -> dict[str, Any]:
+def _attacked(model: Detector, scenes: Split, eps: float, steps: int) -> dict[str, Any]:
     """The scores that every attack leaves, and the lowest of them."""
     images, targets = unit_range(scenes.images), scenes.targets
     found = {}
@@ -98,22 +138,29 @@ def _attacked(model: Detector, given: Answers, scenes: Split, eps: float, steps:
     left = {name: score(some, targets)._asdict() for name, some in found.items()}
     by = min(left, key=lambda name: left[name]["map50"])
     logger.info("attacked at %g: %.1f mAP by %s", eps, left[by]["map50"], by)
-    clean = score(given.detections(model.least), targets)._asdict()
-    return {"eps": eps, "scenes": len(images), "clean": clean, "attacks": left, "strongest": left[by], "by": by}
+    clean = score(detections(model, images), targets)._asdict()
+    return {"scenes": len(images), "clean": clean, "attacks": left, "strongest": left[by], "by": by}
 
 
-def _hunted(model: Detector, given: Answers, scenes: Split, eps: float, steps: int) -> dict[str, Any]:
+def _hunted(model: Detector, scenes: Split, eps: float, steps: int) -> dict[str, Any]:
     """How many certified objects each aimed attack brings down: none, or the certificates are wrong."""
-    certificate = certify(given, scenes.targets, eps, model.least)
-    found = hunt(model, unit_range(scenes.images), scenes.targets, certificate, steps)
+    images = unit_range(scenes.images)
+    certificate = certify(answers(model, images), scenes.targets, eps, model.least)
+    found, seconds = _timed(lambda: hunt(model, images, scenes.targets, certificate, steps))
     logger.info("hunted at %g: %s", eps, found)
-    return {"eps": eps, "scenes": len(scenes.images)} | found._asdict()
+    return {"scenes": len(images), "seconds": seconds} | found._asdict()
 
 
-def _smoothed(
-    twin: nn.Module, given: Answers, scenes: Split, least: float, eps: float, sigma: float, draws: int
-) -> dict[str, Any]:
-    """How many objects the smoothed twin is sure of, at what price, and the reader on the same scenes."""
+def _together(pieces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One hunt from those of several pieces."""
+    sums = {key: sum(piece[key] for piece in pieces) for key in ("scenes", "seconds", "hunted", "overrun")}
+    fallen = {aim: sum(piece["fallen"][aim] for piece in pieces) for aim in pieces[0]["fallen"]}
+    commits = sorted({piece["commit"] for piece in pieces})
+    return {"eps": pieces[0]["eps"], "commits": commits, **sums, "fallen": fallen}
+
+
+def _smoothed(twin: nn.Module, scenes: Split, eps: float, sigma: float, draws: int) -> dict[str, Any]:
+    """How many objects the smoothed twin is sure of, and at what price."""
     images, (boxes, labels) = unit_range(scenes.images), scenes.targets
     began, sure = time.perf_counter(), []
     for image, truth, classes in zip(images, boxes, labels, strict=True):
@@ -121,8 +168,6 @@ def _smoothed(
         there = classes != NOTHING
         sure += surely_found(bounds, truth[there], classes[there]).tolist()
     seconds = (time.perf_counter() - began) / len(images)
-    reader = certified_recall(certify(given, scenes.targets, eps, least))
     logger.info("smoothed at %g: %d of %d found", eps, sum(sure), len(sure))
     found = 100 * sum(sure) / max(len(sure), 1)
-    what = {"eps": eps, "sigma": sigma, "draws": draws, "scenes": len(images), "objects": len(sure)}
-    return what | {"found": found, "reader": reader, "seconds": seconds}
+    return {"scenes": len(images), "objects": len(sure), "found": found, "seconds": seconds}

@@ -1,4 +1,4 @@
-r"""A decision made to be certified: a window speaks by its radius, and only the peak of its rivals is heard.
+r"""A decision made to be certified: a window speaks by its radius, and who is heard silences its rivals.
 
 *Score.* A window's score for class c is its signed distance, in features, from where c stops being its answer:
 
@@ -12,8 +12,10 @@ detection *is* a certified radius.
 geometry. The graph does not depend on the picture, so nothing can be attacked but the scores on it; overlap of boxes,
 which plain suppression asks for, moves with them.
 
-*Peaks.* A class is reported at a window if its score is above the threshold and no rival has a better score for this
-class; of equal ones the first in order. What is reported for one class is therefore an independent set of the graph.
+*Suppression.* Of each class, the windows above the threshold have their turn by falling score, of equal ones the first
+in order; who has not been silenced is reported, and silences its rivals. Two things follow, and the certificates need
+nothing else: what is reported for one class is an independent set of the graph, and a window that speaks and is not
+reported has a rival that is reported and came before it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 from lipguide.robustness.certificates.radii import slopes
 from lipguide.tasks.detection.boxes import check_finite, check_number
 
-__all__ = ["heard", "peaks", "radii", "rivals"]
+__all__ = ["heard", "radii", "reported", "rivals", "together"]
 
 
 def radii(logits: Tensor, rows: Tensor) -> Tensor:
@@ -43,6 +45,31 @@ def radii(logits: Tensor, rows: Tensor) -> Tensor:
         gaps = logits[..., label, None] - logits[..., others]
         scores.append((gaps / apart[label, others]).amin(-1))
     return torch.stack(scores, -1)
+
+
+def together(rows: Tensor, sides: Tensor) -> Tensor:
+    """(C,): how fast in the features the score of a class and `sides` move, as one vector: √2 at most for sides of
+    norm 1, and 1 if no direction in which a score grows is one in which they move.
+
+    A score that rises is the least of quotients, and rises by no more than the one that was the least; one that falls,
+    by no more than the one that is. So it is enough to bound each quotient together with the sides.
+
+    Args:
+        rows: (C + 1, features), of the class head.
+        sides: (4, features), of the box head.
+
+    >>> together(torch.eye(3, 8), torch.eye(8)[4:])
+    tensor([1., 1.])
+    """
+    classes = len(rows) - 1
+    apart = slopes(len(rows), 1.0, rows, rows.device).to(rows)
+    worst = []
+    for label in range(classes):
+        others = [other for other in range(classes + 1) if other != label]
+        directions = (rows[label] - rows[others]) / apart[label, others, None]
+        both = torch.cat([directions[:, None], sides.expand(classes, -1, -1)], 1)  # (C, 1 + 4, features)
+        worst.append(torch.linalg.matrix_norm(both, 2).amax())
+    return torch.stack(worst)
 
 
 def rivals(centres: Tensor, heights: Tensor, across: float, along: float, octaves: float) -> Tensor:
@@ -66,27 +93,40 @@ def rivals(centres: Tensor, heights: Tensor, across: float, along: float, octave
 
 
 def heard(scores: Tensor, graph: Tensor, least: float) -> Tensor:
-    """(P, C) bool: the peaks among scores (P, C) that lie above `least`.
+    """(P, C) bool: which windows of scores (P, C) above `least` are reported for which class.
+
+    In each turn the peaks are heard, of all classes at once: who has no better rival left. The best one left is among
+    them, and nobody who comes later can silence them, so this is suppression by falling score.
 
     >>> line = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1]]).bool()
     >>> heard(torch.tensor([[0.3], [0.5], [0.4]]), line, 0.0).squeeze(1)
     tensor([False,  True, False])
+    >>> heard(torch.tensor([[0.3], [0.4], [0.5]]), line, 0.0).squeeze(1)  # the silenced one silences nobody
+    tensor([ True, False,  True])
     """
     speaks = scores > least
     which = speaks.any(1).nonzero().squeeze(1)
-    some = scores[which]
+    some, left = scores[which], speaks[which]
     near = graph[which[:, None], which]
     earlier = torch.ones_like(near).tril(-1)
-    better = some[None] > some[:, None]  # (one, its rival, C)
-    better |= (some[None] == some[:, None]) & earlier[..., None]
-    beaten = (better & near[..., None]).any(1)
+    before = some[None] > some[:, None]  # (one, its rival, C)
+    before |= (some[None] == some[:, None]) & earlier[..., None]
+    before &= near[..., None]
+    spoken = torch.zeros_like(left)
+    while left.any():
+        peaks = left & ~(before & left).any(1)
+        silenced = near.float() @ peaks.float() > 0
+        spoken |= peaks
+        left = left & ~peaks & ~silenced
     result = torch.zeros_like(speaks)
-    result[which] = speaks[which] & ~beaten
+    result[which] = spoken
     return result
 
 
 @torch.no_grad()
-def peaks(scores: Tensor, boxes: Tensor, graph: Tensor, least: float = 0.0, first: int = 0) -> list[dict[str, Tensor]]:
+def reported(
+    scores: Tensor, boxes: Tensor, graph: Tensor, least: float = 0.0, first: int = 0
+) -> list[dict[str, Tensor]]:
     """Detections of every scene, as torchmetrics takes them, by falling score.
 
     Args:
@@ -97,7 +137,7 @@ def peaks(scores: Tensor, boxes: Tensor, graph: Tensor, least: float = 0.0, firs
         first: the number of the first scene, for errors.
 
     >>> boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.1, 0.0, 0.6, 0.5]]])
-    >>> found = peaks(torch.tensor([[[0.9, 0.0], [0.8, 0.3]]]), boxes, torch.ones(2, 2).bool())
+    >>> found = reported(torch.tensor([[[0.9, 0.0], [0.8, 0.3]]]), boxes, torch.ones(2, 2).bool())
     >>> found[0]["labels"].tolist(), found[0]["scores"].tolist()
     ([0, 1], [0.8999999761581421, 0.30000001192092896])
     """

@@ -29,7 +29,7 @@ from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import orthogonal, unit_rows
 from lipguide.tasks.detection.boxes import NOTHING, Checked, Targets, check_targets, single, unit_range
 from lipguide.tasks.detection.certificates.overlap import overlap
-from lipguide.tasks.detection.decision import peaks, radii, rivals
+from lipguide.tasks.detection.decision import radii, reported, rivals, together
 from lipguide.tasks.detection.fcos import Brightless
 from lipguide.tasks.detection.losses import check_output
 from lipguide.tasks.detection.pyramid import Canvas, Level
@@ -139,21 +139,22 @@ class Detector(nn.Module):
         return radii(output.logits, self.class_head.weight.detach())
 
     def decide(self, output: ReaderOutput, first: int = 0) -> list[dict[str, Tensor]]:
-        """The detections of every scene: the peaks above `least`. This is the decision that the certificates are of.
+        """The detections of every scene: who is heard above `least`. This is the decision that the certificates are of.
 
         Args:
             output: of the detector.
             first: the number of the first scene, for errors.
         """
-        return peaks(self.scores(output), self.boxes(output), self.rivals(), self.least, first)
+        return reported(self.scores(output), self.boxes(output), self.rivals(), self.least, first)
 
     def rivals(self) -> Tensor:
         """(P, P): which windows could look at the same digit."""
         centres, sides = self.places()
         return rivals(centres, HEIGHT / sides, *RIVALS)
 
-    def constants(self) -> tuple[float, Tensor]:
-        """How Lipschitz each score is in the picture, and (P,) the box of each window as one vector."""
+    def constants(self) -> tuple[float, Tensor, Tensor]:
+        """How Lipschitz in the picture each score is, (P,) the box of each window as one vector, and (C,) a score and
+        the box as one vector, each over its own constant."""
         level = max(float(level.lipschitz(1.0, None)) for level in self.levels)
         # The trunk runs over whole canvases, all of which lie in the largest; what is behind it, over each window.
         canvas = (max(canvas.height for canvas in self.canvases), max(canvas.width for canvas in self.canvases))
@@ -161,8 +162,10 @@ class Detector(nn.Module):
         window = nn.Sequential(self.halve, self.sort, self.read, self.sort).train(self.training)
         side = PATCH * self.halve.stride[0]
         features = level * trunk * lipschitz_bound(window, (self.halve.in_channels, side, side)).value
-        of_head = float(torch.linalg.matrix_norm(self.box_head.weight.detach().double(), 2))
-        return features, features * of_head * self.reach / self.places()[1]
+        sides = self.box_head.weight.detach().double()
+        of_head = float(torch.linalg.matrix_norm(sides, 2))
+        reach = features * of_head * self.reach / self.places()[1]
+        return features, reach, together(self.class_head.weight.detach().double(), sides / of_head)
 
     def training_loss(self, reduction: str = "mean") -> ReaderLoss:
         """The loss of all windows at temperature tau."""

@@ -137,7 +137,7 @@ class Reading(Recipe):
 
     def bound(self, model: Detector) -> dict[str, float]:
         """The bound of a window's features, which is what the certificates go by."""
-        steepness, _ = model.constants()
+        steepness, _, _ = model.constants()
         return {"window": steepness}
 
 

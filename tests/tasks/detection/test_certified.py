@@ -75,15 +75,22 @@ def test_a_hunt_without_prey_ends(reader, scenes):
     assert hunt(reader, images, targets, certificate).hunted == 0
 
 
-def test_the_record_has_what_it_names(scenes):
+def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = Detector((8, 8, 8), 16).eval()
-    record = certified(model, model, scenes.part(slice(3)), SHORT)
+    monkeypatch.setattr(module, "PIECE", 1)
+    record = certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, {"weights": "these"})
     assert record["scenes"] == 3 and record["threshold"] == model.least and record["objects"] > 0
     assert [row["eps"] for row in record["certificates"]] == [0.05, 0.1]
     (attacked,), (hunted,), (smoothed,) = record["attacked"], record["hunted"], record["smoothed"]
     assert attacked["strongest"]["map50"] == min(one["map50"] for one in attacked["attacks"].values())
     assert hunted["scenes"] == 2 and not sum(hunted["fallen"].values()) and smoothed["seconds"] > 0
+
+    monkeypatch.setattr(module, "attack_l2", lambda *_: 1 / 0)
+    monkeypatch.setattr(module, "hunt", lambda *_: 1 / 0)
+    assert certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, {"weights": "these"}) == record
+    with pytest.raises(ValueError, match="was made by another run"):
+        certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, {"weights": "others"})
 
 
 def test_certify_puts_it_on_record(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from lipguide.bounds.walk import check_untouched
 from lipguide.layers.brick import overtaken, own_rule
 from lipguide.precision import full_precision
 from lipguide.tasks.detection.boxes import check_finite, check_number
-from lipguide.tasks.detection.decision import peaks
+from lipguide.tasks.detection.decision import reported
 from lipguide.tasks.detection.scores import check_call
 
 __all__ = ["ROUNDING", "Answers", "answers"]
@@ -20,7 +20,7 @@ ROUNDING = 1e-4  # of scores, in float32: so much is added to how far an attack 
 
 
 class Answers(NamedTuple):
-    """Scores and boxes of P windows in N pictures, of a detector whose decision is `peaks`.
+    """Scores and boxes of P windows in N pictures, of a detector whose decision is `reported`.
 
     Args:
         scores: (N, P, C).
@@ -28,6 +28,8 @@ class Answers(NamedTuple):
         graph: (P, P), the rivals.
         steepness: each score is so Lipschitz in the picture.
         reach: (P,), the four sides of a window's box are, as one vector.
+        together: (C,), a window's score for a class over `steepness` and its box over its reach are, as one vector of
+            five; √2 holds always, 1 where the score and the box look at features that have nothing in common.
     """
 
     scores: Tensor
@@ -35,6 +37,7 @@ class Answers(NamedTuple):
     graph: Tensor
     steepness: float
     reach: Tensor
+    together: Tensor
 
     def part(self, where: slice) -> Answers:
         """The answers to some of the pictures."""
@@ -42,21 +45,35 @@ class Answers(NamedTuple):
 
     def detections(self, least: float = 0.0) -> list[dict[str, Tensor]]:
         """What the detector reports above `least`."""
-        return peaks(self.scores, self.boxes, self.graph, least)
+        return reported(self.scores, self.boxes, self.graph, least)
 
     def check(self) -> None:
         """Raise ValueError for what no certificate can rest on: answers that are no numbers, and constants that are
         not finite or negative; and for rivals of which only one is the other's, for only one of them gives way."""
         check_finite(self.scores, self.boxes)
         check_number("steepness", self.steepness, 0)
-        if not ((self.reach >= 0) & self.reach.isfinite()).all():
-            raise ValueError("the reach of a window's box is NaN, infinite or negative: it bounds nothing")
+        for what, bounds in (("the reach of a window's box", self.reach), ("what bounds both together", self.together)):
+            if not ((bounds >= 0) & bounds.isfinite()).all():
+                raise ValueError(f"{what} is NaN, infinite or negative: it bounds nothing")
         if not torch.equal(self.graph, self.graph.mT):
             raise ValueError("the graph of rivals is not symmetric: two windows are rivals of each other or not at all")
 
     def moves(self, eps: float) -> tuple[float, Tensor]:
         """How far a score, and each window's box (P,), may move while the picture moves by `eps`."""
         return self.steepness * eps + ROUNDING, self.reach * eps + ROUNDING / 10
+
+    def rises(self, eps: float, room: Tensor, labels: Tensor) -> Tensor:
+        """(n, P): by how much each window's score for labels (n,) must have risen for its box to be within `room`
+        (n, P) of where it was, while the picture moves by `eps`. −∞: it is there in any case; ∞: nothing says so.
+
+        See the second lemma of `lipguide.tasks.detection.certificates.objects`.
+        """
+        _, radius = self.moves(eps)
+        share = (room - ROUNDING / 10) / self.reach.clamp(min=1e-12)  # of the picture's move, for the box
+        rest = (self.together[labels, None] * eps) ** 2 - share**2
+        rise = self.steepness * rest.clamp(min=0).sqrt() + ROUNDING
+        rise = rise.masked_fill(share < 0, torch.inf)
+        return rise.masked_fill(room >= radius, -torch.inf).to(self.scores)
 
 
 @torch.no_grad()
@@ -77,11 +94,11 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64) -> Answers:
         scores = torch.cat([model.scores(output) for output in outputs])
         boxes = torch.cat([model.boxes(output) for output in outputs])
     check_finite(scores, boxes)
-    steepness, reach = _constants(model)
-    return Answers(scores.cpu(), boxes.cpu(), model.rivals().cpu(), steepness, reach.cpu())
+    steepness, reach, together = _constants(model)
+    return Answers(scores.cpu(), boxes.cpu(), model.rivals().cpu(), steepness, reach.cpu(), together.cpu())
 
 
-def _constants(model: nn.Module) -> tuple[float, Tensor]:
+def _constants(model: nn.Module) -> tuple[float, Tensor, Tensor]:
     """What the model's class says of it, where neither a class below that one nor a hook has a say in its answers."""
     check_untouched(model)
     rule = own_rule(model, "constants")

@@ -29,7 +29,8 @@ def curve(given: Answers, targets: Targets, grid: Sequence[float], least: float 
     >>> import torch
     >>> from lipguide.tasks.detection.boxes import pad_targets
     >>> box = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
-    >>> given = Answers(torch.tensor([[[0.9]]]), box[None], torch.ones(1, 1).bool(), 1.0, torch.tensor([0.1]))
+    >>> one = torch.ones(1)
+    >>> given = Answers(torch.tensor([[[0.9]]]), box[None], torch.ones(1, 1).bool(), 1.0, 0.1 * one, one)
     >>> rows = curve(given, pad_targets([box], [torch.tensor([0])]), [0.5, 1.0])
     >>> [(row["eps"], row["found"], row["ap"]) for row in rows]
     [(0.5, 100.0, 100.0), (1.0, 0.0, 0.0)]

@@ -5,17 +5,25 @@ Fix a picture, an object with class c, and ε. Scores move by at most d = Lε, t
 
 .. math:: \theta = \tfrac12 \bigl(1 + \text{the largest overlap of the object with another one of its class}\bigr).
 
-*Lemma (whoever wins is right).* Let S be the right windows and M the best score for c among them. If M − d > t, and no
-window j outside S that is a rival of an s in S has both r_s ≥ M − 2d and r_j ≥ M − 2d, then on every picture within ε
-the decision above t reports c with a box that overlaps the object by more than θ.
+*Lemma (whoever wins is right).* Let s be a right window with r_s − d > t. If every rival j of s either cannot come
+before s, for r_j + d < r_s − d, or is right where it does, then on every picture within ε the decision above t reports
+c with a box that overlaps the object by more than θ.
 
-*Proof.* On the moved picture let s be the peak of S: the best score for c, the first in order of equal ones. The window
-that had M has M − d or more there, hence so has s, which is above t; and r_s ≥ M − 2d. If s is not reported, a rival j
-scores as well as s or better, M − d or more, so r_j ≥ M − 2d. By the choice of s, j is not in S (of two equal scores in
-S the first one is the peak). That is the excluded pair. So s is reported, and it is right. ∎
+*Proof.* On the moved picture s scores r_s − d or more, which is above t. If s is reported, it is right. If not, a rival
+j is reported that came before s (`lipguide.tasks.detection.decision`): it is right there. ∎
 
-Which window wins may change from picture to picture; nothing depends on it. It needs no chain of suppressions, and it
-holds for greedy suppression on the same graph as well.
+Which window wins may change from picture to picture; nothing depends on it, and nothing on who silences whom: one right
+window is enough, whose own rivals are asked.
+
+*Lemma (a rise is paid for).* Let a score over L and the box over its reach, as one vector, move by no more than κε.
+Then window j is right on every picture on which its score is a or more above r_j, for every a ≥ 0 with
+
+.. math:: \rho_j(a) = \mathrm{reach}_j \sqrt{\kappa^2 \varepsilon^2 - (a / L)^2} \le \mathrm{room}_j,
+
+where room_j is a radius within which every box overlaps the object by more than θ. *Proof.* (a / L)² and the square of
+how far the box moved over its reach add up to no more than κ²ε². ∎
+
+A rival that comes before s has a score of r_s − d or more. So it is right if r_s − d ≥ r_j + a for such an a.
 
 *Lemma (distinct matches).* One detection is not right for two objects of one class, so objects that are surely found
 are matched with distinct detections, also by an evaluator that gives each detection the free object that it overlaps
@@ -32,9 +40,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from lipguide.tasks.detection.certificates.overlap import least_in_cube, overlap, surely_overlaps
+from lipguide.tasks.detection.certificates.overlap import overlap, room
 
-__all__ = ["heights", "needed", "right"]
+__all__ = ["heights", "needed", "right", "rooms"]
 
 MARGIN = 1e-6  # above θ, for the rounding of overlaps
 
@@ -53,40 +61,51 @@ def needed(truth: Tensor, labels: Tensor) -> Tensor:
 
 def right(boxes: Tensor, radius: Tensor, truth: Tensor, labels: Tensor) -> Tensor:
     """(n, P): which windows are right for which object, wherever their boxes (P, 4) move within `radius` (P,)."""
+    return rooms(boxes, truth, labels) >= radius
+
+
+def rooms(boxes: Tensor, truth: Tensor, labels: Tensor) -> Tensor:
+    """(n, P): the radius within which each window's box (P, 4) is right for each object; −∞ where it is not at all."""
+    boxes, truth = boxes.double(), truth.double()
     least = needed(truth, labels)
-    result = torch.zeros(len(truth), len(boxes), dtype=torch.bool, device=boxes.device)
+    result = boxes.new_full((len(truth), len(boxes)), -torch.inf)
     now = overlap(boxes, truth[:, None]) > least[:, None]
     thing, window = now.nonzero(as_tuple=True)
-    ball = boxes[window], radius[window], truth[thing]
-    wanted = least[thing] + MARGIN
-    result[thing, window] = surely_overlaps(*ball, wanted) | (least_in_cube(*ball) >= wanted)
+    result[thing, window] = room(boxes[window], truth[thing], least[thing] + MARGIN)
     return result
 
 
-def heights(scores: Tensor, good: Tensor, labels: Tensor, graph: Tensor, drift: float) -> tuple[Tensor, Tensor]:
+def heights(scores: Tensor, rise: Tensor, labels: Tensor, graph: Tensor, drift: float) -> tuple[Tensor, Tensor]:
     """For each object of a scene, the threshold below which it is surely found, before and after suppression: (n,)
     each, −∞ for an object that is not.
 
     Args:
         scores: (P, C) of the windows.
-        good: (n, P), as `right` gives it.
+        rise: (n, P), by how much each window's score must have risen for it to be right for each object: −∞ where it is
+            right in any case, ∞ where it need not be.
         labels: (n,) of the objects.
         graph: (P, P), the rivals.
         drift: how far a score may move.
 
-    >>> good = torch.tensor([[True, True, False]])
+    >>> right, wrong = -torch.inf, torch.inf
+    >>> rise = torch.tensor([[right, right, wrong]])
     >>> scores = torch.tensor([[0.5], [0.9], [0.4]])
     >>> everyone = torch.ones(3, 3).bool()
-    >>> heights(scores, good, torch.tensor([0]), everyone, 0.2)[1]  # 0.9 − 0.2; the wrong one reaches 0.6
+    >>> heights(scores, rise, torch.tensor([0]), everyone, 0.2)[1]  # 0.9 − 0.2; the wrong one reaches 0.6
     tensor([0.7000])
-    >>> heights(scores, good, torch.tensor([0]), everyone, 0.3)[1]  # now it may win
+    >>> heights(scores, rise, torch.tensor([0]), everyone, 0.3)[1]  # now it may win
     tensor([-inf])
+    >>> rise = torch.tensor([[right, right, 0.1]])
+    >>> heights(scores, rise, torch.tensor([0]), everyone, 0.3)[1]  # but if it does, it is right
+    tensor([0.6000])
     """
     own = scores[:, labels].mT  # (n, P)
-    best = own.masked_fill(~good, -torch.inf).amax(1) if own.numel() else own.new_full((len(labels),), -torch.inf)
-    before = best - drift
-    reaches = own >= (best - 2 * drift)[:, None]
-    # A rival of a window that may be the peak of S, and itself not in S.
-    beside = (good & reaches).to(scores) @ graph.to(scores) > 0
-    spoilt = (beside & ~good & reaches).any(1)
-    return before, before.masked_fill(spoilt, -torch.inf)
+    if not own.numel():
+        return own.new_full((2, len(labels)), -torch.inf).unbind()
+    falls = own - drift
+    before = falls.masked_fill(rise > -torch.inf, -torch.inf)
+    # No window has a score above this without being right.
+    wrong = own + rise.clamp(max=drift)
+    barrier = wrong[:, None].masked_fill(~graph, -torch.inf).amax(2)  # over the rivals of each window
+    after = before.masked_fill(falls <= barrier, -torch.inf)
+    return before.amax(1), after.amax(1)

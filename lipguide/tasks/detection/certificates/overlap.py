@@ -1,44 +1,41 @@
-r"""The least overlap of a moving box with a box that stands: over a cube of coordinates, and over a ball.
+r"""How far a box may move until it overlaps a box that stands by less than t.
 
 A box b = (x₀, y₀, x₁, y₁) moves within ‖b' − b‖ ≤ ρ; g stands. IoU is I / (A + A_g − I), with the intersection I.
 
-*Cube.* IoU rises towards g's own coordinate and falls beyond it, in each coordinate, so its least value over a cube is
-at one of the 16 corners. The cube of half side ρ holds the ball.
-
-*Ball.* IoU ≥ t is F = (1 + t) I − t A − t A_g ≥ 0. Each side of the intersection is the least of four linear functions,
+IoU ≥ t is F = (1 + t) I − t A − t A_g ≥ 0. Each side of the intersection is the least of four linear functions,
 α = (x₁ or g's) − (x₀ or g's), β alike, so where none is negative F is the least of 16 functions
 
 .. math:: F_{\alpha\beta} = (1 + t)\,\alpha\beta - t\,w h - t A_g .
 
-Each is bilinear in the moves (d_x, d_y) of the columns and rows, so with ‖d_x‖ ‖d_y‖ ≤ ρ² / 2
+With the gradient v and the moves d = (d_x, d_y) of the columns and rows, each of them is exactly
 
-.. math:: F_{\alpha\beta}(b + d) \ge
-   F_{\alpha\beta}(b) - \rho\,\lVert\nabla F_{\alpha\beta}\rVert - \tfrac{\rho^2}{2} \lVert M\rVert,
-   \qquad \lVert M\rVert_F^2 = (1 - t^2)\,n_a n_b + 4t^2,
+.. math:: F_{\alpha\beta}(b + d) = F_{\alpha\beta}(b) + v^\top d + \tfrac12 d^\top H d, \qquad
+   H = \begin{pmatrix} 0 & M \\ M^\top & 0 \end{pmatrix},
 
-where n_a is how many of the box's own columns α holds, and n_b of its rows β. If all 16 are ≥ 0, and α and β stay ≥ 0,
-no box of the ball overlaps g by less than t. For a square box on its object the ball bound stands 1.5 times the drift
-that the cube bound does.
+for it is bilinear, with a matrix M of 2×2 that depends on t alone. Take a λ > ‖M‖, for which H + λ is positive.
+Completed to a square,
+
+.. math:: v^\top d + \tfrac12 d^\top H d = \tfrac12 \lVert d + (H + \lambda)^{-1} v \rVert_{H + \lambda}^2
+   - \tfrac12 v^\top (H + \lambda)^{-1} v - \tfrac{\lambda}{2} \lVert d \rVert^2,
+
+and the square is no less than 0. So F stays ≥ 0 where λ ‖d‖² ≤ 2 F(b) − vᵀ(H + λ)⁻¹ v, for any such λ: one radius each,
+and the largest of some is taken. If all 16 are ≥ 0, and α and β stay ≥ 0, no box of the ball overlaps g by less than t.
+That largest radius is the `room` of the box. The best λ is optimal (a quadratic function on a ball has no gap to its
+dual), so nothing is lost but between the λ that are tried. For a square box on its object the room is twice that of the
+16 corners of a cube of coordinates, which is the bound for sides that move by themselves.
 """
 
 from __future__ import annotations
 
-import itertools
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-__all__ = ["least_in_ball", "least_in_cube", "least_overlap", "overlap", "surely_overlaps"]
+__all__ = ["overlap", "room", "surely_overlaps"]
 
-HALVINGS = 12  # of the interval in which the least overlap is sought: to 1/4096, downwards
-
-
-class _Length(NamedTuple):
-    """One of the four lengths whose least is a side of the intersection, and how it moves with the box."""
-
-    value: Tensor  # (…)
-    slope: Tensor  # (2,), in (low, high) of the box: of entries −1, 0 and 1
+TRIED = 12  # values of λ
+# The four lengths whose least is a side of the intersection run from the object's or the box's own end to the object's
+# or the box's own end. These are their slopes in the two ends of the box, (low, high).
+SLOPES = ((0.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (-1.0, 1.0))
 
 
 def overlap(boxes: Tensor, truth: Tensor) -> Tensor:
@@ -61,17 +58,27 @@ def _area(boxes: Tensor) -> Tensor:
     return sides.prod(-1)
 
 
-def least_in_cube(boxes: Tensor, radius: Tensor, truth: Tensor) -> Tensor:
-    """The least IoU with `truth` where each coordinate moves by up to `radius` (…), by itself.
+def room(boxes: Tensor, truth: Tensor, least: Tensor) -> Tensor:
+    """(…): a radius such that every box of the ball surely overlaps `truth` by `least` (…) > 0 or more; −∞ where the
+    box itself does not.
 
     >>> box = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    >>> least_in_cube(box, torch.tensor(0.1), box)  # 0.8² of 1
-    tensor(0.6400)
+    >>> room(box, box, torch.tensor([0.25, 0.5]))  # 1 − √least, nearly: all sides move inwards
+    tensor([0.4955, 0.2927])
     """
-    signs = boxes.new_tensor(list(itertools.product((-1, 1), repeat=4)))  # (16, 4)
-    corners = boxes[..., None, :] + radius[..., None, None] * signs  # (…, 16, 4)
-    overlaps = overlap(corners, truth[..., None, :])  # (…, 16)
-    return overlaps.amin(-1)
+    alphas, betas = _lengths(boxes, truth, 0), _lengths(boxes, truth, 1)  # (…, 4) each
+
+    # α and β stay ≥ 0; so do the box's own sides, which are among them.
+    far = torch.cat([alphas, betas], -1)
+    ends = boxes.new_tensor(SLOPES).norm(dim=1).repeat(2)
+    stays = torch.where(ends > 0, far / ends, torch.inf).amin(-1)
+
+    # All 16 F stay ≥ 0.
+    value, gradient, matrix = _quadratics(boxes, truth, least, alphas, betas)
+    bears = _borne(value, gradient, matrix).flatten(-2).amin(-1)
+
+    largest = torch.minimum(stays, bears)
+    return torch.where(largest >= 0, largest, -torch.inf)
 
 
 def surely_overlaps(boxes: Tensor, radius: Tensor, truth: Tensor, least: Tensor) -> Tensor:
@@ -81,74 +88,53 @@ def surely_overlaps(boxes: Tensor, radius: Tensor, truth: Tensor, least: Tensor)
     >>> surely_overlaps(box, torch.tensor([0.2, 0.3]), box, torch.tensor(0.5))
     tensor([ True, False])
     """
-    w = boxes[..., 2] - boxes[..., 0]
-    h = boxes[..., 3] - boxes[..., 1]
-    alphas = _lengths(boxes, truth, 0)
-    betas = _lengths(boxes, truth, 1)
-
-    # The box is not turned inside out, and α and β stay ≥ 0.
-    shrinks = radius * 2**0.5
-    good = (w > shrinks) & (h > shrinks)
-    for length in (*alphas, *betas):
-        good = good & (length.value >= radius * length.slope.norm())
-
-    # All 16 F are ≥ 0.
-    areas = w * h + _area(truth)
-    for alpha in alphas:
-        for beta in betas:
-            value = (1 + least) * alpha.value * beta.value - least * areas
-            good = good & (value >= _fall(alpha, beta, w, h, radius, least))
-    return good
+    return room(boxes, truth, least) >= radius
 
 
-def _lengths(boxes: Tensor, truth: Tensor, axis: int) -> list[_Length]:
-    """The four lengths of an axis, whose least is the intersection's: from box or truth to box or truth."""
-    low = boxes[..., axis]
-    high = boxes[..., axis + 2]
-    their_low = truth[..., axis]
-    their_high = truth[..., axis + 2]
-    return [
-        _Length(their_high - their_low + 0 * low, boxes.new_tensor([0.0, 0.0])),
-        _Length(their_high - low, boxes.new_tensor([-1.0, 0.0])),
-        _Length(high - their_low, boxes.new_tensor([0.0, 1.0])),
-        _Length(high - low + 0 * their_low, boxes.new_tensor([-1.0, 1.0])),
-    ]
+def _lengths(boxes: Tensor, truth: Tensor, axis: int) -> Tensor:
+    """(…, 4): the lengths of an axis, in the order of `SLOPES`."""
+    low, high, their_low, their_high = torch.broadcast_tensors(
+        boxes[..., axis], boxes[..., axis + 2], truth[..., axis], truth[..., axis + 2]
+    )
+    return torch.stack([their_high - their_low, their_high - low, high - their_low, high - low], -1)
 
 
-def _fall(alpha: _Length, beta: _Length, w: Tensor, h: Tensor, radius: Tensor, least: Tensor) -> Tensor:
-    """ρ ‖∇F‖ + ρ² ‖M‖ / 2: by how much F may fall within the ball."""
-    in_columns = _squares((1 + least) * beta.value, alpha.slope, least * h)
-    in_rows = _squares((1 + least) * alpha.value, beta.slope, least * w)
-    gradient = (in_columns + in_rows).sqrt()
-    own = float(alpha.slope.square().sum() * beta.slope.square().sum())  # n_a n_b
-    twist = ((1 - least**2) * own + 4 * least**2).sqrt()  # ‖M‖
-    return radius * gradient + radius**2 / 2 * twist
+def _quadratics(
+    boxes: Tensor, truth: Tensor, least: Tensor, alphas: Tensor, betas: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """F (…, 4, 4), its gradient in columns and in rows (…, 4, 4, 2), and M (…, 4, 4, 2, 2) of the 16 functions."""
+    t = least[..., None, None]
+    a, b = alphas[..., :, None], betas[..., None, :]
+    w = (boxes[..., 2] - boxes[..., 0])[..., None, None]
+    h = (boxes[..., 3] - boxes[..., 1])[..., None, None]
+    slopes = boxes.new_tensor(SLOPES)  # (4, 2)
+    of_alpha, of_beta, of_side = slopes[:, None], slopes[None], slopes[-1]
+
+    value = (1 + t) * a * b - t * (w * h + _area(truth)[..., None, None])
+    in_columns = ((1 + t) * b)[..., None] * of_alpha - (t * h)[..., None] * of_side
+    in_rows = ((1 + t) * a)[..., None] * of_beta - (t * w)[..., None] * of_side
+    both = of_alpha[..., :, None] * of_beta[..., None, :]  # (4, 4, 2, 2)
+    sides = of_side[:, None] * of_side
+    t = t[..., None, None]
+    return value, (in_columns, in_rows), (1 + t) * both - t * sides
 
 
-def _squares(of_length: Tensor, slope: Tensor, of_area: Tensor) -> Tensor:
-    """‖of_length · slope − of_area · (−1, 1)‖²."""
-    low = of_length * slope[0] + of_area
-    high = of_length * slope[1] - of_area
-    return low**2 + high**2
+def _borne(value: Tensor, gradient: tuple[Tensor, Tensor], matrix: Tensor) -> Tensor:
+    """(…): the radius within which F stays ≥ 0; −∞ where it is not."""
+    x, y = gradient
+    size = torch.linalg.matrix_norm(matrix)  # no less than ‖M‖
+    scale = (x.square().sum(-1) + y.square().sum(-1)) / value.clamp(min=1e-12)  # λ where M is 0
+    tried = torch.linspace(-2.5, 0.3, TRIED, dtype=value.dtype, device=value.device).exp()
+    lam = 1.001 * size[..., None] + tried * scale[..., None]  # (…, TRIED)
 
+    # vᵀ(H + λ)⁻¹ v = (‖y‖² + cᵀ N⁻¹ c) / λ with c = λ x − M y and N = λ² − M Mᵀ.
+    c = lam[..., None] * x[..., None, :] - (matrix @ y[..., None]).mT
+    square = matrix @ matrix.mT
+    n0 = lam.square() - square[..., 0, 0, None]
+    n1 = lam.square() - square[..., 1, 1, None]
+    cross = -square[..., 0, 1, None]
+    within = n1 * c[..., 0].square() - 2 * cross * c[..., 0] * c[..., 1] + n0 * c[..., 1].square()
+    spent = (y.square().sum(-1, keepdim=True) + within / (n0 * n1 - cross.square())) / lam
 
-def least_in_ball(boxes: Tensor, radius: Tensor, truth: Tensor) -> Tensor:
-    """A lower bound of the least IoU with `truth` where the box moves by up to `radius` (…) in the L2 norm.
-
-    >>> box = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    >>> float(least_in_ball(box, torch.tensor(0.2), box)) > float(least_in_cube(box, torch.tensor(0.2), box))
-    True
-    """
-    low = torch.zeros_like(boxes[..., 0] + radius + truth[..., 0])
-    high = torch.ones_like(low)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        good = surely_overlaps(boxes, radius, truth, middle)
-        low = torch.where(good, middle, low)
-        high = torch.where(good, high, middle)
-    return low
-
-
-def least_overlap(boxes: Tensor, radius: Tensor, truth: Tensor) -> Tensor:
-    """The least IoU with `truth` over the ball: the better one of both bounds."""
-    return torch.maximum(least_in_cube(boxes, radius, truth), least_in_ball(boxes, radius, truth))
+    largest = ((2 * value[..., None] - spent) / lam).amax(-1)
+    return torch.where((value >= 0) & (largest >= 0), largest.clamp(min=0).sqrt(), -torch.inf)

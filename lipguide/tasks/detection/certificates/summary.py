@@ -28,7 +28,7 @@ from torch import Tensor
 from lipguide.tasks.detection.boxes import NOTHING, Targets, check_number, check_targets
 from lipguide.tasks.detection.certificates.alarms import births
 from lipguide.tasks.detection.certificates.answers import Answers
-from lipguide.tasks.detection.certificates.objects import heights, right
+from lipguide.tasks.detection.certificates.objects import heights, rooms
 from lipguide.tasks.detection.scores import MOST, RECALLS
 
 __all__ = ["Certificate", "certified_ap", "certified_precision", "certified_recall", "certify", "object_radii"]
@@ -67,7 +67,8 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
 
     >>> from lipguide.tasks.detection.boxes import pad_targets
     >>> box = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
-    >>> given = Answers(torch.tensor([[[0.9]]]), box[None], torch.ones(1, 1).bool(), 1.0, torch.tensor([0.1]))
+    >>> one = torch.ones(1)
+    >>> given = Answers(torch.tensor([[[0.9]]]), box[None], torch.ones(1, 1).bool(), 1.0, 0.1 * one, one)
     >>> certificate = certify(given, pad_targets([box], [torch.tensor([0])]), eps=0.25)
     >>> [round(float(part), 2) for part in (certificate.heights, certificate.births)]
     [0.65, 1.15]
@@ -78,14 +79,14 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
     boxes, labels = (part.cpu() for part in check_targets(targets, classes=given.scores.shape[2]))
     if len(labels) != len(given.scores):
         raise ValueError(f"answers to {len(given.scores)} pictures, but the objects of {len(labels)} scenes")
-    drift, radius = given.moves(eps)
+    drift, _ = given.moves(eps)
     objects: list[tuple[Tensor, ...]] = []
     alarms: list[tuple[Tensor, Tensor]] = []
     for scene in range(len(labels)):
         there = labels[scene] != NOTHING
         truth, classes = boxes[scene, there], labels[scene, there]
-        good = right(given.boxes[scene], radius, truth, classes)
-        before, after = heights(given.scores[scene], good, classes, given.graph, drift)
+        rise = given.rises(eps, rooms(given.boxes[scene], truth, classes), classes)
+        before, after = heights(given.scores[scene], rise, classes, given.graph, drift)
         alarms.append(births(given.scores[scene], given.graph, drift, least))
         possible = torch.bincount(alarms[-1][1], minlength=int(classes.max()) + 1 if len(classes) else 0)
         after = after.masked_fill(possible[classes] > MOST, -torch.inf)

@@ -20,14 +20,8 @@ from lipguide.tasks.detection.certificates import (
 )
 from lipguide.tasks.detection.certificates.alarms import births
 from lipguide.tasks.detection.certificates.objects import heights, needed, right
-from lipguide.tasks.detection.certificates.overlap import (
-    least_in_ball,
-    least_in_cube,
-    least_overlap,
-    overlap,
-    surely_overlaps,
-)
-from lipguide.tasks.detection.decision import heard
+from lipguide.tasks.detection.certificates.overlap import overlap, room, surely_overlaps
+from lipguide.tasks.detection.decision import heard, together
 from lipguide.tasks.detection.scores import score
 
 
@@ -55,24 +49,23 @@ def worst_in_ball(box, radius, truth):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6))
-def test_no_box_of_ball_or_cube_overlaps_less(seed):
+@given(st.integers(0, 10**6), st.sampled_from((0.3, 0.5, 0.8)))
+def test_no_box_in_its_room_overlaps_less_and_beyond_it_one_does(seed, least):
     torch.manual_seed(seed)
     truth = random_boxes(1)[0]
-    box = truth + 0.15 * torch.rand(()) * torch.randn(4).double()
-    radius = 0.15 * torch.rand(()).double()
-    found = worst_in_ball(box, radius, truth)
-    assert float(least_overlap(box, radius, truth)) <= found + 1e-9
-    corners = box + radius * (2 * torch.rand(3000, 4).double() - 1)
-    assert float(least_in_cube(box, radius, truth)) <= float(overlap(corners, truth).min()) + 1e-9
+    box = truth + 0.1 * torch.rand(()) * torch.randn(4).double()
+    free = room(box, truth, torch.tensor(least).double())
+    assert (free >= 0) == bool(overlap(box, truth) >= least)
+    if free >= 0:
+        assert worst_in_ball(box, free, truth) >= least - 1e-9
+        assert worst_in_ball(box, 1.05 * free + 1e-3, truth) < least
+        assert surely_overlaps(box, free, truth, torch.tensor(least).double())
 
 
-def test_the_ball_bound_is_near_the_truth_where_the_cube_is_not():
-    square, radius = torch.tensor([0.0, 0.0, 1.0, 1.0]).double(), torch.tensor(0.2).double()
-    torch.manual_seed(0)
-    found = worst_in_ball(square, radius, square)
-    assert found - 0.1 < float(least_in_ball(square, radius, square)) <= found
-    assert float(least_in_cube(square, radius, square)) < found - 0.2
+def test_the_room_of_a_square_box_is_twice_that_of_the_corners_of_a_cube():
+    square, half = torch.tensor([0.0, 0.0, 1.0, 1.0]).double(), torch.tensor(0.5).double()
+    in_cube = (1 - 0.5**0.5) / 2  # where each side moves by so much, by itself
+    assert float(room(square, square, half)) == pytest.approx(2 * in_cube, rel=2e-3)
 
 
 @settings(max_examples=30, deadline=None)
@@ -87,6 +80,7 @@ def test_a_box_turned_inside_out_overlaps_nothing():
     assert float(overlap(torch.tensor([0.6, 0.0, 0.4, 1.0]), torch.tensor([0.0, 0.0, 1.0, 1.0]))) == 0
     flat = torch.tensor([0.45, 0.0, 0.55, 1.0])
     assert not surely_overlaps(flat, torch.tensor(0.2), flat, torch.tensor(0.01))
+    assert room(torch.tensor([0.6, 0.0, 0.4, 1.0]), flat, torch.tensor(0.01)) == -torch.inf
 
 
 @settings(max_examples=50, deadline=None)
@@ -117,11 +111,16 @@ def tiny(seed):
     return torch.rand(6, 1) * 1.5 - 0.4, graph, torch.rand(1, 6) < 0.4
 
 
+def found(scores, good, graph, drift):
+    """Heights before and after suppression, where a window is right in any case or need not be."""
+    return heights(scores, torch.where(good, -torch.inf, torch.inf), torch.tensor([0]), graph, drift)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from((0.05, 0.15, 0.3)))
 def test_whoever_wins_is_right_however_the_scores_move(seed, drift):
     scores, graph, good = tiny(seed)
-    before, after = heights(scores, good, torch.tensor([0]), graph, drift)
+    before, after = found(scores, good, graph, drift)
     assert after <= before
     for move in corners(6, drift * (1 - 1e-6)):
         moved = scores + move[:, None]
@@ -142,9 +141,86 @@ def test_most_tiny_cases_that_hold_are_certified():
         moves = corners(6, 0.15, 0)
         holds = all((heard(scores + move[:, None], graph, 0.0)[:, 0] & good[0]).any() for move in moves)
         stand += holds
-        proved += holds and bool(heights(scores, good, torch.tensor([0]), graph, 0.15)[1] > 0)
+        proved += holds and bool(found(scores, good, graph, 0.15)[1] > 0)
     assert stand > 50
     assert proved > 0.7 * stand
+
+
+def test_one_right_window_is_enough_whoever_else_might_win():
+    """A wrong window beside another right one that may be the best does no harm to the first."""
+    line = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]).bool()
+    scores = torch.tensor([[0.8], [0.2], [0.9], [0.85]])
+    good = torch.tensor([[True, False, True, False]])
+    assert found(scores, good, line, 0.1)[1] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("above, holds", [(0.01, False), (-0.01, True)])
+def test_a_wrong_rival_does_no_harm_from_twice_the_drift_on(above, holds):
+    scores = torch.tensor([[0.8], [0.8 - 2 * 0.2 + above]])
+    good, all_ = torch.tensor([[True, False]]), torch.ones(2, 2).bool()
+    assert bool(found(scores, good, all_, 0.2)[1] > 0) == holds
+    worst = scores + torch.tensor([[-0.2], [0.2]])
+    assert bool(heard(worst, all_, 0.0)[0]) == holds
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from((0.15, 0.3)))
+def test_whoever_wins_is_right_where_some_are_right_only_if_they_rise(seed, drift):
+    scores, graph, good = tiny(seed)
+    rise = torch.where(good, -torch.inf, torch.where(torch.rand(1, 6) < 0.5, 1.5 * drift * torch.rand(1, 6), torch.inf))
+    _, after = heights(scores, rise, torch.tensor([0]), graph, drift)
+    assert after >= found(scores, good, graph, drift)[1]
+    if after > 0:
+        for move in corners(6, drift * (1 - 1e-6), 300):
+            right_now = move + 1e-6 >= rise[0]
+            assert (heard(scores + move[:, None], graph, float(after) - 1e-4)[:, 0] & right_now).any()
+
+
+def window(seed, shared):
+    """One window: how its score and its box move with its features, and the answers that say so.
+
+    Args:
+        shared: whether the score grows in directions in which the box moves.
+    """
+    torch.manual_seed(seed)
+    rows, sides = torch.randn(3, 9).double(), torch.linalg.qr(torch.randn(9, 4).double())[0].mT
+    if not shared:
+        rows -= rows @ sides.mT @ sides
+    directions = torch.stack([(rows[0] - rows[k]) / (rows[0] - rows[k]).norm() for k in (1, 2)])
+    ahead = torch.rand(2, 1).double()  # of each other class
+
+    def moved(steps):
+        score = (ahead + directions @ steps.mT).amin(0) - ahead.amin()
+        return score, (0.4 * steps @ sides.mT).norm(dim=1)
+
+    still, whole, reach = torch.zeros(1, 1, 4), torch.ones(1, 1).bool(), torch.full((1,), 0.4)
+    given = Answers(still[..., :2], still, whole, 1.0, reach, together(rows, sides))
+    return given, moved, directions, sides
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from((0.1, 0.4)))
+def test_a_box_whose_score_has_risen_has_so_much_less_left(seed, shared, eps):
+    given, moved, directions, sides = window(seed, shared)
+    within = 0.4 * eps * torch.rand(1, 1).double()
+    rise = float(given.rises(eps, within, torch.tensor([0])))
+    mixtures = torch.randn(4000, 6).double() @ torch.cat([directions, sides])
+    steps = eps * mixtures / mixtures.norm(dim=1, keepdim=True)
+    score, box = moved(steps)
+    assert (box[score >= rise] <= within).all()
+
+
+def test_the_price_of_a_rise_is_exact_where_score_and_box_have_nothing_in_common():
+    for seed in range(20):
+        given, moved, directions, sides = window(seed, False)
+        within, eps = torch.full((1, 1), 0.4 * 0.3).double(), 0.4
+        rise = float(given.rises(eps, within, torch.tensor([0])))
+        assert rise == pytest.approx((0.4**2 - 0.3**2) ** 0.5, abs=1e-3)
+        towards = directions.sum(0) / directions.sum(0).norm() if seed % 2 else directions[0]
+        steps = 0.26 * towards + (0.4**2 - 0.26**2) ** 0.5 * sides[0]  # a little less
+        assert float(moved(steps[None])[1]) > float(within)
+    unknown = given._replace(together=torch.full((2,), 2**0.5))
+    assert float(unknown.rises(eps, within, torch.tensor([0]))) > eps  # more than it can rise: nothing is gained
 
 
 @settings(max_examples=100, deadline=None)
@@ -156,6 +232,24 @@ def test_there_are_never_more_detections_than_the_bound_says(seed, drift, least)
     allowed = int((born > least).sum())
     for move in corners(6, drift * (1 - 1e-6)):
         assert int(heard(scores + move[:, None], graph, least).sum()) <= allowed
+
+
+def test_who_is_beaten_by_one_that_may_be_silenced_may_be_reported():
+    """Three in a line: the best silences the middle one, and the last one, which that beats surely, is heard."""
+    line = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1]]).bool()
+    scores = torch.tensor([[0.9], [0.5], [0.1]])
+    assert heard(scores, line, 0.0)[:, 0].tolist() == [True, False, True]
+    assert len(births(scores, line, 0.1)[0]) == 2
+    assert len(births(scores, torch.ones(3, 3).bool(), 0.1)[0]) == 1
+    higher = torch.tensor([[0.1], [0.9], [0.1]])
+    assert len(births(higher, line, 0.1)[0]) == 1  # nobody may silence the middle one
+
+
+def test_who_is_surely_silent_silences_nobody():
+    """Four in a line with falling scores: the first is heard, so not the second; so the third is, and not the last."""
+    line = (torch.arange(4)[:, None] - torch.arange(4)).abs() <= 1
+    scores = torch.tensor([[1.6], [1.2], [0.8], [0.4]])
+    assert len(births(scores, line, 0.1)[0]) == int(heard(scores, line, 0.0).sum()) == 2
 
 
 def test_the_bound_on_alarms_is_exact_on_apart_windows_and_on_rivals():
@@ -183,7 +277,8 @@ def random_answers(seed, scenes=12):
         scores.append(own)
         found.append(base + 0.01 * torch.randn(windows, 4, generator=generator))
     graph = (x[:, None] - x).abs() < 0.25
-    given = Answers(torch.stack(scores), torch.stack(found), graph, 1.0, torch.full((windows,), 0.1))
+    near = torch.full((windows,), 0.1)
+    given = Answers(torch.stack(scores), torch.stack(found), graph, 1.0, near, torch.full((classes,), 1.1))
     return given, pad_targets(boxes, labels, classes)
 
 
@@ -238,7 +333,7 @@ def test_an_alarm_that_is_possible_costs_precision_and_ap():
 def test_a_scene_with_more_detections_than_an_evaluator_takes_certifies_nothing():
     scores = torch.full((1, 120, 1), 0.9)
     box = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
-    given = Answers(scores, box.repeat(120, 1)[None], torch.eye(120).bool(), 1.0, torch.zeros(120))
+    given = Answers(scores, box.repeat(120, 1)[None], torch.eye(120).bool(), 1.0, torch.zeros(120), torch.ones(1))
     assert certified_recall(certify(given, pad_targets([box], [torch.tensor([0])]), 0.1)) == 0
 
 
@@ -249,6 +344,7 @@ def test_a_scene_with_more_detections_than_an_evaluator_takes_certifies_nothing(
         ({"steepness": -1.0}, "steepness is -1.0"),
         ({"reach": torch.full((9,), torch.nan)}, "the reach of a window's box"),
         ({"reach": torch.full((9,), -0.1)}, "the reach of a window's box"),
+        ({"together": torch.full((2,), torch.nan)}, "what bounds both together"),
         ({"scores": torch.full((12, 9, 2), torch.nan)}, "scores or boxes are not finite"),
         ({"boxes": torch.full((12, 9, 4), torch.inf)}, "scores or boxes are not finite"),
         ({"graph": torch.ones(9, 9).bool().tril()}, "not symmetric"),

@@ -7,7 +7,7 @@ from torch import nn
 from lipguide.tasks.detection.boxes import pad_targets
 from lipguide.tasks.detection.certificates import answers, certify
 from lipguide.tasks.detection.certificates.hunt import hunt
-from lipguide.tasks.detection.decision import radii
+from lipguide.tasks.detection.decision import radii, together
 from lipguide.tasks.detection.pyramid import averages
 
 PIXELS, WINDOWS, CLASSES, FEATURES, REACH, EPS = 8, 7, 2, 6, 0.1, 0.22
@@ -55,7 +55,8 @@ class Toy(nn.Module):
         return (place[:, None] - place).abs() <= 2
 
     def constants(self):
-        return 1.0, torch.full((WINDOWS,), REACH)
+        unit = nn.functional.normalize(self.rows, dim=1)
+        return 1.0, torch.full((WINDOWS,), REACH), together(unit, self.sides.mT)
 
 
 def scenes(model, count=100):
