@@ -301,10 +301,10 @@ def report(found: dict[str, Any]) -> str:
     ...          "classifier": read, "detector": {"shn2": {"svhn": seen, "shn2": seen}}, "syn_digits": 86.9,
     ...          "difference": {"shn2": {"grain": 0.5}}}
     >>> print(report(found).splitlines()[1])
-    small reader, learnt from shn2, digits read (%)             80.00      90.00
+    small reader, learnt from shn2, digits read (%)                   80.00      90.00
     """
     sets = list(found["digits"])
-    row = ("{:54s}" + "{:>11s}" * len(sets)).format
+    row = ("{:60s}" + "{:>11s}" * len(sets)).format
     lines = [row("", *(f"SVHN {found['split']}" if name == "svhn" else f"{name} test" for name in sets))]
     for title, network, figure, says in (
         ("small reader", "reader", "accuracy", "digits read (%)"),

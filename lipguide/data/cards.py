@@ -12,13 +12,20 @@ Unsupervised Feature Learning, 2011.
 """
 
 SHN_CARD = """\
-**Synthetic House Numbers (SHN)**
+**Synthetic House Numbers (SHN), versions 1 and 2**
 
 *What it is.* Pictures of house numbers drawn by a program, with a box, a label and a mask for every digit:
 33,402 for training, 13,068 for testing, as many as SVHN has. Sizes, digits per number, label frequencies, aspect
 ratios, gaps, slants and margins are drawn from the published statistics of SVHN's annotations, for train and test
 each. Walls, plates, typefaces, shadows, occluders, blur, noise and compression are drawn by rules; no photograph, and
-nothing learnt from one, is in it.
+no weight learnt from one, is in it.
+
+*Versions.* SHN 1 was drawn without a real picture at hand; the weights that ship were trained on it, and it comes when
+no version is asked for. SHN 2 (`version=2`) has the same numbers in the same places and other looks: its colours,
+plates, blur and grain were set by hand so that brightness, colourfulness, contrast, sharpness, grain and the share of
+dark ink come near to those of the 554 digits in 256 pictures of SVHN's training split. How like SVHN both are, by what
+networks that saw nothing else read and find on the 256 pictures, is measured by `python -m lipguide data compare`; the
+chapter `house-numbers` has the figures. Both versions are frozen: another look is another version.
 
 *What it is for.* Running every chapter offline, with masks that SVHN lacks, and without its terms of use.
 
@@ -27,8 +34,8 @@ typefaces are those of matplotlib and some drawn here, its walls are patterns, i
 Neighbouring letters and cut digits carry no label, as in SVHN. Accuracy on SHN says nothing about real streets until
 it is measured there: `python -m lipguide data compare --svhn DIR` does.
 
-*How it repeats.* The scene of (seed, split, index) depends on nothing else. Versions of NumPy, SciPy, Pillow and
-matplotlib may change single pixels; the cache keeps them apart.
+*How it repeats.* The scene of (version, seed, split, index) depends on nothing else. Versions of NumPy, SciPy, Pillow
+and matplotlib may change single pixels; the cache keeps them apart.
 
 *Licence.* MIT, as the package; the typefaces' licences (DejaVu, STIX, Computer Modern) allow pictures of their
 glyphs. *Cite* the package; and SVHN, by Netzer et al. (2011), whose published statistics it follows.
