@@ -112,7 +112,10 @@ class Recipe(task.Recipe):
 
 @dataclass(frozen=True)
 class LocalRecipe(Recipe):
-    """A network that ends in an SLL block, trained for what `local_radius` will say of it."""
+    """A network that ends in an SLL block, trained for what `local_radius` will say of it.
+
+    Where it goes on from the weights `start`, only its dense end learns, from the pictures as they are.
+    """
 
     rate: float = 1e-3
     reach: float = 36 / 255
@@ -129,9 +132,10 @@ def network(recipe: Recipe) -> nn.Sequential:
 
 
 def begin(model: nn.Module, recipe: Recipe) -> None:
-    """Give a network the weights that its recipe goes on from."""
+    """Give a network the weights that its recipe goes on from; then its convolutions stay as they are."""
     if recipe.start is not None:
         go_on_from(model, trained(recipe.start, next(model.parameters()).device)[0])
+        model[:-3].requires_grad_(False)  # all but a dense layer, the block and the head
 
 
 def load(recipe: Recipe, split: str, seed: int) -> task.Data:
@@ -143,7 +147,8 @@ def load(recipe: Recipe, split: str, seed: int) -> task.Data:
 def step(model: nn.Module, recipe: Recipe, data: task.Data) -> nn.Module:
     """The training step of a recipe; ValueError for labels that the network has no output for."""
     check_labels(model, data.columns[1])
-    return Shifted(recipe.training_step(), mirror=recipe.data == "cifar10")
+    kept = recipe.training_step()
+    return Shifted(kept, mirror=recipe.data == "cifar10") if recipe.start is None else kept
 
 
 def measure(model: nn.Sequential, recipe: Recipe, data: task.Data) -> dict[str, Any]:
