@@ -9,15 +9,13 @@ import math
 
 from torch import Tensor, nn
 
-from lipguide.layers.sll import SLLLinear
-
 __all__ = ["local_logits", "local_slopes"]
 
 LEAST = 1e-4  # of a squared slope: below, a gap that shrinks with its slope would be worth any margin
 
 
 def local_logits(
-    features: Tensor, target: Tensor, block: SLLLinear, head: nn.Linear, reach: float = 36 / 255
+    features: Tensor, target: Tensor, block: nn.Module, head: nn.Linear, reach: float = 36 / 255
 ) -> Tensor:
     r"""The logits of `head(block(features))`, (N, D) to (N, C), as a loss that asks for a margin should see them.
 
@@ -29,9 +27,11 @@ def local_logits(
 
     Args:
         target: classes (N,).
+        block: an `lip.SLLLinear`.
         reach: how far the features are to be moved.
 
     >>> import torch
+    >>> from lipguide.layers import SLLLinear
     >>> _ = torch.manual_seed(0)
     >>> block, head = SLLLinear(8, 8), nn.Linear(8, 3)
     >>> u, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
@@ -43,7 +43,7 @@ def local_logits(
     return -math.sqrt(2) * gap / local_slopes(features, target, block, head, reach)
 
 
-def local_slopes(features: Tensor, target: Tensor, block: SLLLinear, head: nn.Linear, reach: float) -> Tensor:
+def local_slopes(features: Tensor, target: Tensor, block: nn.Module, head: nn.Linear, reach: float) -> Tensor:
     r"""How fast each gap to the right class changes on the way out of the features, (N, D) to (N, C).
 
     .. math:: s_j^2 = \lVert w + V D c \rVert^2 = \lVert w \rVert^2 - (Dc)^\top (I - V^\top V) (Dc),
@@ -54,6 +54,7 @@ def local_slopes(features: Tensor, target: Tensor, block: SLLLinear, head: nn.Li
     has the bound.
 
     >>> import torch
+    >>> from lipguide.layers import SLLLinear
     >>> _ = torch.manual_seed(0)
     >>> block, head = SLLLinear(8, 8), nn.Linear(8, 2)
     >>> slopes = local_slopes(torch.randn(4, 8), torch.tensor([0, 1, 1, 0]), block, head, 0.1)

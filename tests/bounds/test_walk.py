@@ -238,7 +238,7 @@ def test_what_a_lipschitz_method_asks_with_must_be_a_constant(wrong):
 
 
 def test_any_structure_of_constants_makes_heads():
-    assert lip.lipschitz_bound(Says(Pair(3, torch.tensor(4.0))).eval(), (4,)) == (5, {"a": 3, "b": 4}, [])
+    assert lip.lipschitz_bound(Says(Pair(3, torch.tensor(4.0))).eval(), (4,)) == (5, {"a": 3, "b": 4}, [], (4,))
     for nothing in ({}, (), {"a": []}):
         with pytest.raises(lip.Unbounded, match="no constant at all"):
             lip.lipschitz_bound(Says(nothing).eval(), (4,))

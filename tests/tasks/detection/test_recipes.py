@@ -109,9 +109,9 @@ def test_what_ensure_trained_by_a_full_recipe_is_loaded_by_its_name(tmp_path, mo
 def test_all_scenes_are_asked_for_by_none(items, monkeypatch):
     asked = []
 
-    def few(split, count, seed, device, svhn):
+    def few(split, count, seed, device, svhn, version):
         asked.append((split, count))
-        return load_split(split, 12, seed, device)
+        return load_split(split, 12, seed, device, version=version)
 
     monkeypatch.setattr(training, "load_split", few)
     training._scenes.cache_clear()
@@ -124,7 +124,7 @@ def test_configurations_that_train_one_after_the_other_share_their_scenes(monkey
     """To decode and cut all of them takes a minute of one core, and each training did it anew."""
     asked = []
 
-    def few(split, count, seed, device, svhn):
+    def few(split, count, seed, device, svhn, version):
         asked.append((split, count, svhn))
         return load_split("train", 2, seed, device)
 
