@@ -31,9 +31,9 @@ def local_logits(
         reach: how far the features are to be moved.
 
     >>> import torch
-    >>> from lipguide.layers import SLLLinear
+    >>> import lipguide as lip
     >>> _ = torch.manual_seed(0)
-    >>> block, head = SLLLinear(8, 8), nn.Linear(8, 3)
+    >>> block, head = lip.SLLLinear(8, 8), nn.Linear(8, 3)
     >>> u, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
     >>> local_logits(u, y, block, head).gather(1, y[:, None]).abs().max().item()
     0.0
@@ -54,9 +54,9 @@ def local_slopes(features: Tensor, target: Tensor, block: nn.Module, head: nn.Li
     has the bound.
 
     >>> import torch
-    >>> from lipguide.layers import SLLLinear
+    >>> import lipguide as lip
     >>> _ = torch.manual_seed(0)
-    >>> block, head = SLLLinear(8, 8), nn.Linear(8, 2)
+    >>> block, head = lip.SLLLinear(8, 8), nn.Linear(8, 2)
     >>> slopes = local_slopes(torch.randn(4, 8), torch.tensor([0, 1, 1, 0]), block, head, 0.1)
     >>> bool((slopes[:, 0] <= (head.weight[0] - head.weight[1]).norm() * 1.0001).all())
     True
