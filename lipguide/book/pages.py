@@ -208,7 +208,7 @@ def _as_webp(found: re.Match) -> str:
     opaque = "A" not in picture.mode or picture.getchannel("A").getextrema()[0] == 255
     made = io.BytesIO()
     if opaque:
-        picture.convert("RGB").save(made, "webp", quality=80, method=4)
+        picture.convert("RGB").save(made, "webp", quality=90, method=4)
     else:
         picture.save(made, "webp", lossless=True, method=4)
     if made.tell() >= len(given):
