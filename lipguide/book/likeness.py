@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lipguide.tasks.detection.evaluation import EPSILON
 from lipguide.tasks.detection.scores import Score, detections, score
 from lipguide.tasks.harness import recipe_of, train_by, trained
 from lipguide.tasks.task import Recipe
-from lipguide.tasks.weights import fingerprint, load, run_of, save
+from lipguide.tasks.weights import fingerprint, load, made_as, save
 
 __all__ = ["CLASSIFIER", "DETECTOR", "SHARES", "Plan", "distance", "likeness", "looks", "report"]
 
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 CLASSIFIER = "classification-ordinary"
 DETECTOR = "tinier-ssd-naive"
 SHARES = (5, 25, 50, 75, 95)  # the percentiles of `looks`
+Train = Callable[[Path], tuple[nn.Module, dict[str, Any]]]  # from where its checkpoint is kept
 
 
 def looks(images: Tensor) -> dict[str, list[float]]:
@@ -183,16 +184,14 @@ def _reader(
     version: int, plan: Plan, folder: Path, device: torch.device, seed: int
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The small reader that has learnt from a version."""
-    name = f"small-reader-{version}"
     setting = {"lessons": plan.lessons, "epochs": plan.epochs, "seed": seed}
-    if not _kept(folder, name, setting):
+
+    def train(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
         lessons = digits(SyntheticHouseNumbers("train", plan.lessons, seed, version=version))
-        model = train_reader(lessons, plan.epochs, device, seed, checkpoint=folder / f".{name}")
-        save(name, model, setting | {"digits": len(lessons.labels)}, folder)
-        (folder / f".{name}").unlink(missing_ok=True)
-    model = small_reader().eval()
-    run = load(name, model, folder)
-    return model.to(device), run
+        model = train_reader(lessons, plan.epochs, device, seed, checkpoint=checkpoint)
+        return model, setting | {"digits": len(lessons.labels)}
+
+    return _learnt(f"small-reader-{version}", setting, train, small_reader(), folder, device)
 
 
 def _taught(
@@ -205,15 +204,30 @@ def _taught(
         return model, _told(run, recipe)
     recipe = replace(recipe, data=_data_of(version))
     steps = recipe.steps if steps is None else steps
-    name = f"{name}-{version}"
-    if not _kept(folder, name, {"steps": steps}):
-        logger.info("%s: %d steps", name, steps)
-        model, run = train_by(task, recipe, device, seed, steps, folder / f".{name}")
-        save(name, model, run, folder)
-        (folder / f".{name}").unlink(missing_ok=True)
-    model = without_parametrizations(task.network(recipe)).eval()
-    run = load(name, model, folder)
-    return model.requires_grad_(False).to(device), _told(run, recipe)
+
+    def train(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
+        return train_by(task, recipe, device, seed, steps, checkpoint)
+
+    plain = without_parametrizations(task.network(recipe))
+    model, run = _learnt(f"{name}-{version}", {"steps": steps}, train, plain, folder, device)
+    return model, _told(run, recipe)
+
+
+def _learnt(
+    name: str, setting: dict[str, Any], train: Train, plain: nn.Module, folder: Path, device: torch.device
+) -> tuple[nn.Module, dict[str, Any]]:
+    """What an earlier call has trained, or else what `train` gives now, with its run.
+
+    Args:
+        plain: a network without constraints that takes the weights.
+    """
+    if not made_as(folder / f"{name}.safetensors", setting):
+        logger.info("%s: %s", name, setting)
+        checkpoint = folder / f".{name}"
+        save(name, *train(checkpoint), folder)
+        checkpoint.unlink(missing_ok=True)
+    run = load(name, plain, folder)
+    return plain.eval().requires_grad_(False).to(device), run
 
 
 def _data_of(version: int) -> str:
@@ -225,21 +239,6 @@ def _told(run: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """What the figures say of a training."""
     data = run["data"] if isinstance(run["data"], str) else run["data"]["name"]
     return {"steps": run["steps"], "batch_size": recipe.batch_size, "data": data, "seconds": run["seconds"]}
-
-
-def _kept(folder: Path, name: str, setting: dict[str, Any]) -> bool:
-    """Whether an earlier call has trained this; ValueError if it did so otherwise."""
-    path = folder / f"{name}.safetensors"
-    if not path.exists():
-        return False
-    made = run_of(path)
-    for what, value in setting.items():
-        if made.get(what) != value:
-            raise ValueError(
-                f"{path} was made by another run ({what} = {made.get(what)} there, {value} here): move it away, or "
-                "name another folder"
-            )
-    return True
 
 
 # What is measured

@@ -27,7 +27,7 @@ from lipguide.files import write_json
 from lipguide.layers.export import without_parametrizations
 from lipguide.provenance import provenance
 from lipguide.tasks.task import Recipe, Task, as_json
-from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, holds_constraints, load, run_of, save
+from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, holds_constraints, load, made_as, save
 from lipguide.training import adam, fit
 
 __all__ = ["FULL", "TASKS", "ensure", "network_of", "recipe_of", "train", "train_by", "trained"]
@@ -125,17 +125,8 @@ def ensure(name: str, device: str = "auto", seed: int = 0, folder: str | Path | 
     """
     task, recipe = recipe_of(name)
     path = _path(task, name, folder)
-    if not path.exists():
-        return train(name, None, device, seed, folder)
-    made = run_of(path)
     wanted = {"recipe": as_json(recipe), "steps": recipe.steps, "seed": seed}
-    for what, value in wanted.items():
-        if made.get(what) != value:
-            raise ValueError(
-                f"{path} was made by another run ({what} = {made.get(what)} there, {value} here): move it away, or "
-                "name another folder"
-            )
-    return path
+    return path if made_as(path, wanted) else train(name, None, device, seed, folder)
 
 
 def train(

@@ -31,6 +31,7 @@ __all__ = [
     "go_on_from",
     "holds_constraints",
     "load",
+    "made_as",
     "run_of",
     "save",
 ]
@@ -119,6 +120,24 @@ def go_on_from(model: nn.Module, plain: nn.Module) -> None:
                 getattr(modules[parent], last)
         else:
             getattr(modules[parent], last).copy_(value)
+
+
+def made_as(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether an earlier run has left weights at `path`; ValueError if it was another run than the one `wanted`.
+
+    >>> made_as(Path("nowhere.safetensors"), {"steps": 10})
+    False
+    """
+    if not path.exists():
+        return False
+    made = run_of(path)
+    for what, value in wanted.items():
+        if made.get(what) != value:
+            raise ValueError(
+                f"{path} was made by another run ({what} = {made.get(what)} there, {value} here): move it away, or "
+                "name another folder"
+            )
+    return True
 
 
 def run_of(path: str | Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from lipguide.layers.export import without_parametrizations
 from lipguide.losses import EMMA, LogitAnnealing, OffsetCrossEntropy
 from lipguide.tasks.classification.bricks import FAMILIES, classifier, parameters, width_for
 from lipguide.tasks.classification.recipes import Recipe, measure
-from lipguide.tasks.classification.runs import Digits, once, spread
+from lipguide.tasks.classification.runs import Digits
+from lipguide.tasks.runs import once, spread
 from lipguide.tasks.task import Data
 from lipguide.training import Shifted, Supervised, adam, fit
 

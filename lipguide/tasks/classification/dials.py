@@ -30,7 +30,8 @@ from lipguide.layers.export import without_parametrizations
 from lipguide.layers.pooling import ScaledAvgPool2d
 from lipguide.precision import full_precision
 from lipguide.robustness.certificates import certified_accuracy
-from lipguide.tasks.classification.runs import Digits, once, spread
+from lipguide.tasks.classification.runs import Digits
+from lipguide.tasks.runs import once, spread
 from lipguide.tasks.task import Data
 from lipguide.training import Supervised, adam, fit
 

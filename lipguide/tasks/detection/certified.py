@@ -16,7 +16,6 @@ from typing import Any
 from torch import nn
 
 from lipguide.provenance import commit
-from lipguide.tasks.classification.runs import once
 from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, mixture
 from lipguide.tasks.detection.boxes import NOTHING, unit_range
 from lipguide.tasks.detection.certificates import answers, certified_recall, certify, curve, hunt
@@ -24,6 +23,7 @@ from lipguide.tasks.detection.data import Split
 from lipguide.tasks.detection.reader import Detector
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.smoothing import smoothed, surely_found
+from lipguide.tasks.runs import once
 
 __all__ = ["Plan", "certified"]
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["overlap", "room", "surely_overlaps"]
+__all__ = ["overlap", "room"]
 
 TRIED = 12  # values of λ
 # The four lengths whose least is a side of the intersection run from the object's or the box's own end to the object's
@@ -79,16 +79,6 @@ def room(boxes: Tensor, truth: Tensor, least: Tensor) -> Tensor:
 
     largest = torch.minimum(stays, bears)
     return torch.where(largest >= 0, largest, -torch.inf)
-
-
-def surely_overlaps(boxes: Tensor, radius: Tensor, truth: Tensor, least: Tensor) -> Tensor:
-    """Whether every box within the ball of `radius` (…) overlaps `truth` by `least` (…) or more.
-
-    >>> box = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    >>> surely_overlaps(box, torch.tensor([0.2, 0.3]), box, torch.tensor(0.5))
-    tensor([ True, False])
-    """
-    return room(boxes, truth, least) >= radius
 
 
 def _lengths(boxes: Tensor, truth: Tensor, axis: int) -> Tensor:
