@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["commit", "device_name", "lock_hash", "provenance"]
+__all__ = ["commit", "cores", "device_name", "lock_hash", "provenance"]
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout, where the package lies in one
 
@@ -91,7 +91,7 @@ def device_name(device: str | torch.device) -> str:
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(torch.device(device))
-    return f"{_processor()} ({_cores()} cores)"
+    return f"{_processor()} ({cores()} cores)"
 
 
 def _processor() -> str:
@@ -102,8 +102,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cores() -> int | None:
-    """The cores that this process may use, where the system says it."""
+def cores() -> int | None:
+    """The cores that this process may use, where the system says it.
+
+    >>> cores() >= 1
+    True
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()

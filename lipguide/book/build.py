@@ -2,6 +2,7 @@
 
     book/*.md ──jupytext──▶ notebook ──papermill──▶ _build/notebooks ──Jupyter Book──▶ _build/html
 
+Two chapters run side by side on a CPU, where each has half of the cores: most of their work is too small for more.
 Everything is written under a temporary name and renamed when it is whole, so an interruption at any moment leaves
 either the old state or the new one. An executed notebook carries the hash of all that it depends on, and runs again
 only when that changes. Prose is not among it: the text of today is set around the outputs of the run.
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +33,16 @@ from tqdm import tqdm
 
 from lipguide import deadline
 from lipguide.book.contents import pages_of
-from lipguide.book.execution import as_written_now, code_cells, not_run, run, write_notebook
+from lipguide.book.execution import LedgerBefore, as_written_now, code_cells, not_run, run, stop, write_notebook
 from lipguide.book.ledger import PROFILES, read
 from lipguide.book.staleness import chapter_key, file_hash, modules_behind, records_read
 from lipguide.distributed import choose_device
-from lipguide.files import replacing
-from lipguide.provenance import device_name, lock_hash
+from lipguide.provenance import cores, device_name, lock_hash
 
 __all__ = ["PROFILES", "Book", "BuildError", "build"]
 
 SEED = 0
+AT_ONCE = {"cpu": 2, "cuda": 1}  # chapters that run side by side
 
 
 class BuildError(Exception):
@@ -147,35 +149,64 @@ def _has_code(path: Path) -> bool:
 
 
 def _execute_all(book: Book, profile: str, device: str, chapters: list[str]) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    with tqdm(total=len(chapters), disable=None, unit="chapter", leave=False) as bar:
-        for chapter in chapters:
-            bar.set_description(chapter)
-            is_first = not any(outcome.state == "executed" for outcome in outcomes)
-            outcome = _execute(book, chapter, profile, device, is_first)
-            said = f"   stderr: {outcome.log}" if outcome.log else ""
-            bar.write(f"{chapter:<16} {outcome.state:<10} {outcome.seconds:7.1f} s{said}", file=sys.stdout)
-            sys.stdout.flush()
-            bar.update()
-            outcomes.append(outcome)
-    return outcomes
+    """Run what has changed, as many chapters at a time as suits the device, and say how each of them went."""
+    outcomes = [Outcome(name, 0.0, "unchanged") for name in chapters if _is_true(book, name, profile, device)]
+    for outcome in outcomes:
+        _say(outcome)
+    unchanged = {outcome.chapter for outcome in outcomes}
+    changed = [name for name in _longest_first(book, profile, chapters) if name not in unchanged]
+    bar = tqdm(total=len(chapters), initial=len(outcomes), disable=None, unit="chapter", leave=False)
+    with bar, ThreadPoolExecutor(AT_ONCE[device]) as pool:
+        futures = [
+            pool.submit(_execute, book, name, profile, device, is_first)
+            for name, is_first in zip(changed, [True] + [False] * len(changed), strict=False)
+        ]
+        try:
+            for future in as_completed(futures):
+                outcomes.append(future.result())
+                bar.clear()
+                _say(outcomes[-1])
+                bar.update()
+        except BaseException:
+            _stop(futures)
+            raise
+    return sorted(outcomes, key=lambda outcome: chapters.index(outcome.chapter))
+
+
+def _say(outcome: Outcome) -> None:
+    said = f"   stderr: {outcome.log}" if outcome.log else ""
+    print(f"{outcome.chapter:<16} {outcome.state:<10} {outcome.seconds:7.1f} s{said}", flush=True)
+
+
+def _longest_first(book: Book, profile: str, chapters: list[str]) -> list[str]:
+    """The order in which chapters that run side by side are done soonest, as far as their last runs tell."""
+    ledgers = {name: book.ledger(name, profile) for name in chapters}
+    took = {name: read(path)["provenance"]["seconds"] for name, path in ledgers.items() if path.exists()}
+    return sorted(chapters, key=lambda name: -took.get(name, 0))
+
+
+def _stop(futures: list[Future[Outcome]]) -> None:
+    """Begin no other chapter, and end those that run; what they have half done is put back."""
+    for future in futures:
+        future.cancel()
+    while any(future.running() for future in futures):
+        stop()  # again, for one may just be beginning
+        wait(futures, timeout=0.2)
 
 
 def _execute(book: Book, chapter: str, profile: str, device: str, is_first: bool) -> Outcome:
-    """Run one chapter unless its executed notebook is still true, or the time that is left is too short."""
+    """Run one chapter, unless the time that is left is too short."""
     began = time.perf_counter()
     target, ledger = book.executed(chapter, profile), book.ledger(chapter, profile)
     key = _key(book, chapter, profile, device)
-    if _is_true(book, chapter, profile, device):
-        return Outcome(chapter, time.perf_counter() - began, "unchanged")
     waits = _waits(ledger, device, is_first)
     if waits:
         return Outcome(chapter, time.perf_counter() - began, "left", unfinished=waits)
     failed = book.failed / f"{chapter}.{profile}.ipynb"
-    before = _LedgerBefore.of(ledger)
+    before = LedgerBefore.of(ledger)
     log = book.log(chapter, profile)
     try:
-        ended = run(book.source(book.chapters[chapter]), failed, _parameters(profile, device), log)
+        ended = run(book.source(book.chapters[chapter]), failed, _parameters(profile, device), log, _threads(device))
         problem = ended.problem
         if not problem and not ended.unfinished and before.is_still_there():
             problem = f"it ran, but saved no {ledger.name}"
@@ -192,6 +223,13 @@ def _execute(book: Book, chapter: str, profile: str, device: str, is_first: bool
         failed.unlink()
         return Outcome(chapter, seconds, "left", unfinished=ended.unfinished)
     return Outcome(chapter, seconds, "executed", log=str(log.relative_to(book.root)) if ended.heard else "")
+
+
+def _threads(device: str) -> int | None:
+    """That a chapter computes with: its share of the cores, if nobody has said how many."""
+    if AT_ONCE[device] == 1 or "OMP_NUM_THREADS" in os.environ:
+        return None
+    return max(1, (cores() or 1) // AT_ONCE[device])
 
 
 def _waits(ledger: Path, device: str, is_first: bool) -> str:
@@ -253,39 +291,6 @@ def _is_true(book: Book, chapter: str, profile: str, device: str) -> bool:
     """Whether a chapter would come out today as it stands in its executed notebook."""
     now = {"key": _key(book, chapter, profile, device), "ledger": file_hash(book.ledger(chapter, profile))}
     return _made_from(book.executed(chapter, profile)) == now
-
-
-@dataclass(frozen=True)
-class _LedgerBefore:
-    """A ledger as it was before its chapter ran."""
-
-    path: Path
-    content: bytes | None
-    mark: tuple[int, int] | None
-
-    @classmethod
-    def of(cls, path: Path) -> _LedgerBefore:
-        return cls(path, path.read_bytes() if path.exists() else None, _mark(path))
-
-    def is_still_there(self) -> bool:
-        return _mark(self.path) in (None, self.mark)
-
-    def put_back(self) -> None:
-        if _mark(self.path) == self.mark:
-            return
-        if self.content is None:
-            self.path.unlink(missing_ok=True)
-            return
-        with replacing(self.path) as temporary:
-            temporary.write_bytes(self.content)
-
-
-def _mark(path: Path) -> tuple[int, int] | None:
-    """Which file this is: each save makes a new one, also where the numbers are the same."""
-    if not path.exists():
-        return None
-    status = path.stat()
-    return status.st_ino, status.st_mtime_ns
 
 
 def _fold_parameters(notebook: nbformat.NotebookNode) -> None:

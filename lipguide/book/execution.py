@@ -1,15 +1,24 @@
-"""One chapter under papermill: executed within its time, with what goes to stderr in a log instead of on the page."""
+"""One chapter under papermill: executed within its time, with what goes to stderr in a log instead of on the page.
+
+    python -m lipguide.book.execution SOURCE NOTEBOOK PARAMETERS
+
+is one chapter in a process of its own, so that several can be at work side by side: papermill changes the folder that
+its process works in, and kernels inherit their stderr from it.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import jupytext
 import nbformat
@@ -20,7 +29,17 @@ from papermill.exceptions import PapermillExecutionError
 from lipguide import deadline
 from lipguide.files import replacing
 
-__all__ = ["Ended", "as_written_now", "code_cells", "first_line", "not_run", "run", "write_notebook"]
+__all__ = [
+    "Ended",
+    "LedgerBefore",
+    "as_written_now",
+    "code_cells",
+    "first_line",
+    "not_run",
+    "run",
+    "stop",
+    "write_notebook",
+]
 
 # How Python writes a warning: the file that it is laid to, its line, its kind. A file of ours is one of the package or,
 # by the name that the kernel gives it, a cell.
@@ -47,33 +66,117 @@ class Ended:
     heard: bool = False
 
 
-def run(source: Path, path: Path, parameters: dict[str, object], log: Path) -> Ended:
-    """Execute a chapter into the notebook `path`.
+def run(source: Path, path: Path, parameters: dict[str, object], log: Path, threads: int | None = None) -> Ended:
+    """Execute a chapter into the notebook `path`, in a process of its own.
 
     A chapter fails where a cell raises. What its cells and its kernel write to stderr goes into the log; under
     continuous integration (the variable CI is set) a warning that is laid to lipguide or to a cell fails the chapter.
 
     Cells are counted as in the source, without the one that papermill injects before them.
+
+    Args:
+        threads: that the kernel computes with; those of the environment if None.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_notebook(jupytext.read(source), path)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        ended = _apart([str(source), str(path), json.dumps(parameters)], file, threads)
+    if ended.problem or ended.unfinished:
+        return ended
+    said = _move_stderr(path, log)
+    ours = OURS.search(said)
+    if ours and os.environ.get("CI"):
+        return Ended(f"a warning of our own: {ours.group()}")
+    return Ended(heard=bool(said))
+
+
+@dataclass(frozen=True)
+class LedgerBefore:
+    """A ledger as it was before its chapter ran."""
+
+    path: Path
+    content: bytes | None
+    mark: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, path: Path) -> LedgerBefore:
+        return cls(path, path.read_bytes() if path.exists() else None, _mark(path))
+
+    def is_still_there(self) -> bool:
+        return _mark(self.path) in (None, self.mark)
+
+    def put_back(self) -> None:
+        if _mark(self.path) == self.mark:
+            return
+        if self.content is None:
+            self.path.unlink(missing_ok=True)
+            return
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(self.content)
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """Which file this is: each save makes a new one, also where the numbers are the same."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+# -- in a process of its own ------------------------------------------------------------------------------------------
+
+_AT_WORK: set[subprocess.Popen[str]] = set()
+
+
+def _apart(arguments: Sequence[str], stderr: IO[str], threads: int | None) -> Ended:
+    environment = os.environ if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", __name__, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True)
+    _AT_WORK.add(process)
+    said, _ = process.communicate()
+    _AT_WORK.discard(process)
+    if process.returncode:
+        return Ended(f"its process ended with status {process.returncode}")
+    return Ended(**json.loads(said.splitlines()[-1]))
+
+
+def stop() -> None:
+    """Ask the chapters that are at work to end, each once; their `run` returns then, with a problem."""
+    for process in list(_AT_WORK):
+        _AT_WORK.discard(process)
+        process.terminate()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Execute a chapter here and print how it ended."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the kernel is shut down
+    source, path, parameters = arguments
+    ended = _execute(Path(source), path, json.loads(parameters))
+    sys.stdout.write(f"{json.dumps(asdict(ended))}\n")
+
+
+def _execute(source: Path, path: str, parameters: dict[str, object]) -> Ended:
     options = {"kernel_name": "python3", "progress_bar": False, "cwd": str(source.parent)}
     if not math.isinf(deadline.left()):
         options["timeout_func"] = _what_is_left
     try:
-        with _stderr_to(log):
-            papermill.execute_notebook(str(path), str(path), parameters, **options)
+        papermill.execute_notebook(path, path, parameters, **options)
     except PapermillExecutionError as error:
         if error.ename == deadline.OutOfTime.__name__:
             return Ended(unfinished=first_line(error.evalue))
         return Ended(f"code cell {error.exec_count - 1} raised {error.ename}: {first_line(error.evalue)}")
     except CellTimeoutError:
         return Ended(unfinished="it ran when the time was up, and starts over")
-    said = _move_stderr(path, log)
-    ours = OURS.search(said)
-    if ours and os.environ.get("CI"):
-        return Ended(f"a warning of our own: {ours.group()}")
-    return Ended(heard=bool(said))
+    return Ended()
+
+
+def _what_is_left(cell: nbformat.NotebookNode) -> float:
+    """Seconds that a cell may take: until the time is up, and some more, for trainings stop by themselves then."""
+    return max(deadline.left() + deadline.grace(), 0.1)
+
+
+# -- notebooks --------------------------------------------------------------------------------------------------------
 
 
 def write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
@@ -111,26 +214,6 @@ def _move_stderr(path: Path, log: Path) -> str:
     return said
 
 
-@contextlib.contextmanager
-def _stderr_to(path: Path) -> Iterator[None]:
-    """Send what the kernel process itself complains about to a file; what its cells print is in the notebook."""
-    sys.stderr.flush()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    terminal = os.dup(2)
-    try:
-        with open(path, "w") as file:
-            os.dup2(file.fileno(), 2)
-            yield
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-
-
-def _what_is_left(cell: nbformat.NotebookNode) -> float:
-    """Seconds that a cell may take: until the time is up, and some more, for trainings stop by themselves then."""
-    return max(deadline.left() + deadline.grace(), 0.1)
-
-
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     """The cells of a notebook that hold code, in order."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -164,3 +247,7 @@ def _with_settled_names(notebook: nbformat.NotebookNode) -> nbformat.NotebookNod
     for place, cell in enumerate(notebook.cells):
         cell.id = f"cell-{place}"
     return notebook
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

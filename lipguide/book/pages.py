@@ -36,7 +36,7 @@ REPLACED = {
     '<div role="list" class="citation-list">': '<div class="citation-list">',
     '<div class="bd-sidebar-primary bd-sidebar">': '<div class="bd-sidebar-primary bd-sidebar" role="complementary">',
 }
-HEAVY = 200_000  # bytes: a bitmap above this is kept as WebP
+HEAVY = 150_000  # bytes: a bitmap above this is kept as WebP
 
 
 def prepare(app: Sphinx, config: Config) -> None:

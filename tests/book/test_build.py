@@ -103,6 +103,12 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(build_module, "run", fake_run)
 
 
+def states(capsys) -> dict[str, str]:
+    """What the build has said since it was last asked: how each chapter ended, and the rendering."""
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    return {words[0]: words[1] for words in said if words[0] in ("one", "two", "html")}
+
+
 def test_build_rebuild_change_fail_and_recover(root, capsys):
     """One story in order, since each build takes seconds."""
     write(root, "one", opening=OPENED)
@@ -118,15 +124,13 @@ def test_build_rebuild_change_fail_and_recover(root, capsys):
 
     write(root, "one", title="Reworded", opening=OPENED)
     assert build(Book(root), "quick", "cpu") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "unchanged" in lines[0] and "unchanged" in lines[1] and "rendered" in lines[2]
+    assert states(capsys) == {"one": "unchanged", "two": "unchanged", "html": "rendered"}
     good = (root / "_build/html/book/one.html").read_text()
     assert "Reworded" in good and "seven and thirty" not in good and ">42<" in good
 
     write(root, "one", code="print('seven and thirty')", title="Changed", opening=OPENED)
     assert build(Book(root), "quick", "cpu") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "executed" in lines[0] and "unchanged" in lines[1] and "rendered" in lines[2]
+    assert states(capsys) == {"one": "executed", "two": "unchanged", "html": "rendered"}
     good = (root / "_build/html/book/one.html").read_text()
     assert "Changed" in good and "seven and thirty" in good
 
@@ -160,7 +164,7 @@ def test_a_warning_is_in_the_log_and_not_on_the_page_and_our_own_fail_under_ci(r
     monkeypatch.setenv("CI", "true")
     assert build(Book(root), "quick", "cpu") == 1
     out = capsys.readouterr().out
-    one, two = out.splitlines()[:2]
+    one, two = sorted(out.splitlines()[:2])
     assert "executed" in one and "stderr: _build/logs/one.quick.log" in one and "FAILED" in two
     assert "two: a warning of our own: " in out and "UserWarning: we are not sure" in out
 
@@ -219,7 +223,7 @@ def test_a_training_inside_a_chapter_hears_of_the_limit(root, monkeypatch, capsy
     assert build(Book(root), "quick", "cpu", only=["one"]) == 0, "without a limit the time is never up"
 
 
-def fake_run(source: Path, path: Path, parameters: dict, log: Path) -> execution.Ended:
+def fake_run(source: Path, path: Path, parameters: dict, log: Path, threads: int | None = None) -> execution.Ended:
     """A chapter that needs no kernel."""
     chapter = source.stem
     execution.write_notebook(jupytext.read(source), path)
@@ -244,8 +248,7 @@ def test_chapters_that_take_longer_than_what_is_left_wait_for_the_next_slice(
         pytest.raises(deadline.OutOfTime, match=r"1 of 2 .*two \(takes 10000 s, and 2\d\d s are left"),
     ):
         build(Book(root), "quick", "cpu")
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    assert "one              executed" in lines[0] and "two              left" in lines[1]
+    assert states(capsys) == {"one": "executed", "two": "left"}
     with deadline.limit(5):  # now it is the first, and has all the time that there is
         assert build(Book(root), "quick", "cpu") == 0
     write(root, "one", code="changed = 'again'")
@@ -276,8 +279,7 @@ def test_a_chapter_runs_again_when_a_record_that_it_reads_changes(root, capsys, 
     capsys.readouterr()
     record.write_text('{"provenance": {}, "results": {"was": 2}}')
     assert build(Book(root), "quick", "cpu") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "executed" in lines[0] and "unchanged" in lines[1]
+    assert states(capsys) == {"one": "executed", "two": "unchanged"}
     assert read(root / "book" / "results" / "one.quick.json")["results"]["was"] == 2
     assert len(rendered) == 2
 
@@ -366,7 +368,7 @@ def test_a_wrong_ledger_key_fails_the_rendering(root, capsys, without_kernels):
 
 
 def test_interrupted_then_resumed(root, rendered):
-    """Killed while a chapter runs: the chapter before it is kept, the state is sound, and the next call finishes."""
+    """Killed while a chapter runs: the one that is done is kept, the state is sound, and the next call finishes."""
     write(root, "two", code="import time; time.sleep(600)")
     command = [sys.executable, "-m", "lipguide", "build", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
@@ -374,7 +376,8 @@ def test_interrupted_then_resumed(root, rendered):
         command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     deadline = time.time() + 120
-    while not (root / "_build/failed/two.quick.ipynb").exists() and time.time() < deadline:
+    ready = [root / "_build/failed/two.quick.ipynb", root / "_build/notebooks/one.quick.ipynb"]
+    while not all(path.exists() for path in ready) and time.time() < deadline:
         time.sleep(0.2)
     time.sleep(1)
     with pytest.raises(BuildError, match="another build is at work"):
@@ -386,6 +389,68 @@ def test_interrupted_then_resumed(root, rendered):
     write(root, "two")
     assert build(Book(root), "quick", "cpu") == 0
     assert (root / "_build/notebooks/two.quick.ipynb").exists() and len(rendered) == 1
+
+
+MEETS = """import pathlib, time
+pathlib.Path("{own}.here").touch()
+began = time.monotonic()
+while not pathlib.Path("{other}.here").exists():
+    assert time.monotonic() - began < 60, "it waits alone"
+    time.sleep(0.05)
+"""
+COUNTS = "import os\nledger['threads'] = os.environ.get('OMP_NUM_THREADS')"
+
+
+def test_two_chapters_run_side_by_side_and_share_the_cores(root, monkeypatch, rendered):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(build_module, "cores", lambda: 6)
+    write(root, "one", MEETS.format(own="one", other="two") + COUNTS)
+    write(root, "two", MEETS.format(own="two", other="one") + COUNTS)
+    assert build(Book(root), "quick", "cpu") == 0
+    for chapter in ("one", "two"):
+        assert read(root / f"book/results/{chapter}.quick.json")["results"]["threads"] == "3"
+
+
+def test_whoever_says_how_many_threads_is_heard_and_a_gpu_runs_one_chapter_at_a_time(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert build_module._threads("cpu") is None
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert build_module._threads("cuda") is None and build_module.AT_ONCE["cuda"] == 1
+    monkeypatch.setattr(build_module, "cores", lambda: 1)
+    assert build_module._threads("cpu") == 1
+
+
+def test_the_longest_chapters_begin_first(root, rendered, monkeypatch):
+    monkeypatch.setattr(build_module, "run", fake_run)
+    assert build(Book(root), "quick", "cpu") == 0
+    ledger = root / "book/results/two.quick.json"
+    content = read(ledger)
+    content["provenance"]["seconds"] = 20_000
+    write_json(ledger, content)
+    assert build_module._longest_first(Book(root), "quick", ["one", "two"]) == ["two", "one"]
+    ledger.unlink()
+    assert build_module._longest_first(Book(root), "quick", ["one", "two"]) == ["one", "two"]
+
+
+def test_both_chapters_end_when_the_build_is_interrupted_and_what_they_saved_is_put_back(root, rendered, monkeypatch):
+    assert build(Book(root), "quick", "cpu") == 0
+    ledgers = [root / f"book/results/{name}.quick.json" for name in ("one", "two")]
+    before = [ledger.read_bytes() for ledger in ledgers]
+    for name in ("one", "two"):
+        write(root, name, "open('saved', 'a').write('.'); ledger.save(); import time; time.sleep(600)")
+    saved = root / "book" / "saved"
+
+    def interrupted(futures):
+        while not saved.exists() or len(saved.read_text()) < 2 or [x.read_bytes() for x in ledgers] == before:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "as_completed", interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        build(Book(root), "quick", "cpu")
+    assert time.monotonic() - began < 120
+    assert [ledger.read_bytes() for ledger in ledgers] == before and not execution._AT_WORK
 
 
 def test_a_page_that_asks_another_host_is_refused(root, capsys, without_kernels):
