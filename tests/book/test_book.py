@@ -192,6 +192,22 @@ def test_every_figure_is_spoken_of(chapter):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
+def test_the_code_of_a_figure_is_folded(chapter):
+    """A line or two may stand open; what places axes and labels teaches nothing of the subject."""
+    for cell in code_cells(chapter):
+        if "figure" in cell.metadata.get("mystnb", {}) and len(cell.source.splitlines()) > 3:
+            assert {"hide-input", "remove-input"} & set(tags(cell)), cell.source
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_opens_with_what_to_do_in_three_to_five_lines(chapter):
+    text = BOOK.source(BOOK.chapters[chapter]).read_text(encoding="utf-8")
+    before = text[: text.index("\n## ")]
+    boxes = re.findall(r"^```\{admonition\} What to do\n:class: tip\n(.*?)^```$", before, flags=re.S | re.M)
+    assert len(boxes) == 1 and 3 <= len(re.findall(r"^- ", boxes[0], flags=re.M)) <= 5
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_references_name_what_they_refer_to(chapter):
     """Not "the figure above": a reader may come by search, and sections move."""
     for cell in notebook(chapter).cells:

@@ -12,6 +12,7 @@ import pytest
 from docutils import nodes
 from fontTools.ttLib import TTFont
 from PIL import Image
+from pybtex.database import parse_file
 
 import lipguide as lip
 from lipguide.book import pages
@@ -102,6 +103,13 @@ def test_citations_read_as_in_the_text():
     assert found["anil2019"] == "Anil et al., 2019" and found["arjovsky2017"] == "Arjovsky et al., 2017"
     assert found["prach2022"] == "Prach and Lampert, 2022"
     assert not any(set("{}\\") & set(text) for text in found.values())
+
+
+def test_sources_can_be_found():
+    """A DOI or an address; of an old journal, volume and pages."""
+    for key, entry in parse_file(str(ROOT / "book" / "references.bib"), "bibtex").entries.items():
+        has = set(entry.fields)
+        assert {"doi", "url", "eprint"} & has or {"journal", "volume", "pages"} <= has, key
 
 
 def test_a_record_is_flattened_under_the_names_that_roles_use():
