@@ -22,6 +22,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
+from torch.nn import Module
 
 import lipguide
 from lipguide.book.contents import pages_of
@@ -161,7 +162,13 @@ def _code(text: str, language: str = "python") -> nodes.literal_block:
 
 
 def _signature(name: str, value: object) -> str:
-    """How it is called; annotations are left to the source, for a reader looks for names and defaults."""
+    """How it is called; annotations are left to the source, for a reader looks for names and defaults.
+
+    >>> _signature("FullSort", lipguide.FullSort), _signature("GroupSort", lipguide.GroupSort)
+    ('lip.FullSort()', 'lip.GroupSort(group_size)')
+    """
+    if getattr(value, "__init__", None) is Module.__init__:  # it takes anything, to complain of it
+        return f"lip.{name}()"
     try:
         signature = inspect.signature(value)
     except (TypeError, ValueError):

@@ -92,7 +92,8 @@ def _runs(records: dict[str, dict]) -> str:
         run = record["provenance"]
         data = run["data"]["name"] if run["data"] else "made on the spot"
         row = {"record": name, "day": run["start"][:10], "time": duration(run["seconds"]), "device": run["device"]}
-        rows.append({**row, "torch": run["torch"], "commit": run["commit"], "seed": str(run["seed"]), "data": data})
+        torch = run["torch"].partition("+")[0]
+        rows.append({**row, "torch": torch, "commit": run["commit"], "seed": str(run["seed"]), "data": data})
     return table(rows)._repr_html_()
 
 

@@ -50,6 +50,12 @@ function sideways(page, selector) {
   return parts.filter((part) => part.scrollWidth > part.clientWidth + 1).map((part) => part.textContent.slice(0, 40));
 }
 
+/** Curves in the page itself that are painted as surfaces, for want of their style. */
+function patches(page) {
+  const curves = [...page.document.querySelectorAll("svg polyline")];
+  return curves.filter((curve) => page.getComputedStyle(curve).fill !== "none").length;
+}
+
 async function load(page, script) {
   const element = page.document.createElement("script");
   element.src = script;
@@ -83,6 +89,7 @@ async function inspect(path) {
     report.weight = weight(page);
     report.errors = page.complaintsOfThisPage;
     report.failed = page.document.querySelectorAll("mjx-merror").length;
+    report.patches = patches(page);
     if (width === WIDTHS[0]) report.sideways = sideways(page, ".guidelines td, .guidelines :has(> table)");
     else if (query.has("axe")) {
       still(page);

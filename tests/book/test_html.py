@@ -116,6 +116,12 @@ def test_no_result_is_an_echoed_dict():
 
 
 @in_browser
+def test_curves_of_sliders_are_lines_and_not_filled(seen):
+    """A slider that lost its style sheet is a black patch."""
+    assert not {path: report["patches"] for path, report in seen.items() if report["patches"]}
+
+
+@in_browser
 def test_nothing_sticks_out_of_the_page(seen):
     assert not {path: report["overflow"] for path, report in seen.items() if max(report["overflow"].values()) > 0}
 
