@@ -30,6 +30,25 @@ function reachWhatScrolls() {
   }
 }
 
+/** A plot that its column shrinks until its letters cannot be read gets a width of its own, and a place to push it in. */
+function widenPictures() {
+  for (const picture of document.querySelectorAll("div.cell_output figure img")) {
+    const readable = Math.round(0.5 * picture.naturalWidth); // letters of 7 pixels
+    const frame = picture.closest("figure").parentElement.closest("div.cell_output");
+    if (!frame || picture.closest(".epsilon-slider") || picture.closest(".wide-picture")) continue;
+    if (readable <= 1.1 * frame.clientWidth) continue;
+    const shelf = document.createElement("div");
+    shelf.className = "wide-picture";
+    shelf.tabIndex = 0; // pushed by the arrow keys too
+    shelf.setAttribute("role", "region");
+    shelf.setAttribute("aria-label", "a wide figure");
+    shelf.style.setProperty("--least-width", `${readable}px`);
+    const held = picture.closest("a.image-reference") ?? picture;
+    held.replaceWith(shelf);
+    shelf.append(held);
+  }
+}
+
 /** Excerpts of search results without code, outputs and TeX. */
 function searchInWords() {
   if (typeof Search === "undefined") return;
@@ -52,5 +71,6 @@ document.addEventListener("DOMContentLoaded", () => {
   window.addEventListener("resize", fitFormulas);
   reachWhatScrolls();
   window.addEventListener("load", reachWhatScrolls); // fonts and formulas have widened some
+  window.addEventListener("load", widenPictures);
   window.addEventListener("resize", reachWhatScrolls);
 });

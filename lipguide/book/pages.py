@@ -80,12 +80,16 @@ def leave_out_scripts(app: Sphinx, page: str, template: str, context: dict, doct
             app.add_js_file(name)
 
 
-def by_letter(app: Sphinx, env: BuildEnvironment) -> None:
-    """An appendix has a letter in its title, and its figures and exercises count by that: Fig. A.1."""
+def by_letter(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """An appendix has a letter in its title, and its figures and exercises count by that: Fig. A.1.
+
+    No page has to be read again for it.
+    """
     for docname, kinds in env.toc_fignumbers.items():
         letter = re.match(r"([A-Z])\. ", env.titles[docname].astext())
         for numbers in kinds.values() if letter else ():
             numbers.update({name: (letter[1], *place) for name, place in numbers.items() if place[0] != letter[1]})
+    return []
 
 
 def tidy(app: Sphinx, doctree: nodes.document, docname: str) -> None:
@@ -222,7 +226,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", prepare)
     app.connect("doctree-read", leave_out_records)
     app.connect("html-page-context", leave_out_scripts, priority=900)
-    app.connect("env-updated", by_letter)
+    app.connect("env-get-updated", by_letter, priority=900)  # where figures have been numbered
     app.connect("doctree-resolved", tidy, priority=900)
     app.connect("build-finished", finish, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

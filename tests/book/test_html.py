@@ -82,6 +82,9 @@ def test_chapters_and_figures_are_numbered():
         if title:
             numbers[path.stem] = int(title[1])
             assert figures == [f"{title[1]}.{k + 1}" for k in range(len(figures))], path.name
+        letter = re.search(r"<h1>([A-Z])\. ", text)
+        if letter:
+            assert figures == [f"{letter[1]}.{k + 1}" for k in range(len(figures))], path.name
         pictures = re.findall(r'<div class="output image_[^>]*>|<div class="cell_output[^>]*>\s*<figure', text)
         assert len(figures) == text.count("<figcaption>") and len(pictures) <= len(figures), path.name
     assert sorted(numbers.values()) == list(range(1, len(numbers) + 1)) and len(numbers) >= 15
