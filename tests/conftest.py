@@ -8,6 +8,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+from tests.forked import Forked
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -15,3 +17,11 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 def own_cache(tmp_path, monkeypatch):
     """A cache of the test's own, empty at its beginning."""
     monkeypatch.setenv("LIPGUIDE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Runs code in processes of their own that have torch already."""
+    forked = Forked()
+    yield forked
+    forked.close()

@@ -2,8 +2,8 @@
 
 import json
 import math
-import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,23 +12,21 @@ from safetensors.torch import save_file
 from lipguide.files import cache_folder, replacing, write_json
 
 
-def _write(path):
+def write(path):
     for i in range(40):
         write_json(path, {"value": [i] * 2000})
 
 
-def test_two_writers_never_leave_half_a_file(tmp_path):
+def test_two_writers_never_leave_half_a_file(tmp_path, forked):
     path = tmp_path / "shared.json"
     write_json(path, {"value": []})
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write, args=(path,)) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    while any(w.is_alive() for w in writers):
-        assert isinstance(json.loads(path.read_text())["value"], list)
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
+    code = f"from pathlib import Path; from tests.test_files import write; write(Path({str(path)!r}))"
+    with ThreadPoolExecutor(1) as pool:
+        writers = pool.submit(forked.ranks, code, tmp_path)
+        while not writers.done():
+            assert isinstance(json.loads(path.read_text())["value"], list)
+    for writer in writers.result():
+        assert writer.returncode == 0, writer.stderr
     assert list(tmp_path.iterdir()) == [path]
 
 

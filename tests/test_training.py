@@ -822,15 +822,12 @@ def test_the_same_call_goes_on_also_with_the_objects_that_have_been_trained(loss
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path):
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path, forked):
     """The limit on the size of files stands for the end of the disk."""
-    script = tmp_path / "run.py"
-    script.write_text(FULL_DISK.format(tests=str(ROOT / "tests"), path=str(tmp_path / "run.pt")))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    done = forked.run(FULL_DISK.format(path=str(tmp_path / "run.pt")), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 2
-    assert {file.name for file in tmp_path.iterdir()} == {"run.py", "run.pt"}
+    assert {file.name for file in tmp_path.iterdir()} == {"run.pt"}
 
 
 FULL_DISK = """

@@ -251,9 +251,9 @@ COPY = [(ch, i) for ch in CHAPTERS for i, c in enumerate(code_cells(ch)) if "cop
 
 
 @pytest.mark.parametrize("chapter, index", COPY)
-def test_copied_cells_run_alone(chapter, index, tmp_path):
-    source = code_cells(chapter)[index].source
-    done = subprocess.run([sys.executable, "-W", "error", "-c", source], cwd=tmp_path, capture_output=True, text=True)
+def test_copied_cells_run_alone(chapter, index, forked, tmp_path):
+    """Each in a process of its own, with nothing but what it imports itself; see `tests.forked`."""
+    done = forked.run(code_cells(chapter)[index].source, tmp_path)
     assert done.returncode == 0, done.stderr
 
 

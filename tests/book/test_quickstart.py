@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import jupytext
@@ -17,8 +16,7 @@ CELLS = [c.source for c in jupytext.read(BOOK.source(BOOK.chapters["quickstart"]
 WITHOUT_LIPGUIDE = "import sys; sys.modules['lipguide'] = None\n"  # importing it is an error
 
 
-def run(source: str, folder: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True)
+def said(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -29,11 +27,10 @@ def cell(beginning: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def handed(tmp_path_factory):
+def handed(tmp_path_factory, forked):
     """A folder with what was handed over, and what the page printed before."""
     folder = tmp_path_factory.mktemp("handed")
-    said = run(cell("# All the way") + "\n" + cell("# To hand over"), folder)
-    return folder, said
+    return folder, said(forked.run(cell("# All the way") + "\n" + cell("# To hand over"), folder))
 
 
 def test_what_is_printed_as_certified_is_not_above_what_is_printed_as_attacked(handed):
@@ -47,11 +44,11 @@ def test_record_does_not_say_that_more_is_certified_than_stands():
     assert printed == sorted(printed, reverse=True)
 
 
-def test_the_other_side_certifies_without_lipguide(handed):
+def test_the_other_side_certifies_without_lipguide(handed, forked):
     folder, _ = handed
-    said = run(WITHOUT_LIPGUIDE + cell("# On the other side"), folder)
-    assert len(re.findall(r"\d\.\d+", said)) >= 5
-    off = float(re.search(r"off by (\S+)", said).group(1))
+    printed = said(forked.run(WITHOUT_LIPGUIDE + cell("# On the other side"), folder))
+    assert len(re.findall(r"\d\.\d+", printed)) >= 5
+    off = float(re.search(r"off by (\S+)", printed).group(1))
     assert off < 1e-9
 
 

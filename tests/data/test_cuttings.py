@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,10 +165,10 @@ print(hashlib.sha256(rows["images"].tobytes()).hexdigest())
 """
 
 
-def test_two_processes_may_make_the_same_file(bare):
-    processes = [subprocess.Popen([sys.executable, "-c", FILLS], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    hashes = {process.communicate(timeout=120)[0] for process in processes}
-    assert len(hashes) == 1 and all(process.returncode == 0 for process in processes)
+def test_two_processes_may_make_the_same_file(bare, forked, tmp_path):
+    processes = forked.ranks(FILLS, tmp_path)
+    assert all(process.returncode == 0 for process in processes), processes
+    assert len({process.stdout for process in processes}) == 1
     assert len(files()) == 1 and same(bare.cuttings(VIEWS[0]), SyntheticHouseNumbers("train", 40, 6).cuttings(VIEWS[0]))
 
 

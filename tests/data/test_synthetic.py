@@ -67,7 +67,16 @@ def test_the_number_of_processes_does_not_matter(version):
         np.testing.assert_array_equal(array, shared.arrays[name])
 
 
-HASH = """
+# Code that draws, in a process that loads nothing but what draws.
+ALONE = f"""
+import sys
+from types import ModuleType
+for name, folder in (("lipguide", ""), ("lipguide.data", "/data"), ("lipguide.data.shn", "/data/shn")):
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].__path__ = [{str(PACKAGE)!r} + folder]
+"""
+HASH = f"""
+{ALONE}
 import hashlib
 from lipguide.data.shn.difficulty import Difficulty
 from lipguide.data.shn.rendering import render
@@ -360,13 +369,8 @@ def test_processes_that_draw_import_nothing_that_only_networks_need(tmp_path):
     assert Pages.load(tmp_path / "00000-001.npz")[0].picture == render("train", 0, 0, Difficulty()).picture
 
 
-DRAWN = """
-import sys
-from types import ModuleType
-for name, folder in (("lipguide", {package!r}), ("lipguide.data", {package!r} + "/data"),
-                     ("lipguide.data.shn", {package!r} + "/data/shn")):
-    sys.modules[name] = ModuleType(name)
-    sys.modules[name].__path__ = [folder]
+DRAWN = f"""
+{ALONE}
 import lipguide.data.shn.rendering
 print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("lipguide.") and module.__spec__))
 """
@@ -374,7 +378,7 @@ print(*(module.__file__ for name, module in sys.modules.items() if name.startswi
 
 def test_the_key_hashes_every_file_that_draws_and_no_other():
     """What Python really loads to draw a scene, beside what is found by reading the source."""
-    command = [sys.executable, "-c", DRAWN.format(package=str(PACKAGE))]
+    command = [sys.executable, "-c", DRAWN]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert {str(path) for path in sources()} == {*loaded, str(PACKAGE / "data" / "svhn_facts.json")}
     assert not {"cache.py", "pages.py", "worker.py", "__init__.py"} & {path.name for path in sources()}
@@ -416,8 +420,8 @@ def test_a_failing_process_is_reported(monkeypatch):
         processes.share(task, [(0, 2), (1, 2)], 1, bar)
 
 
-LOADS = """
-import sys
+LOADS = f"""
+{ALONE}
 from lipguide.data.shn import cache
 from lipguide.data.shn.difficulty import Difficulty
 cache.BLOCK = 4

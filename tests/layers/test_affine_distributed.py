@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,9 +33,10 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(8, 2, 6, 6, generator=generator), torch.randn(8, 3, generator=generator)
 
 
-def work(rank: int, folder: str) -> None:
+def work(folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     x, y = data()
     model = learn(DistributedDataParallel(make()), x[4 * rank : 4 * rank + 4], y[4 * rank : 4 * rank + 4])
     if rank == 0:
@@ -46,8 +46,10 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_learn_what_one_learns(tmp_path):
-    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+def test_two_processes_learn_what_one_learns(tmp_path, forked):
+    code = f"from tests.layers.test_affine_distributed import work; work({str(tmp_path)!r})"
+    for done in forked.ranks(code, tmp_path):
+        assert done.returncode == 0, done.stderr
     alone = learn(learn(make(), *data()), *data()).state_dict()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name in alone:

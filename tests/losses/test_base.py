@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
 from lipguide import losses
 from tests.losses.cases import (
@@ -214,10 +213,11 @@ def test_an_ignored_label_need_not_fit_the_type_of_the_labels(name):
         ignoring(logits, labels.to(torch.int8))
 
 
-def _split_batch(rank: int, rendezvous: str, results: str) -> None:
+def split_batch(results: str) -> None:
     """One of two ranks: rank 0 holds 7 of the samples and no sample of class 3, rank 1 the other 5."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     logits, labels = _whole_batch()
     part = slice(0, 7) if rank == 0 else slice(7, None)
     out = {}
@@ -249,9 +249,11 @@ def _whole_batch() -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def shares(tmp_path_factory):
+def shares(tmp_path_factory, forked):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_split_batch, args=(str(folder / "rendezvous"), str(folder / "result")), nprocs=2)
+    code = f"from tests.losses.test_base import split_batch; split_batch({str(folder / 'result')!r})"
+    for done in forked.ranks(code, folder):
+        assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"result.{rank}", weights_only=True) for rank in range(2)]
 
 

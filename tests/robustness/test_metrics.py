@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
 from lipguide import lipschitz_bound, losses
 from lipguide.robustness import metrics
@@ -176,9 +175,10 @@ def test_impossible_settings_are_refused():
         metrics.CategoricalProvableRobustAccuracy(-0.1)
 
 
-def _rank(rank: int, rendezvous: str, results: str) -> None:
+def rank_alone(results: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     part = slice(0, 5) if rank == 0 else slice(5, None)
     out = {}
     for name, make in METRICS.items():
@@ -190,8 +190,10 @@ def _rank(rank: int, rendezvous: str, results: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_with_uneven_shares_compute_the_value_of_the_whole(tmp_path):
-    mp.spawn(_rank, args=(str(tmp_path / "rendezvous"), str(tmp_path / "result")), nprocs=2)
+def test_two_processes_with_uneven_shares_compute_the_value_of_the_whole(tmp_path, forked):
+    code = f"from tests.robustness.test_metrics import rank_alone; rank_alone({str(tmp_path / 'result')!r})"
+    for done in forked.ranks(code, tmp_path):
+        assert done.returncode == 0, done.stderr
     for rank in range(2):
         result = torch.load(tmp_path / f"result.{rank}", weights_only=True)
         for name, make in METRICS.items():

@@ -1,10 +1,7 @@
 """The harness that trains the recipes of all tasks: it resumes, it runs in several processes, it mixes nothing."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +15,6 @@ from lipguide.__main__ import main
 from lipguide.tasks import TASKS, TEST_SEED, WEIGHTS, Data, Recipe, Task, ensure, harness, network_of, train, trained
 from lipguide.tasks.weights import TRAIN_SEED, load, run_of
 from lipguide.training import Supervised
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -290,10 +285,8 @@ def test_the_command_says_in_one_line_what_is_wrong(arguments, message, tmp_path
 
 # --- several processes
 
-SCRIPT = """
-import sys
+CODE = """
 import torch
-sys.path.insert(0, {root!r})
 from tests.tasks import test_harness as toys
 from lipguide import distributed
 from lipguide.tasks import harness
@@ -309,13 +302,10 @@ distributed.finish()
 """
 
 
-def test_two_processes_under_torchrun_write_one_file_with_the_weights_of_one(tmp_path):
-    script, folder = tmp_path / "run.py", tmp_path / "two"
-    script.write_text(SCRIPT.format(root=str(ROOT), folder=str(folder)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_write_one_file_with_the_weights_of_one(tmp_path, forked):
+    folder = tmp_path / "two"
+    for done in forked.ranks(CODE.format(folder=str(folder)), tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
     assert names(folder) == ["toy-normed.safetensors", "toy.safetensors"]
     one = trained("toy", folder=train("toy", device="cpu", folder=tmp_path / "one").parent)[0].state_dict()
     two, run = trained("toy", folder=folder)
@@ -327,10 +317,10 @@ def test_two_processes_under_torchrun_write_one_file_with_the_weights_of_one(tmp
 # --- what ships
 
 
-def test_importing_the_harness_imports_no_task():
+def test_importing_the_harness_imports_no_task(forked, tmp_path):
     code = "import sys, lipguide.tasks; print([m for m in sys.modules if m.startswith('lipguide.tasks.')])"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = forked.run(code, tmp_path)
+    assert "lipguide.tasks.harness" in done.stdout, done.stderr
     assert not any(task in done.stdout for task in ("classification", "segmentation", "detection"))
 
 

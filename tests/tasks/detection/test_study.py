@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import warnings
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,12 +214,10 @@ def test_a_study_stopped_between_configurations_goes_on_with_the_next(whole, tmp
     assert entries[0] == first[0] and trained == ["tinier-ssd-l2-normalised-quick"]
 
 
-def test_two_processes_under_torchrun_have_the_numbers_of_one(whole, tmp_path):
+def test_two_processes_have_the_numbers_of_one(whole, forked, tmp_path):
     entries, folder = whole
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, sys, torch\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
+    code = (
+        "import json, torch\n"
         "from lipguide import distributed\n"
         "from tests.tasks.detection.test_study import make_tiny, tiny_study\n"
         "torch.set_num_threads(1)\n"
@@ -231,10 +227,8 @@ def test_two_processes_under_torchrun_have_the_numbers_of_one(whole, tmp_path):
         f"json.dump(entries, open(f'{tmp_path}/{{rank}}.json', 'w'))\n"
         "distributed.finish()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in forked.ranks(code, tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
     # With batch norm too, both evaluate one detector: running statistics are not each process's own.
     ours, theirs = (measured(json.loads((tmp_path / f"{rank}.json").read_text())) for rank in (0, 1))
     assert ours == theirs and [entry["name"] for entry in ours] == ["naive", "standard conv"]
@@ -585,6 +579,12 @@ def test_a_recipe_is_the_one_that_made_the_weights_that_ship(name):
     assert entry["parameters"] == sum(p.numel() for p in build(recipe).parameters())
 
 
+@cache
+def attacked_scenes(number, seed):
+    """Of those in which a window fits around the number, which are not all."""
+    return load_split("test", number + 100, seed, CPU).part(slice(number))
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_shipped_detectors_score_what_is_on_record(name):
     """On the very scenes that were attacked: other scenes, or other weights, would not."""
@@ -592,9 +592,8 @@ def test_shipped_detectors_score_what_is_on_record(name):
     record = read(RECORD)
     entry = entry_of(record["results"]["configurations"], name)
     seed = entry.get("test", record["provenance"])["seed"]
-    number = entry["attacked_scenes"]  # of those in which a window fits around the number, which are not all
-    scenes = load_split("test", number + 100, seed, CPU).part(slice(number))
-    assert len(scenes.images) == number
+    scenes = attacked_scenes(entry["attacked_scenes"], seed)
+    assert len(scenes.images) == entry["attacked_scenes"]
     found = score(detections(model, unit_range(scenes.images)), scenes.targets)
     assert found.map50 == pytest.approx(entry["clean_map50_of_attacked_scenes"], abs=0.05)
 
