@@ -26,7 +26,7 @@ from lipguide.data.shn.difficulty import Difficulty
 from lipguide.data.shn.looks import DEFAULT, LOOKS
 from lipguide.data.svhn import SVHN
 from lipguide.files import write_json
-from lipguide.layers.export import without_parametrizations
+from lipguide.layers.export import to_be_loaded
 from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
 from lipguide.tasks.detection.data import Split, load_split
@@ -208,7 +208,7 @@ def _taught(
     def train(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
         return train_by(task, recipe, device, seed, steps, checkpoint)
 
-    plain = without_parametrizations(task.network(recipe))
+    plain = to_be_loaded(task.network(recipe))
     model, run = _learnt(f"{name}-{version}", {"steps": steps}, train, plain, folder, device)
     return model, _told(run, recipe)
 

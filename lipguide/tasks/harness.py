@@ -24,7 +24,7 @@ from torch import nn
 
 from lipguide import deadline, distributed
 from lipguide.files import write_json
-from lipguide.layers.export import without_parametrizations
+from lipguide.layers.export import to_be_loaded, without_parametrizations
 from lipguide.provenance import provenance
 from lipguide.tasks.task import Recipe, Task, as_json
 from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, holds_constraints, load, made_as, save
@@ -94,7 +94,7 @@ def network_of(name: str, folder: str | Path = WEIGHTS) -> nn.Module:
     path = Path(folder) / f"{name}.safetensors"
     if holds_constraints(path):
         return model
-    return without_parametrizations(model)
+    return to_be_loaded(model)
 
 
 def trained(
@@ -202,7 +202,7 @@ def train_by(
         seed=seed,
         checkpoint=checkpoint,
     )
-    plain = without_parametrizations(task.network(recipe))
+    plain = to_be_loaded(task.network(recipe))
     plain.load_state_dict(without_parametrizations(model).state_dict())
     plain.to(device)
     run = {

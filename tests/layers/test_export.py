@@ -1,8 +1,7 @@
 """An exported network computes the same, consists of torch alone, and leaves its original as it was."""
 
-import subprocess
-import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from torch.nn.utils import parametrize
 
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.layers.activations import FullSort, GroupSort, GroupSort2, Householder, MaxMin, MaxMinDouble
-from lipguide.layers.affine import orthogonal, spectral
+from lipguide.layers.affine import frobenius, orthogonal, spectral, unit_rows
 from lipguide.layers.blocks import BatchCentering, Concat, PadChannels, Patches, Residual
-from lipguide.layers.export import equation_of, export, without_parametrizations
+from lipguide.layers.constraints import Spectral
+from lipguide.layers.export import equation_of, export, to_be_loaded, without_parametrizations
 from lipguide.layers.pooling import (
     GlobalAvgPool2d,
     GlobalL2NormPool2d,
@@ -106,7 +106,23 @@ def everything() -> nn.Sequential:
     )
 
 
-def test_a_saved_export_loads_and_runs_where_lipguide_is_not_installed(tmp_path):
+@pytest.mark.parametrize("remembering", [False, True])
+def test_what_is_to_be_loaded_takes_the_weights_of_a_plain_copy_and_proves_nothing(remembering, monkeypatch):
+    model = nn.Sequential(everything(), frobenius(nn.Linear(4, 4)), unit_rows(nn.Linear(4, 2)))
+    x = torch.randn(2, 3, 16, 16)
+    model[0][2].requires_grad_(False)
+    plain, before = without_parametrizations(model), {key: value.clone() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(Spectral, "_prove", lambda *_: pytest.fail("proved"))
+    with parametrize.cached() if remembering else nullcontext():
+        empty = to_be_loaded(model.train())
+    assert not any(module.training or parametrize.is_parametrized(module) for module in empty.modules())
+    assert [p.requires_grad for p in empty.parameters()] == [p.requires_grad for p in plain.parameters()]
+    empty.load_state_dict(plain.state_dict())
+    assert torch.equal(empty(x), plain(x))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_saved_export_loads_and_runs_where_lipguide_is_not_installed(tmp_path, forked):
     model, x = everything(), torch.randn(2, 3, 16, 16)
     torch.save(export(model), tmp_path / "exported.pt")
     torch.save((x, model(x).detach()), tmp_path / "pair.pt")
@@ -119,7 +135,7 @@ x, y = torch.load("pair.pt")
 torch.testing.assert_close(model(x), y, atol=1e-5, rtol=1e-5)
 print(len(model))
 """
-    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    run = forked.run(program, tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "19"
 
