@@ -134,7 +134,7 @@ def test_other_detectors_are_judged_as_before():
     box = torch.tensor([[[0.1, 0.1, 0.4, 0.8]]])
     picture, targets = torch.rand(1, 3, 74, 74), Targets(box, torch.tensor([[1]]))
     torch.manual_seed(0)
-    given = unlearnt("spectral-norm", width=4).eval(), picture, targets
+    given = unlearnt("sll", width=4).eval(), picture, targets
     before = list(elsewhere(*given))
     with torch.device("meta"):
         assert list(elsewhere(*given)) == before

@@ -1,5 +1,6 @@
 """The classifiers, their weights and the command that makes them."""
 
+import copy
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -158,8 +159,13 @@ LOCAL = LocalRecipe("residual", steps=3, items=30, test_items=10, batch_size=16)
 
 
 @pytest.mark.parametrize("recipe", [TINY, ATTACKED, LOCAL], ids=["plain", "adversarial", "local"])
-def test_training_repeats_bit_for_bit_and_depends_on_the_seed(recipe):
-    cpu = torch.device("cpu")
+def test_training_repeats_bit_for_bit_and_depends_on_the_seed(recipe, monkeypatch):
+    """With few channels: the one that goes on does so from weights of its size."""
+    few = {"widths": (4, 8), "features": 16}
+    start = without_parametrizations(NETWORKS["residual"](**few))
+    monkeypatch.setitem(SIZES, "few", {"vgg": few, "residual": few})
+    monkeypatch.setattr(recipes, "trained", lambda name, device: (copy.deepcopy(start), {}))
+    recipe, cpu = replace(recipe, size="few"), torch.device("cpu")
     first, second, other = (train_by(TASK, recipe, cpu, seed) for seed in (0, 0, 1))
     states = [model.state_dict() for model, _ in (first, second, other)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -205,7 +211,7 @@ def test_local_step_is_the_loss_of_the_local_logits_also_in_a_wrapper_and_leaves
 
 
 def test_going_on_from_weights_trains_the_dense_end_alone():
-    model, _ = train_by(TASK, LOCAL, torch.device("cpu"))
+    model, _ = train_by(replace(TASK, measure=lambda *_: {}), LOCAL, torch.device("cpu"))
     start, _ = trained(LOCAL.start)
     for name, value in start.state_dict().items():
         apart = (model.state_dict()[name] - value).abs().max()

@@ -1,6 +1,8 @@
 """What detectors are asked with: numbers, labels, pictures and scenes that cannot be meant are errors, not answers."""
 
 import math
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import parametrize
 
 from lipguide import Unbounded, export, lipschitz_bound
+from lipguide.tasks.detection import configurations
 from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, strongest
 from lipguide.tasks.detection.boxes import (
     Targets,
@@ -25,11 +28,20 @@ from lipguide.tasks.detection.fcos import Brightless, assign, fcos, ordinary_fco
 from lipguide.tasks.detection.losses import Multibox
 from lipguide.tasks.detection.scores import detections, hits, score
 from lipguide.tasks.detection.suppression import detect
+from lipguide.tasks.detection.tinier_ssd import STAGES, TinierSSD
 from tests.tasks.detection.test_boxes import PRIORS, random_boxes, random_scenes
 
+
+def narrow(make):
+    """A configuration of one fixed width, with a quarter of its channels."""
+    stages = tuple(tuple(item if isinstance(item, str) else item // 4 for item in stage) for stage in STAGES)
+    with patch.object(configurations, "TinierSSD", partial(TinierSSD, stages=stages)):
+        return make()
+
+
 MAKERS = {
-    "naive": naive,
-    "spectral-norm": spectral_norm,
+    "naive": lambda: narrow(naive),
+    "spectral-norm": lambda: narrow(spectral_norm),
     "standard conv": lambda: standard_conv(4),
     "L2-normalised": lambda: l2_normalised(4),
     "FCOS": lambda: fcos(4),
