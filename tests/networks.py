@@ -89,7 +89,9 @@ def networks(draw, side: int = 8, depth: int = 5):
         if side >= 4 and side % 2 == 0:
             kinds += ["l2pool", "avgpool", "maxpool", "down", "torchavg", "patches"]
         if channels % 4 == 0 and side <= 4:
-            kinds += ["up", "transposed"]
+            kinds.append("transposed")
+        if channels % 8 == 0 and side <= 4:  # a quarter of the channels is left, and activations take them in pairs
+            kinds.append("up")
         kind = draw(st.sampled_from(kinds)) if channels <= 16 else "conv"
         if kind == "conv":
             wide, mode = draw(st.sampled_from([4, 6, 8])), draw(st.sampled_from(["zeros", "circular"]))

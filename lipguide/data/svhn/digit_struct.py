@@ -8,6 +8,7 @@ column of references to numbers. Label 10 stands for the digit 0.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import warnings
@@ -131,8 +132,9 @@ def _references(file: h5py.File, path: str, where: Path) -> np.ndarray:
     if not isinstance(data, h5py.Dataset) or h5py.check_ref_dtype(data.dtype) is not h5py.Reference:
         raise DigitStructError(f"{where} is HDF5, but not SVHN's digitStruct.mat: it has no references at {path}")
     size = where.stat().st_size
-    if data.size * LEAST > size:
-        raise DigitStructError(f"{where} claims {data.size} entries at {path}: more than its {size} bytes can hold")
+    entries = math.prod(data.shape)  # `data.size` is one of 64 bits in some versions of h5py, whose product would wrap
+    if entries * LEAST > size:
+        raise DigitStructError(f"{where} claims {entries} entries at {path}: more than its {size} bytes can hold")
     return data[()].reshape(-1)
 
 
