@@ -87,8 +87,9 @@ def by_letter(app: Sphinx, env: BuildEnvironment) -> list[str]:
     """
     for docname, kinds in env.toc_fignumbers.items():
         letter = re.match(r"([A-Z])\. ", env.titles[docname].astext())
-        for numbers in kinds.values() if letter else ():
-            numbers.update({name: (letter[1], *place) for name, place in numbers.items() if place[0] != letter[1]})
+        for numbers in kinds.values() if letter else ():  # counted on from other pages without a number until here
+            in_order = sorted(numbers, key=lambda name: numbers[name])
+            numbers.update({name: (letter[1], place + 1) for place, name in enumerate(in_order)})
     return []
 
 
