@@ -198,6 +198,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 CUDA: dict[str, Callable[..., Any]] = {
     "is_available": lambda: True,
     "is_bf16_supported": lambda *_, **__: True,
+    "is_current_stream_capturing": lambda: False,
     "device_count": lambda: 1,
     "get_device_name": lambda *_: "a GPU that is not there",
     "max_memory_allocated": lambda *_: 0,
