@@ -293,7 +293,9 @@ def test_a_certificate_is_hunted_where_the_model_is(device):
 def test_what_is_surely_found_is_that_of_the_cpu(device):
     model, (images, *targets) = unlearnt("sll", width=4).eval(), scenes(1, "cpu")
     there = Targets(*(part.to(device) for part in targets))
+    model(images)
     moved = copy.deepcopy(model).to(device)
+    moved(images.to(device))  # proved on each side once: copies take the proofs along
     ours, theirs = rates(moved), rates(model)
     assert torch.allclose(ours.gaps, theirs.gaps) and torch.allclose(ours.offsets, theirs.offsets)
     shares = surely_found(model, theirs, images, Targets(*targets), 0.0)
