@@ -110,8 +110,13 @@ if __name__ == "__main__":
 
     gc.freeze()  # the children share what is there
     code = served()
-    exec(compile(code, "<string>", "exec"), sys.modules["__main__"].__dict__)
+    status = 0
+    try:
+        exec(compile(code, "<string>", "exec"), sys.modules["__main__"].__dict__)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # to take all of torch apart first is a second for nothing
+    os._exit(status)  # to take all of torch apart first is a second for nothing, and torch 2.15 complains meanwhile
