@@ -18,11 +18,11 @@ QUICKLY += ["--classifier-steps", "2", "--detector-steps", "2", "--device", "cpu
 
 
 def few(monkeypatch) -> None:
-    """Let the recipes take a few scenes instead of all."""
+    """Let the recipes take a few scenes instead of all, and fewer at a time."""
 
     def shorter(name: str):
         task, recipe = recipe_of(name)
-        return task, replace(recipe, items=80, test_items=8)
+        return task, replace(recipe, items=80, test_items=8, batch_size=8)
 
     monkeypatch.setattr("lipguide.book.likeness.recipe_of", shorter)
 
