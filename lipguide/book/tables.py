@@ -20,8 +20,8 @@ def table(rows: Rows, units: Mapping[str, str] | None = None, digits: int | Mapp
     """A table of results; the last line of a cell shows it.
 
     Args:
-        rows: one mapping a row, from the head of a column to its value. A mapping of mappings names its rows in a
-            first column, and a mapping of plain values is one row.
+        rows: one mapping a row, from the head of a column to its value; an underscore is shown as a space. A mapping
+            of mappings names its rows in a first column, and a mapping of plain values is one row.
         units: the unit of a column, which goes into its head.
         digits: decimals of the numbers, for all columns or by column.
 
@@ -42,7 +42,8 @@ def table(rows: Rows, units: Mapping[str, str] | None = None, digits: int | Mapp
     decimals = {head: digits if isinstance(digits, int) else digits.get(head, 2) for head in heads}
     cells = [[written(row.get(head), decimals[head]) for head in heads] for row in rows]
     numbers = [all(_is_number(row.get(head)) for row in rows) for head in heads]
-    named = [f"{head} ({units[head]})" if head in (units or {}) else head for head in heads]
+    words = {head: head.replace("_", " ") for head in heads}
+    named = [f"{words[head]} ({units[head]})" if head in (units or {}) else words[head] for head in heads]
     return Table(named, cells, numbers)
 
 

@@ -21,6 +21,11 @@ def test_decimals_stand_under_each_other():
     assert len(ends) == 1  # right-aligned
 
 
+def test_names_of_several_words_are_shown_as_words():
+    shown = table([{"zeros_share": 1.0, "apart_min": 2.0}], {"apart_min": "m"}, {"zeros_share": 0})
+    assert shown.heads == ["zeros share", "apart min (m)"]
+
+
 def test_what_rounding_would_lose_keeps_its_size():
     assert columns(table({"gradient": 3e-19}))[0][1] == "3.0·10⁻¹⁹"
     assert columns(table({"gradient": 0.0}))[0][1] == "0.00"
