@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +30,7 @@ from lipguide.book.contents import pages_of
 __all__ = ["Api", "docstring", "names", "setup"]
 
 PAGE = "book/api"
+IMPORTED = re.compile(r"^\s*from lipguide(?:\.robustness)? import (\w+(?:, \w+)*)$", re.MULTILINE)
 USED = re.compile(r"\blip\.([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 
 
@@ -196,15 +197,31 @@ def _to_page(env: BuildEnvironment, page: str) -> nodes.Node:
 def _uses(env: BuildEnvironment) -> dict[str, dict[str, bool]]:
     """For each name, the pages that name it in reading order, and whether their code runs it."""
     found: dict[str, dict[str, bool]] = {}
+    known = names()
     for page in pages_of(Path(env.srcdir)):
         if page == PAGE or page not in env.found_docs:
             continue
         source = Path(env.doc2path(page))
         env.note_dependency(str(source))
         prose, code = _texts(source)
-        for name in {found_name[1] for found_name in USED.finditer(prose + code)}:
-            found.setdefault(name, {})[page] = re.search(rf"\blip\.{re.escape(name)}\b", code) is not None
+        run = named_in(code, known)
+        for name in run | named_in(prose, known):
+            found.setdefault(name, {})[page] = name in run
     return found
+
+
+def named_in(text: str, known: Collection[str]) -> set[str]:
+    """The names of `known` that a text calls `lip.NAME`, or `room.NAME` where it imports the room from lipguide.
+
+    >>> code = "from lipguide import losses\\nloss = losses.HKR(2)\\nother.data.Digits, lip.orthogonal"
+    >>> sorted(named_in(code, {"losses.HKR", "losses.KR", "data.Digits", "orthogonal"}))
+    ['losses.HKR', 'orthogonal']
+    """
+    found = {match[1] for match in USED.finditer(text)}
+    for match in IMPORTED.finditer(text):
+        rooms = "|".join(re.split(r"\W+", match[1]))
+        found |= set(re.findall(rf"(?<![\w.])((?:{rooms})\.\w+)", text))
+    return found & set(known)
 
 
 def _texts(path: Path) -> tuple[str, str]:
