@@ -55,4 +55,5 @@ def test_the_other_side_certifies_without_lipguide(handed, forked):
 def test_files_that_are_handed_over_name_no_code_of_lipguide(handed):
     folder, _ = handed
     assert {path.name for path in folder.iterdir()} == {"model.pt2", "certificate.pt"}
-    assert not any(b"lipguide" in path.read_bytes() for path in folder.iterdir())
+    checkout = str(ROOT).encode()  # may have any name; exported programs know the file that asked for them
+    assert not any(b"lipguide" in path.read_bytes().replace(checkout, b"") for path in folder.iterdir())
