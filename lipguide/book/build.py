@@ -158,8 +158,8 @@ def _execute_all(book: Book, profile: str, device: str, chapters: list[str]) -> 
     bar = tqdm(total=len(chapters), initial=len(outcomes), disable=None, unit="chapter", leave=False)
     with bar, ThreadPoolExecutor(AT_ONCE[device]) as pool:
         futures = [
-            pool.submit(_execute, book, name, profile, device, is_first)
-            for name, is_first in zip(changed, [True] + [False] * len(changed), strict=False)
+            pool.submit(_execute, book, name, profile, device, is_first=place == 0)
+            for place, name in enumerate(changed)
         ]
         try:
             for future in as_completed(futures):

@@ -72,11 +72,7 @@ def without_parametrizations(model: nn.Module) -> nn.Module:
     ['weight', 'bias']
     """
     with fresh_weights(model):
-        twin = copy.deepcopy(model).eval()
-        for module in list(twin.modules()):
-            if parametrize.is_parametrized(module):
-                _make_plain(module)
-    return twin
+        return _all_plain(copy.deepcopy(model).eval())
 
 
 @torch.no_grad()
@@ -90,11 +86,15 @@ def to_be_loaded(model: nn.Module) -> nn.Module:
     ['weight', 'bias']
     """
     with uncached():
-        twin = copy.deepcopy(model).train()
-        for module in list(twin.modules()):
-            if parametrize.is_parametrized(module):
-                _make_plain(module)
-    return twin.eval()
+        return _all_plain(copy.deepcopy(model).train()).eval()
+
+
+def _all_plain(model: nn.Module) -> nn.Module:
+    """The model itself, with plain weights that have the values of now."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            _make_plain(module)
+    return model
 
 
 @contextmanager
