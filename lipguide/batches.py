@@ -54,7 +54,7 @@ def taken(column: Tensor | list[Any], indices: Tensor) -> Tensor | list[Any]:
     """
     if not isinstance(column, Tensor):
         return [column[index] for index in indices.tolist()]
-    if column.is_cuda:  # from pinned memory the copy waits for nothing
+    if column.is_cuda and not indices.is_cuda:  # from pinned memory the copy waits for nothing
         indices = indices.pin_memory().to(column.device, non_blocking=True)
     return column[indices]
 

@@ -25,6 +25,7 @@ from lipguide.batches import batch_indices, mixed, on_device, samples_in, taken
 from lipguide.checkpoint import Checkpoint, Progress, Tally, content_of, kind_of
 from lipguide.distributed import gathered, rank_and_ranks, share_buffers
 from lipguide.finite import Guard, check_weights, explain
+from lipguide.recorded import Recorded, can_record
 
 __all__ = ["SCHEDULES", "Shifted", "StepLoss", "Supervised", "adam", "fit", "learning_rate_factor", "supervised"]
 
@@ -37,10 +38,14 @@ PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 class Supervised(nn.Module):
     """The step of a task with pictures and labels: `loss(model(images), labels)`.
 
+    It is steady if the loss and the model are: see `fit`.
+
     >>> step = Supervised(nn.CrossEntropyLoss())
     >>> round(step(nn.Identity(), (torch.zeros(3, 2), torch.tensor([0, 1, 1]))).item(), 4)
     0.6931
     """
+
+    steady = True
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -74,17 +79,20 @@ class Shifted(nn.Module):
     def __init__(self, step: nn.Module, mirror: bool = False, noise: float = 0.0, outside: int = -100) -> None:
         super().__init__()
         self.step, self.mirror, self.noise, self.outside = step, mirror, noise, outside
+        self.steady = getattr(step, "steady", False)
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         images, *others = batch
         height, width = images.shape[2:]
-        down, right = torch.randint(5, (2,), device="cpu").tolist()
+        down, right = torch.randint(5, (2,), device=images.device)
+        rows = down + torch.arange(height, device=images.device)
+        columns = right + torch.arange(width, device=images.device)
         half = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5 if self.mirror else None
 
         def moved(pictures: Tensor, **padding: Any) -> Tensor:
             """(N, C, H, W) to the same shape."""
             wider = nn.functional.pad(pictures, (2, 2, 2, 2), **padding)
-            window = wider[..., down : down + height, right : right + width]
+            window = wider.index_select(2, rows).index_select(3, columns)
             return window if half is None else torch.where(half, window.flip(3), window)
 
         images = moved(images, mode="replicate")
@@ -113,13 +121,14 @@ def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
 def adam(model: nn.Module, rate: float) -> torch.optim.Adam:
     """Adam over all parameters of a model; on CUDA torch's fused one, which is one kernel and waits for nothing.
 
-    On the CPU the fused one rounds differently, and a step of a convolutional network gets no faster by it.
+    There its steps can be recorded, too. On the CPU the fused one rounds differently, and a step of a convolutional
+    network gets no faster by it.
 
     >>> adam(nn.Linear(2, 1), 1e-3).defaults["fused"] is None
     True
     """
     on_cuda = all(parameter.is_cuda for parameter in model.parameters())
-    return torch.optim.Adam(model.parameters(), rate, fused=on_cuda or None)
+    return torch.optim.Adam(model.parameters(), rate, fused=on_cuda or None, capturable=on_cuda)
 
 
 def supervised(
@@ -163,6 +172,7 @@ def fit(
     after_step: Callable[[nn.Module], None] | None = None,
     checkpoint: str | Path | None = None,
     log_every: int = 100,
+    recorded: bool = False,
     report: Callable[[str], None] = logger.info,
 ) -> list[dict[str, float]]:
     """Train `model` where its parameters are, and return one record for each line reported.
@@ -182,6 +192,10 @@ def fit(
         after_step: called with `model` after every update, for instance to project weights onto a constraint.
         checkpoint: a file, written with each report; if it exists, the run goes on from there. A file of a run with
             other settings, data, model, loss or optimizer is an error.
+        recorded: let a GPU record the step once and repeat it by itself, which saves the starting of each kernel. The
+            step must be steady: ask the device for no number, and do in each step the same with tensors of the same
+            shapes, as networks of plain layers do. It takes an optimizer such as `adam` gives; elsewhere, and under
+            several processes, nothing is recorded.
         report: receives a line every `log_every` steps; `print` in a notebook.
 
     Raises FloatingPointError, with the step and the layer, if a loss or a gradient is not finite: at the next report
@@ -218,11 +232,33 @@ def fit(
     data = [on_device(column, device) for column in data]
     net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
 
-    def loss_of(network: nn.Module, step: int) -> Tensor:
-        share = batch_indices(step, batch_size, samples, seed).tensor_split(ranks)[rank]
-        torch.manual_seed(mixed(seed, step, rank))
+    def indices(step: int) -> Tensor:
+        return batch_indices(step, batch_size, samples, seed).tensor_split(ranks)[rank]
+
+    def loss_with(network: nn.Module, share: Tensor) -> Tensor:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             return _one_number(step_loss(network, tuple(taken(column, share) for column in data)))
+
+    def loss_of(network: nn.Module, step: int) -> Tensor:
+        torch.manual_seed(mixed(seed, step, rank))
+        return loss_with(network, indices(step))
+
+    def update(share: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """The loss and the norm of the gradient of a step, and whether it was made: not if one of them is not finite.
+        Where the guard reads nothing, it was made if it could be."""
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_with(net, share)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        loss = loss.detach()
+        # The scaler expects infinite gradients.
+        if not guard.passes(torch.isfinite(loss if scaler.is_enabled() else loss + norm)):
+            return loss, norm, False
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+        scaler.step(optimizer)
+        return loss, norm, True
 
     def check(when: str) -> None:
         """What the guard has kept from the weights is an error, and so is a weight that is not finite."""
@@ -240,26 +276,21 @@ def fit(
         raise deadline.OutOfTime(f"stopped before step {step} of {steps}{kept}")
 
     guard = Guard(optimizer, device, reads=scaler.is_enabled() or after_step is not None)
+    one_step = update
+    if recorded and ranks == 1 and can_record(device):
+        _make_recordable(optimizer, guard, data)
+        one_step = Recorded(update, device)
     with _training(model), torch.random.fork_rng([device] if device.type == "cuda" else []), guard:
         tally.begin()
         for step in range(first, steps):
             # Several processes agree on it where they talk anyway, after a report.
             if (ranks == 1 or not tally.steps) and deadline.is_up():
                 stop_in_time(step)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * learning_rate_factor(schedule, step, steps)
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(net, step)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            loss = loss.detach()
-            # The scaler expects infinite gradients.
-            if not guard.passes(torch.isfinite(loss if scaler.is_enabled() else loss + norm)):
+            _set_rates(optimizer, learning_rate_factor(schedule, step, steps))
+            torch.manual_seed(mixed(seed, step, rank))
+            loss, norm, made = one_step(indices(step))
+            if not made:
                 _stop(model, step, loss_of)
-            if clip is not None:
-                nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
-            scaler.step(optimizer)
             scaler.update()
             if after_step is not None:
                 after_step(model)
@@ -271,7 +302,7 @@ def fit(
                     "step": step + 1,
                     "loss": sum(gathered(total)) / (count * ranks),
                     "gradient_norm": norm.item(),
-                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "learning_rate": float(optimizer.param_groups[0]["lr"]),
                     "samples_per_second": count * batch_size / seconds,
                 }
                 history.append(record)
@@ -281,6 +312,30 @@ def fit(
                 tally.begin()
     share_buffers(model)  # DistributedDataParallel keeps them in step only while it trains
     return history
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """The learning rates of a step; where a step is recorded, in the memory from which it reads them."""
+    for group in optimizer.param_groups:
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _make_recordable(optimizer: torch.optim.Optimizer, guard: Guard, data: Sequence[Any]) -> None:
+    """Let the optimizer read its rates from the device; ValueError for what no recording can repeat."""
+    if guard.reads or not all(group.get("capturable", True) for group in optimizer.param_groups):
+        raise ValueError(
+            "a step is recorded only with one of torch's fused optimizers, capturable=True, without float16 and "
+            "without after_step: take lipguide.training.adam, or recorded=False"
+        )
+    if not all(isinstance(column, Tensor) for column in data):
+        raise ValueError("a step is recorded only if all columns of data are tensors: pass recorded=False")
+    for group in optimizer.param_groups:
+        rates = torch.as_tensor(group["lr"], dtype=torch.float32)
+        group["lr"] = rates.to(next(iter(group["params"])).device, copy=True)
 
 
 @contextmanager

@@ -163,7 +163,9 @@ def _waits(
         indices = [index for index in tree_leaves(args[1]) if isinstance(index, Tensor)]
         masks = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
         fills = name != "index" and len(indices) == 1 and args[2].numel() == 1  # torch fills, and counts nothing
-        return bool(masks and not fills) or any(index.dim() and not isinstance(index, Pretended) for index in indices)
+        moves = name != "index" and not fills and not isinstance(args[2], Pretended)  # a number of the host
+        here = any(index.dim() and not isinstance(index, Pretended) for index in indices)
+        return bool(masks and not fills) or moves or here
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
     return name in WAITING
@@ -244,6 +246,7 @@ def pretended() -> Iterator[None]:
     with (
         torch.library._scoped_library("aten", "IMPL") as library,
         mock.patch.multiple(torch.cuda, **CUDA),
+        mock.patch("lipguide.training.can_record", lambda device: False),  # a graph it is not
         mock.patch.object(torch, "Generator", _Generator),
         _Computed(),
         _Named(),

@@ -201,6 +201,7 @@ def train_by(
         task.precision_of(recipe),
         seed=seed,
         checkpoint=checkpoint,
+        recorded=getattr(step, "steady", False),
     )
     plain = to_be_loaded(task.network(recipe))
     plain.load_state_dict(without_parametrizations(model).state_dict())

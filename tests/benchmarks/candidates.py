@@ -14,6 +14,7 @@ from lipguide.layers.affine import aol, clip, frobenius, l2_normalized, orthogon
 from lipguide.layers.export import export, without_parametrizations
 from lipguide.layers.pooling import ScaledL2NormPool2d
 from lipguide.layers.sll import SLL
+from lipguide.recorded import WARM_UP, Recorded, can_record
 
 OURS = {
     "spectral": spectral,
@@ -86,6 +87,16 @@ def training_step(layer: nn.Module, x: torch.Tensor, precision: torch.dtype = to
         optimizer.step()
 
     return step
+
+
+def recorded(step: Callable[[], None], device: str) -> Callable[[], None]:
+    """The step as `lip.fit(..., recorded=True)` makes it: on a GPU one graph, recorded before anything is timed."""
+    if not can_record(torch.device(device)):
+        return step
+    graph = Recorded(step, torch.device(device))
+    for _ in range(WARM_UP + 1):
+        graph()
+    return graph
 
 
 def inference_step(layer: nn.Module, x: torch.Tensor) -> Callable[[], None]:

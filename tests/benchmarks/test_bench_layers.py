@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lipguide.book.cost import Cost, compare
-from tests.benchmarks.candidates import blocks, exported, inference_step, layers, training_step
+from tests.benchmarks.candidates import OURS, blocks, exported, inference_step, layers, recorded, training_step
 from tests.benchmarks.conftest import DEVICE, PROFILE
 
 # Pictures shrink as channels grow, as they do in a network.
@@ -61,6 +61,18 @@ def test_training_step_in_half_precision(benchmark, record, device, kind):
     steps = {name: training_step(layer, x, torch.bfloat16) for name, layer in made.items()}
     costs = benchmark.pedantic(compare, args=(steps, 31), rounds=1, iterations=1)
     record(f"training in bfloat16, {kind}/channels 256/batch 256/side 16", rows(costs))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU records a step")
+@pytest.mark.parametrize("kind", ["layers", "blocks"])
+def test_recorded_training_step_in_half_precision(benchmark, record, device, kind):
+    """The same steps, recorded: what the kernels take, without the starting of them. Peers may not be recordable."""
+    x = torch.randn(256, 256, 16, 16, device=device)
+    made = layers(256, device) if kind == "layers" else blocks(256, device)
+    own = {name: layer for name, layer in made.items() if name.startswith(("plain", "SLL")) or name in OURS}
+    steps = {name: recorded(training_step(layer, x, torch.bfloat16), device) for name, layer in own.items()}
+    costs = benchmark.pedantic(compare, args=(steps, 31), rounds=1, iterations=1)
+    record(f"recorded training in bfloat16, {kind}/channels 256/batch 256/side 16", rows(costs))
 
 
 @pytest.mark.parametrize("channels, batch", GRID)

@@ -73,6 +73,8 @@ class Local(nn.Module):
     torch.Size([])
     """
 
+    steady = True
+
     def __init__(self, loss: nn.Module, reach: float) -> None:
         super().__init__()
         self.loss, self.reach = loss, reach

@@ -320,11 +320,12 @@ def _one_prior_each(overlaps: Tensor) -> Tensor:
     rest = overlaps.clone()
     rows = torch.arange(scenes, device=overlaps.device)
     owner = torch.full((scenes, priors), NOTHING, device=overlaps.device)
+    gone = torch.full((), -1.0, dtype=rest.dtype, device=rest.device)  # a number of the host would be waited for
     for _ in range(objects):
         value, pair = rest.flatten(1).max(1)
         thing = pair // priors
         prior = pair % priors
         owner[rows, prior] = torch.where(value >= 0, thing, owner[rows, prior])
-        rest[rows, thing] = -1.0  # where no object is left, all of a scene is -1 already
-        rest[rows, :, prior] = -1.0
+        rest[rows, thing] = gone  # where no object is left, all of a scene is -1 already
+        rest[rows, :, prior] = gone
     return owner

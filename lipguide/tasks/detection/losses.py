@@ -106,6 +106,7 @@ class DetectionStep(nn.Module):
         super().__init__()
         self.loss = loss
         self.classes = None if known is None else known.classes
+        self.steady = known is not None
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         images, boxes, labels = batch

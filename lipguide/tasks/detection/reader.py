@@ -14,6 +14,7 @@ the picture, as a function of which all norms here are taken:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -45,6 +46,9 @@ HEIGHT, WIDTH = 28.0, 13.0  # of the digit that a window expects, in pixels of t
 RIVALS = (0.36, 0.5, 0.6)
 LEAST = -0.2  # a digit counts as seen where "nothing" is ahead of it by no more than this
 CANVASES = (Canvas(34, 48, 64, 7, 15), Canvas(48, 56, 72, 4, 12), Canvas(68, 80, 96, 6, 14))
+
+
+Moved = Sequence[int] | Tensor  # how many pixels down and right
 
 
 class ReaderOutput(NamedTuple):
@@ -104,14 +108,14 @@ class Detector(nn.Module):
             features = torch.cat([self.features(x, level) for level in range(len(self.levels))], 1)
             return ReaderOutput(self.class_head(features), self.box_head(features))
 
-    def features(self, x: Tensor, level: int, dense: bool = True, moved: tuple[int, int] = (0, 0)) -> Tensor:
+    def features(self, x: Tensor, level: int, dense: bool = True, moved: Moved = (0, 0)) -> Tensor:
         """(N, windows, features) of one level of a picture without its mean.
 
         Args:
             dense: a window at every fourth pixel, not at every eighth.
             moved: pixels by which the picture is moved down and right on its canvas of zeros.
         """
-        x = self.trunk(self.levels[level](x).roll(moved, (2, 3)))
+        x = self.trunk(_rolled(self.levels[level](x), moved))
         # The same two layers at every place: between two windows a stride of 8 pixels, or of 4.
         x = self.sort(F.conv2d(x, self.halve.weight, self.halve.bias, stride=1 if dense else 2))
         x = F.conv2d(x, self.read.weight, self.read.bias, dilation=2 if dense else 1)
@@ -172,8 +176,16 @@ class Detector(nn.Module):
         return ReaderLoss(self, reduction)
 
 
+def _rolled(x: Tensor, moved: Moved) -> Tensor:
+    """(N, C, H, W), moved down and right; what leaves at one edge comes in at the other. It waits for no number."""
+    for axis, by in zip((2, 3), moved, strict=True):
+        size = x.shape[axis]
+        x = x.index_select(axis, (torch.arange(size, device=x.device) - by) % size)
+    return x
+
+
 def places(
-    canvas: Canvas, step: int, moved: tuple[int, int] = (0, 0), device: torch.device | None = None
+    canvas: Canvas, step: int, moved: Moved = (0, 0), device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
     """Centres (P, 2) of the windows of one level, and (P,) its side; see `Detector.places`."""
     down, right = moved
@@ -253,6 +265,7 @@ class ReaderLoss(nn.Module):
         super().__init__()
         self.tau, self.reach, self.negatives, self.reduction = model.tau, model.reach, negatives, reduction
         self.offset = offset
+        self.levels = tuple(canvas.side for canvas in model.canvases)
         centres, sides = model.places()
         self.register_buffer("centres", centres, persistent=False)
         self.register_buffer("sides", sides, persistent=False)
@@ -298,30 +311,34 @@ class ReaderLoss(nn.Module):
 class ReaderStep(nn.Module):
     """The step of `lipguide.training.fit`.
 
-    Each scene is read on the levels on which one of its digits has about the size that the reader expects, and on each
-    other one with a probability of `elsewhere`: what stands there is nothing, and half of the work. Each batch lies
-    elsewhere on the canvases, so that every place is learnt. A step waits for a GPU once, for the number of scenes that
-    each level reads.
+    Each scene is read on the levels on which one of its digits has about the size that the reader expects, and some on
+    the others: what stands there is nothing, and half of the work. Each batch lies elsewhere on the canvases, so that
+    every place is learnt.
 
     Args:
         loss: of the windows.
-        elsewhere: a probability.
-        known: as `DetectionStep` takes it.
+        elsewhere: the share of the scenes that are read on a level without such a digit.
+        known: as `DetectionStep` takes it. Then a level reads the same number of scenes in each step, as many as are
+            rarely too few, and a step never waits for a GPU; else it waits once, for these numbers.
     """
 
     def __init__(self, loss: ReaderLoss, elsewhere: float = 0.1, known: Checked | None = None) -> None:
         super().__init__()
         self.loss, self.elsewhere = loss, elsewhere
+        self.steady = known is not None
         self.classes = None if known is None else known.classes
+        self.shares = (
+            None if known is None else [_suited(*known[:2], side).double().mean().item() for side in loss.levels]
+        )
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         images, boxes, labels = batch
         targets = check_targets(Targets(boxes, labels)) if self.classes is None else Checked(*batch[1:], self.classes)
         images = model.brightless(unit_range(images))
-        moved = tuple(torch.randint(-CELL // 4, CELL // 4, (2,), device="cpu").tolist())
+        moved = torch.randint(-CELL // 4, CELL // 4, (2,), device=images.device)
         windows: list[list[Tensor]] = []
         with parametrize.cached():
-            for number, chosen in enumerate(self._chosen(model, targets)):
+            for number, chosen in enumerate(self._chosen(targets)):
                 if not len(chosen):
                     continue
                 features = model.features(images[chosen], number, True, moved)
@@ -333,19 +350,29 @@ class ReaderStep(nn.Module):
         values, speaks = self.loss.of_windows(*(single(part) for part in together[:2]), *together[2:])
         return mean_over_ranks(values.sum(), speaks.sum(), values)
 
-    def _chosen(self, model: nn.Module, targets: Targets) -> list[Tensor]:
-        """For each level the scenes that are read on it, in order."""
-        suited = torch.stack([self._suited(*targets, canvas.side) for canvas in model.canvases])  # (levels, N)
+    def _chosen(self, targets: Targets) -> list[Tensor]:
+        """For each level the scenes that are read on it, those with a digit for it first."""
+        suited = torch.stack([_suited(*targets[:2], side) for side in self.loss.levels])  # (levels, N)
+        if self.shares is None:
+            suited |= torch.rand(suited.shape, device=suited.device) < self.elsewhere
+            counts = suited.sum(1).tolist()
+        else:
+            counts = [self._count(suited.shape[1], share) for share in self.shares]
         in_front = (~suited).to(torch.uint8).argsort(dim=1, stable=True)
-        counts = suited.sum(1).tolist()
         return [order[:count] for order, count in zip(in_front, counts, strict=True)]
 
-    def _suited(self, boxes: Tensor, labels: Tensor, side: int) -> Tensor:
-        """(N,): which scenes are read on a level."""
-        height = (boxes[..., 3] - boxes[..., 1]).clamp(min=1e-6) * side
-        near = (height / HEIGHT).log2().abs() < RING * RATIO
-        suited = (near & (labels != NOTHING)).any(1)
-        return suited | (torch.rand(len(labels), device=labels.device) < self.elsewhere)
+    def _count(self, scenes: int, share: float) -> int:
+        """How many of so many scenes a level reads if it has a digit for such a share of all: two deviations more than
+        have one on average, and those elsewhere."""
+        spread = math.sqrt(scenes * share * (1 - share))
+        return min(scenes, math.ceil(scenes * (share + self.elsewhere * (1 - share)) + 2 * spread))
+
+
+def _suited(boxes: Tensor, labels: Tensor, side: int) -> Tensor:
+    """(N,): which scenes have a digit that a level of so many pixels shows at about the size a reader expects."""
+    height = (boxes[..., 3] - boxes[..., 1]).clamp(min=1e-6) * side
+    near = (height / HEIGHT).log2().abs() < RING * RATIO
+    return (near & (labels != NOTHING)).any(1)
 
 
 FITS, FIT_RATE = 400, 0.03  # steps by which an orthogonal kernel is fitted to a given one, and their rate
