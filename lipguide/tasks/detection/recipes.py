@@ -275,10 +275,8 @@ _FULL = Recipe("fcos", steps=12_000, batch_size=128, width=96, items=None, test_
 LARGE: dict[str, Detection] = {
     "detection-fcos-full": _FULL,
     **{f"detection-fcos-tau-{tau}-full": replace(_FULL, tau=float(tau)) for tau in (5, 80)},  # the first one has 20
-    "detection-reader-full": Reading("reader", steps=8000, batch_size=128, rate=3e-3, width=32, start=None),
-    "detection-reader-sure": Reading(
-        "reader", steps=8000, batch_size=128, rate=3e-3, width=32, offset=0.2, start=None
-    ),
+    "detection-reader-full": Reading("reader", steps=16_000, batch_size=128, rate=3e-3, width=32, start=None),
+    "detection-reader-short": Reading("reader", steps=8000, batch_size=128, rate=3e-3, width=32, start=None),
     "detection-ordinary-fcos-full": replace(_FULL, network="ordinary-fcos", steps=6000, rate=1e-2),
     **{f"tinier-ssd-why-{change}": Unlearnt(change) for change in CHANGES},
 }
