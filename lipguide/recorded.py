@@ -7,13 +7,15 @@ asks the device for no number and takes none from the host that changes from ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Recorded", "can_record"]
+from lipguide.finite import Guard
+
+__all__ = ["Recorded", "can_record", "make_recordable", "set_rates"]
 
 WARM_UP = 3  # calls before the recording, in which libraries choose their kernels and optimizers make their state
 
@@ -79,3 +81,27 @@ class Recorded:
                 "needs memory of the host; train it with recorded=False"
             ) from error
         self._graph = graph
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """The learning rates of a step; where a step is recorded, in the memory from which it reads them."""
+    for group in optimizer.param_groups:
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def make_recordable(optimizer: torch.optim.Optimizer, guard: Guard, data: Sequence[Any]) -> None:
+    """Let the optimizer read its rates from the device; ValueError for what no recording can repeat."""
+    if guard.reads or not all(group.get("capturable", True) for group in optimizer.param_groups):
+        raise ValueError(
+            "a step is recorded only with one of torch's fused optimizers, capturable=True, without float16 and "
+            "without after_step: take lipguide.training.adam, or recorded=False"
+        )
+    if not all(isinstance(column, Tensor) for column in data):
+        raise ValueError("a step is recorded only if all columns of data are tensors: pass recorded=False")
+    for group in optimizer.param_groups:
+        rates = torch.as_tensor(group["lr"], dtype=torch.float32)
+        group["lr"] = rates.to(next(iter(group["params"])).device, copy=True)

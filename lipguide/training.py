@@ -25,7 +25,8 @@ from lipguide.batches import batch_indices, mixed, on_device, samples_in, taken
 from lipguide.checkpoint import Checkpoint, Progress, Tally, content_of, kind_of
 from lipguide.distributed import gathered, rank_and_ranks, share_buffers
 from lipguide.finite import Guard, check_weights, explain
-from lipguide.recorded import Recorded, can_record
+from lipguide.recorded import Recorded, can_record, make_recordable, set_rates
+from lipguide.steps import Shifted, Supervised
 
 __all__ = ["SCHEDULES", "Shifted", "StepLoss", "Supervised", "adam", "fit", "learning_rate_factor", "supervised"]
 
@@ -33,75 +34,6 @@ logger = logging.getLogger(__name__)
 StepLoss = Callable[[nn.Module, tuple[Any, ...]], Tensor]
 SCHEDULES = ("constant", "cosine", "one-cycle")
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Supervised(nn.Module):
-    """The step of a task with pictures and labels: `loss(model(images), labels)`.
-
-    It is steady if the loss and the model are: see `fit`.
-
-    >>> step = Supervised(nn.CrossEntropyLoss())
-    >>> round(step(nn.Identity(), (torch.zeros(3, 2), torch.tensor([0, 1, 1]))).item(), 4)
-    0.6931
-    """
-
-    steady = True
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        return self.loss(model(images), labels)
-
-
-class Shifted(nn.Module):
-    """A training step on pictures moved by up to two pixels each way, all of a batch alike, and masks with them.
-
-    What comes in at the edges repeats the last row or column of the picture; in a mask it is `outside`.
-
-    Args:
-        step: the training step behind it, such as `Supervised`.
-        mirror: half of the pictures at random, for objects, which may be mirrored, but not for digits.
-        noise: standard deviation of Gaussian noise on each pixel.
-        outside: the label of pixels that are not counted.
-
-    The first column holds the pictures, (N, C, H, W). Every other one of shape (N, H, W) is a mask.
-
-    >>> step = Shifted(Supervised(nn.CrossEntropyLoss()))
-    >>> step(nn.Flatten(), (torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))).shape
-    torch.Size([])
-    >>> step(nn.Identity(), (torch.rand(2, 3, 4, 4), torch.ones(2, 4, 4, dtype=torch.long))).shape
-    torch.Size([])
-    """
-
-    def __init__(self, step: nn.Module, mirror: bool = False, noise: float = 0.0, outside: int = -100) -> None:
-        super().__init__()
-        self.step, self.mirror, self.noise, self.outside = step, mirror, noise, outside
-        self.steady = getattr(step, "steady", False)
-
-    def forward(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        images, *others = batch
-        height, width = images.shape[2:]
-        down, right = torch.randint(5, (2,), device=images.device)
-        rows = down + torch.arange(height, device=images.device)
-        columns = right + torch.arange(width, device=images.device)
-        half = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5 if self.mirror else None
-
-        def moved(pictures: Tensor, **padding: Any) -> Tensor:
-            """(N, C, H, W) to the same shape."""
-            wider = nn.functional.pad(pictures, (2, 2, 2, 2), **padding)
-            window = wider.index_select(2, rows).index_select(3, columns)
-            return window if half is None else torch.where(half, window.flip(3), window)
-
-        images = moved(images, mode="replicate")
-        for place, part in enumerate(others):
-            if isinstance(part, Tensor) and part.shape[1:] == (height, width):
-                others[place] = moved(part[:, None], value=self.outside)[:, 0]
-        if self.noise:
-            images = images + self.noise * torch.randn_like(images)
-        return self.step(model, (images, *others))
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
@@ -278,7 +210,7 @@ def fit(
     guard = Guard(optimizer, device, reads=scaler.is_enabled() or after_step is not None)
     one_step = update
     if recorded and ranks == 1 and can_record(device):
-        _make_recordable(optimizer, guard, data)
+        make_recordable(optimizer, guard, data)
         one_step = Recorded(update, device)
     with _training(model), torch.random.fork_rng([device] if device.type == "cuda" else []), guard:
         tally.begin()
@@ -286,7 +218,7 @@ def fit(
             # Several processes agree on it where they talk anyway, after a report.
             if (ranks == 1 or not tally.steps) and deadline.is_up():
                 stop_in_time(step)
-            _set_rates(optimizer, learning_rate_factor(schedule, step, steps))
+            set_rates(optimizer, learning_rate_factor(schedule, step, steps))
             torch.manual_seed(mixed(seed, step, rank))
             loss, norm, made = one_step(indices(step))
             if not made:
@@ -312,30 +244,6 @@ def fit(
                 tally.begin()
     share_buffers(model)  # DistributedDataParallel keeps them in step only while it trains
     return history
-
-
-def _set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """The learning rates of a step; where a step is recorded, in the memory from which it reads them."""
-    for group in optimizer.param_groups:
-        rate = group["initial_lr"] * factor
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
-def _make_recordable(optimizer: torch.optim.Optimizer, guard: Guard, data: Sequence[Any]) -> None:
-    """Let the optimizer read its rates from the device; ValueError for what no recording can repeat."""
-    if guard.reads or not all(group.get("capturable", True) for group in optimizer.param_groups):
-        raise ValueError(
-            "a step is recorded only with one of torch's fused optimizers, capturable=True, without float16 and "
-            "without after_step: take lipguide.training.adam, or recorded=False"
-        )
-    if not all(isinstance(column, Tensor) for column in data):
-        raise ValueError("a step is recorded only if all columns of data are tensors: pass recorded=False")
-    for group in optimizer.param_groups:
-        rates = torch.as_tensor(group["lr"], dtype=torch.float32)
-        group["lr"] = rates.to(next(iter(group["params"])).device, copy=True)
 
 
 @contextmanager

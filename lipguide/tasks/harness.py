@@ -34,6 +34,8 @@ __all__ = ["FULL", "TASKS", "ensure", "network_of", "recipe_of", "train", "train
 
 logger = logging.getLogger(__name__)
 FULL = Path("study", "full")  # where weights that do not ship go, seen from the checkout
+# Let a GPU record the steps of trainings (`lipguide.training.fit`); asked for, until it has been seen on one.
+RECORDED = "LIPGUIDE_RECORDED" in os.environ
 PRODUCTS = ("book/results", "lipguide/weights")  # what runs write says nothing about the code that ran
 
 
@@ -201,7 +203,7 @@ def train_by(
         task.precision_of(recipe),
         seed=seed,
         checkpoint=checkpoint,
-        recorded=getattr(step, "steady", False),
+        recorded=RECORDED and getattr(step, "steady", False),
     )
     plain = to_be_loaded(task.network(recipe))
     plain.load_state_dict(without_parametrizations(model).state_dict())

@@ -308,6 +308,9 @@ class ReaderLoss(nn.Module):
         return values >= least.clamp(min=0)
 
 
+ASKED = {"cpu"}  # devices that say a number at once
+
+
 class ReaderStep(nn.Module):
     """The step of `lipguide.training.fit`.
 
@@ -318,8 +321,8 @@ class ReaderStep(nn.Module):
     Args:
         loss: of the windows.
         elsewhere: the share of the scenes that are read on a level without such a digit.
-        known: as `DetectionStep` takes it. Then a level reads the same number of scenes in each step, as many as are
-            rarely too few, and a step never waits for a GPU; else it waits once, for these numbers.
+        known: as `DetectionStep` takes it. Then on a GPU a level reads the same number of scenes in each step, as many
+            as are rarely too few, and a step never waits; else it waits once, for these numbers.
     """
 
     def __init__(self, loss: ReaderLoss, elsewhere: float = 0.1, known: Checked | None = None) -> None:
@@ -353,7 +356,7 @@ class ReaderStep(nn.Module):
     def _chosen(self, targets: Targets) -> list[Tensor]:
         """For each level the scenes that are read on it, those with a digit for it first."""
         suited = torch.stack([_suited(*targets[:2], side) for side in self.loss.levels])  # (levels, N)
-        if self.shares is None:
+        if self.shares is None or suited.device.type in ASKED:
             suited |= torch.rand(suited.shape, device=suited.device) < self.elsewhere
             counts = suited.sum(1).tolist()
         else:
@@ -373,42 +376,6 @@ def _suited(boxes: Tensor, labels: Tensor, side: int) -> Tensor:
     height = (boxes[..., 3] - boxes[..., 1]).clamp(min=1e-6) * side
     near = (height / HEIGHT).log2().abs() < RING * RATIO
     return (near & (labels != NOTHING)).any(1)
-
-
-FITS, FIT_RATE = 400, 0.03  # steps by which an orthogonal kernel is fitted to a given one, and their rate
-
-
-def take_over(model: Detector, classifier: nn.Sequential, gain: float = 2.0) -> None:
-    """Begin with what a classifier of single digits knows: `vgg` of the same widths, trained.
-
-    A digit is `gain` times as clear on a level as in a crop; with biases `gain` times as large, trunk and features give
-    `gain` times what they gave. The row of background stays random.
-    """
-    layers = [layer for layer in classifier if isinstance(layer, nn.Conv2d | nn.Linear)]
-    own = [layer for layer in (*model.trunk, model.halve, model.read) if isinstance(layer, nn.Conv2d)]
-    for mine, theirs in zip([*own, model.class_head], layers, strict=True):
-        weight = theirs.weight.detach()
-        if mine is model.class_head:
-            weight = torch.cat([weight, mine.weight[-1:].detach()])
-        elif mine.kernel_size == mine.stride:
-            weight = weight.reshape(mine.weight.shape)
-        if isinstance(mine, nn.Linear) or mine.kernel_size == mine.stride:
-            mine.weight = weight
-        else:
-            _fit(mine, weight)
-        with torch.no_grad():
-            mine.bias[: len(theirs.bias)] = gain * theirs.bias
-
-
-def _fit(layer: nn.Conv2d, weight: Tensor) -> None:
-    """Bring the free parameters behind an orthogonal kernel to where it is nearly `weight`, an orthogonal one too."""
-    originals = list(layer.parametrizations.weight.parameters())
-    adam = torch.optim.Adam(originals, FIT_RATE)
-    for step in range(FITS):
-        adam.param_groups[0]["lr"] = FIT_RATE * (1 - step / FITS)
-        adam.zero_grad()
-        (layer.weight - weight).square().sum().backward()
-        adam.step()
 
 
 def detector(width: int = 16, tau: float = 5.0) -> Detector:

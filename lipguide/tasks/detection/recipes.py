@@ -36,8 +36,9 @@ from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
-from lipguide.tasks.detection.reader import Detector, ReaderLoss, ReaderStep, detector, take_over
+from lipguide.tasks.detection.reader import Detector, ReaderStep, detector
 from lipguide.tasks.detection.scores import detections, score
+from lipguide.tasks.detection.start import take_over
 from lipguide.tasks.detection.tinier_ssd import PICTURE, TinierSSD
 from lipguide.tasks.detection.unlearnt import CHANGES, unlearnt
 from lipguide.tasks.harness import trained
@@ -115,7 +116,6 @@ class Reading(Recipe):
     rate: float = 2e-3
     width: int = 16
     tau: float = 5.0
-    offset: float = 0.1  # by which the right answer of a window must win
     start: str | None = "classification-vgg"
     items: int | None = None
     precision: ClassVar[str] = "float32"
@@ -127,8 +127,7 @@ class Reading(Recipe):
     def training_step(self, model: Detector, data: task.Data) -> ReaderStep:
         """The step of a reader, which looks for its targets on the levels itself."""
         _, boxes, labels = data.columns
-        loss = ReaderLoss(model, offset=self.offset)
-        return ReaderStep(loss, known=check_targets(Targets(boxes, labels)))
+        return ReaderStep(model.training_loss(), known=check_targets(Targets(boxes, labels)))
 
     def take_over(self, model: Detector, weights: nn.Module) -> None:
         """Begin with those of another reader, or with a classifier of single digits."""
@@ -275,8 +274,7 @@ _FULL = Recipe("fcos", steps=12_000, batch_size=128, width=96, items=None, test_
 LARGE: dict[str, Detection] = {
     "detection-fcos-full": _FULL,
     **{f"detection-fcos-tau-{tau}-full": replace(_FULL, tau=float(tau)) for tau in (5, 80)},  # the first one has 20
-    "detection-reader-full": Reading("reader", steps=16_000, batch_size=128, rate=3e-3, width=32, start=None),
-    "detection-reader-short": Reading("reader", steps=8000, batch_size=128, rate=3e-3, width=32, start=None),
+    "detection-reader-full": Reading("reader", steps=20_000, batch_size=128, width=32, start=None, test_items=None),
     "detection-ordinary-fcos-full": replace(_FULL, network="ordinary-fcos", steps=6000, rate=1e-2),
     **{f"tinier-ssd-why-{change}": Unlearnt(change) for change in CHANGES},
 }

@@ -10,11 +10,14 @@ from torch.nn.utils import parametrize
 import lipguide as lip
 from lipguide.layers.export import without_parametrizations
 from lipguide.tasks.classification.networks import vgg
-from lipguide.tasks.detection.boxes import pad_targets
+from lipguide.tasks.detection import reader
+from lipguide.tasks.detection.boxes import check_targets, pad_targets
+from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.decision import heard, radii, reported, rivals
 from lipguide.tasks.detection.pyramid import Canvas, Level, averages
-from lipguide.tasks.detection.reader import CELL, HEIGHT, WIDTH, Detector, ReaderStep, assign, places, take_over
+from lipguide.tasks.detection.reader import CELL, HEIGHT, WIDTH, Detector, ReaderStep, assign, places
 from lipguide.tasks.detection.scores import score
+from lipguide.tasks.detection.start import take_over
 
 
 def small(seed=0):
@@ -163,6 +166,32 @@ def test_the_step_learns_one_scene():
         output = model(picture)
     found = reported(model.scores(output), model.boxes(output), model.rivals())
     assert score(found, targets).map50 == pytest.approx(100.0)
+
+
+def test_on_a_gpu_each_level_reads_as_many_scenes_in_every_step(monkeypatch):
+    """As many as rarely are too few: those with a digit for the level come first, and few of them are left out."""
+    monkeypatch.setattr(reader, "ASKED", set())
+    split = load_split("train", 400, 0, torch.device("cpu"))
+    known = check_targets(split.targets)
+    step = ReaderStep(small().training_loss(), known=known)
+    sizes, missed, suited = set(), 0, 0
+    for first in range(0, 320, 32):
+        part = known.part(slice(first, first + 32))
+        chosen = step._chosen(part)
+        sizes.add(tuple(map(len, chosen)))
+        for own, side in zip(chosen, step.loss.levels, strict=True):
+            wanted = reader._suited(*part[:2], side)
+            suited += int(wanted.sum())
+            missed += int(wanted.sum() - wanted[own].sum())
+            assert wanted[own].long().diff().max() <= 0, "those with a digit for the level come first"
+    assert len(sizes) == 1 and max(sizes.pop()) <= 32
+    assert missed < 0.05 * suited
+
+
+def test_a_picture_moved_by_a_tensor_is_the_one_moved_by_numbers():
+    x = torch.rand(2, 3, 5, 7)
+    assert torch.equal(reader._rolled(x, torch.tensor([2, -1])), x.roll((2, -1), (2, 3)))
+    assert torch.equal(reader._rolled(x, (-3, 0)), x.roll((-3, 0), (2, 3)))
 
 
 def test_a_reader_begins_with_what_a_classifier_knows():
