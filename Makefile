@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 # with current setuptools and is not used here, hence --no-deps.
 ATTACKS := adv-lib==0.2.8
 
+# Images of containers often ask Python to keep no compiled modules. Here hundreds of processes import the same ones.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: book rehearse serve pdf check-pages test bench setup lint clean
 
 book: setup
@@ -32,7 +35,7 @@ check-pages:
 
 test: setup
 	$(BIN)/ruff check lipguide tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Seconds and memory of every constraint beside its peers. PROFILE=full: the grid of the chapter "networks".
 bench: setup

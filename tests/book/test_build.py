@@ -146,12 +146,9 @@ def test_build_rebuild_change_fail_and_recover(root, capsys):
     assert (root / "_build/html/book/one.html").read_text() == good, "the last good HTML stays"
 
     write(root, "one", title="Mended")
-    assert build(Book(root), "quick", "cpu", only=["one"]) == 0
-    assert "Mended" in (root / "_build/html/book/one.html").read_text()
-    write(root, "one", title="Reworded again")
     write(root, "two", title="So is this", code="print('another')")
     assert build(Book(root), "quick", "cpu", only=["one"]) == 0
-    assert "Reworded again" in (root / "_build/html/book/one.html").read_text()
+    assert "Mended" in (root / "_build/html/book/one.html").read_text()
     two = (root / "_build/html/book/two.html").read_text()
     assert "So is this" in two and "another" in two, "a chapter that was not asked for shows its text of today, too"
 
