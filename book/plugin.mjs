@@ -119,6 +119,19 @@ export function guidelines() {
   return sections;
 }
 
+/** The row that a mark in a chapter names. */
+function advice(key) {
+  const row = guidelines().flatMap(({ rows }) => rows).find(({ mark }) => mark === key);
+  if (!row) throw new Error(`no row of guidelines.yml has the mark ${key}`);
+  return row;
+}
+
+/** A mark: a link to the page of the rows, as `Advice` in lipguide/book/marks.py has it. */
+export function mark(key) {
+  const { at, verdict, says } = advice(key);
+  return { type: "link", url: "guidelines", title: says, children: [words(`guide ${at}: ${verdict}`)] };
+}
+
 function table(file, context) {
   const lines = [];
   for (const { section, rows } of guidelines()) {
@@ -140,6 +153,7 @@ export default {
   name: "lipguide",
   roles: [
     { name: "ledger", body: { type: String, required: true }, run: (data, file) => [words(number(data.body, page(file)))] },
+    { name: "advice", body: { type: String, required: true }, run: (data) => [mark(data.body)] },
   ],
   directives: [
     directive("run-box", runs),

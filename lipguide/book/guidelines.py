@@ -1,8 +1,8 @@
 """The guide's advice at a glance: one row each, with a verdict, the number that says so, the chapter and the call.
 
-The rows are `book/guidelines.yml`. The directive `{guidelines}` makes tables of them. A number or a chapter that is not
-there fails the build, as in every chapter; what a row lacks, and a verdict that the ledgers no longer bear (`faults`),
-fails the tests, on the ledgers that are committed: those of a busy machine should not decide.
+The rows are `book/guidelines.yml`. The directive `{guidelines}` makes tables of them, and each row links to the
+sentence that bears it (`lipguide.book.marks`). What a row lacks fails the build (`faults`). A verdict that the ledgers
+no longer bear fails the tests, on the ledgers that are committed: those of a busy machine should not decide.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 import yaml
 from docutils import nodes
 from docutils.statemachine import StringList
+from sphinx.addnodes import pending_xref
 from sphinx.util.docutils import SphinxDirective
 
-__all__ = ["VERDICTS", "Guidelines", "counts", "faults", "sections", "table"]
+__all__ = ["VERDICTS", "Guidelines", "counts", "faults", "sections", "table", "tie"]
 
 VERDICTS = ("agreed", "refined", "contradicted", "not tested")
-FIELDS = {"at", "says", "verdict", "found", "chapter"}
+FIELDS = {"at", "says", "verdict", "found", "chapter", "mark"}
 NUMBER = re.compile(r"\{ledger\}`([\w-]+):([^`]+):[^`:]*`")
 Row = dict[str, str]
 
@@ -34,15 +35,17 @@ def sections(path: str | Path) -> list[dict[str, Any]]:
     return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
 
-def faults(row: Row, chapters: set[str], number: Callable[[str, str], Any]) -> list[str]:
+def faults(row: Row, chapters: set[str], number: Callable[[str, str], Any] | None) -> list[str]:
     """What a row lacks, in words; nothing if it is as it should be.
 
     Args:
         row: one entry of the file.
         chapters: the names of the pages that a row may link to.
         number: of a chapter's ledger, by the chapter's name and the key. It raises an error where there is none.
+            Only a row with a condition (`holds`) asks for one.
 
     >>> row = {"at": "C", "says": "a", "verdict": "agreed", "found": "{ledger}`why:radius:.1f`", "chapter": "why"}
+    >>> row["mark"] = "gap"
     >>> faults(row, {"why"}, lambda chapter, key: 0.5)
     []
     >>> faults(row | {"chapter": "whither", "found": "it is so"}, {"why"}, lambda chapter, key: 0.5)
@@ -122,4 +125,17 @@ class Guidelines(SphinxDirective):
             lines += [f"**{part['section']}**", "", *table(part["rows"]), ""]
         holder = nodes.container(classes=["guidelines"])
         self.state.nested_parse(StringList(lines, str(path)), self.content_offset, holder)
+        tie(holder, [row for part in parts for row in part["rows"]])
         return [holder]
+
+
+def tie(holder: nodes.Element, rows: list[Row]) -> None:
+    """Give each line of the tables an anchor, and let its link to the chapter lead to the row's mark there.
+
+    `lipguide.book.marks.aim` puts the anchor behind the address, when that is known.
+    """
+    lines = [line for body in holder.findall(nodes.tbody) for line in body]
+    for line, row in zip(lines, rows, strict=True):
+        line["ids"].append(f"guide-{row['mark']}")
+        link = next(iter(line[-1].findall(pending_xref)))
+        link.replace_self(nodes.inline("", "", link.deepcopy(), aim=f"advice-{row['mark']}"))

@@ -23,6 +23,7 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from lipguide.book.guidelines import Guidelines
 from lipguide.book.ledger import PROFILES, lookup, read
+from lipguide.book.marks import Advice, aim, check
 from lipguide.book.tables import readable
 
 __all__ = ["LedgerRole", "RunBox", "describe", "duration", "keep_units", "ledger_path", "number", "parts", "setup"]
@@ -165,8 +166,11 @@ def ledger_path(env, name: str | None) -> Path:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("ledger", LedgerRole())
+    app.add_role("advice", Advice())
     app.add_directive("run-box", RunBox)
     app.add_directive("guidelines", Guidelines)
+    app.connect("env-before-read-docs", check)
+    app.connect("doctree-resolved", aim)
     app.add_transform(KeepUnits)
     app.add_transform(RunBoxToFoot)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -8,6 +8,7 @@ from pathlib import Path
 from sphinx.environment import BuildEnvironment
 
 from lipguide.book.citations import citations
+from lipguide.book.marks import row_of, words
 from lipguide.book.roles import number
 
 __all__ = ["Words"]
@@ -33,6 +34,8 @@ class Words:
         kind = name.partition(":")[0]
         if kind == "ledger":
             return self._measured(text)
+        if kind == "advice":
+            return self._advised(text)
         if kind == "cite":
             return self._cited(text, name == "cite:t")
         title, target = re.fullmatch(r"(?:(.*?)\s*<)?([^<>]*)>?", text).groups()
@@ -63,6 +66,13 @@ class Words:
             return number(self.env, text, self.docname)
         except (OSError, KeyError, ValueError, TypeError):
             return "?"
+
+    def _advised(self, key: str) -> str:
+        """Which advice of the guide the sentence before bears on. A key without a row has failed the build already."""
+        try:
+            return f"*({words(row_of(self.env, self.docname, key))})*"
+        except (OSError, KeyError):
+            return ""
 
     def _cited(self, keys: str, in_text: bool) -> str:
         names = [self.cited[key.strip()] for key in keys.split(",")]

@@ -79,3 +79,11 @@ def test_a_notebook_names_what_its_page_numbers(role, label, words):
     numbers = {"figure": {"fig-a-one": (3, 1)}, "exercise": {"a-exercise": (3, 2)}, "theorem": {"a-theorem": (3, 4)}}
     env = SimpleNamespace(toc_fignumbers={"book/a": numbers}, config=SimpleNamespace(bibtex_bibfiles=[]), srcdir=".")
     assert Words(env, "book/a").role(role, label) == words
+
+
+def test_a_notebook_says_which_advice_a_sentence_bears_on(tmp_path):
+    (tmp_path / "book").mkdir()
+    rows = "- section: A\n  rows:\n  - at: A.2\n    verdict: agreed\n    mark: gap\n"
+    (tmp_path / "book" / "guidelines.yml").write_text(rows)
+    env = SimpleNamespace(config=SimpleNamespace(bibtex_bibfiles=[]), srcdir=tmp_path)
+    assert plain_markdown("So it is. {advice}`gap`", Words(env, "book/why")) == "So it is. *(guide A.2: agreed)*"
