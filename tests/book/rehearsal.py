@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     command += ["--only", *options.chapters] if options.chapters else []
     command += ["--minutes", options.minutes] if options.minutes else []
     environment = os.environ | {"PYTHONPATH": str(COPY), "IPYTHONDIR": str(startup.parents[2]), DEVICE: options.device}
+    # A cache of its own: with other numbers of scenes SVHN's figures are others, and so are the pictures drawn by them.
+    environment["LIPGUIDE_CACHE"] = str(COPY / "_build" / "cache")
     os.chdir(COPY)
     os.execve(sys.executable, command, environment)
 

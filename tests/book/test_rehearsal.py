@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lipguide.tasks.harness import TASKS
+from tests.book import rehearsal
 from tests.book.rehearsal import SIZES, Smaller, shipped, smaller, toy
 
 CHAPTERS = sorted(path for path in Path("book").resolve().glob("*.md") if "{code-cell}" in path.read_text("utf-8"))
@@ -75,3 +76,15 @@ def test_each_recipe_of_the_profile_has_a_toy_that_the_weights_that_ship_fit():
                 sizes = [(getattr(one, size, None)) for one in (small, task.recipes[twin]) for size in SIZES]
                 assert sizes[: len(SIZES)] == sizes[len(SIZES) :]
     assert len(seen) > 30 and "detection-reader-full" in seen
+
+
+def test_a_rehearsal_touches_nothing_outside_of_its_copy(tmp_path, monkeypatch):
+    """Its pictures are drawn by other figures than those of the book: they must not be taken for the book's own."""
+    called = []
+    monkeypatch.setattr(rehearsal, "COPY", tmp_path / "copy")
+    monkeypatch.setattr(rehearsal.os, "execve", lambda program, command, environment: called.append(environment))
+    monkeypatch.chdir(tmp_path)
+    rehearsal.main(["why"])
+    assert (tmp_path / "copy" / "lipguide" / "__init__.py").exists()
+    for variable in ("PYTHONPATH", "IPYTHONDIR", "LIPGUIDE_CACHE"):
+        assert Path(called[0][variable]).is_relative_to(tmp_path / "copy"), variable
