@@ -191,6 +191,4 @@ LARGE = {
     for name, recipe in _ALONE.items()
     for data in DATA
 }
-# The network that ships, all of it learnt with the loss of its dense end; a core takes an hour and a half.
-LARGE["classification-local-alone"] = LocalRecipe("residual", steps=16_000, rate=3e-3, start=None)
 TASK = task.Task(RECIPES, network, load, step, measure, LARGE, begin)
