@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lipguide.layers.activations import GroupSort2
-from lipguide.layers.affine import orthogonal, spectral
-from lipguide.layers.sll import SLL
 from lipguide.recorded import WARM_UP, Recorded
 from lipguide.tasks.detection import reader
 from lipguide.tasks.harness import recipe_of
 from lipguide.tasks.task import Data
 from lipguide.training import Shifted, Supervised, adam, fit
+from tests import test_devices
 from tests.recording import recording
 from tests.test_devices import STEPS, batch_for
 
@@ -27,8 +25,7 @@ def fused(model: nn.Module, rate: float = 1e-2) -> torch.optim.Adam:
 
 def classifier() -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [orthogonal(nn.Conv2d(3, 8, 3, padding=1)), GroupSort2(), SLL(8, 8, 3)]
-    return nn.Sequential(*layers, nn.Flatten(), spectral(nn.Linear(288, 4)))
+    return test_devices.classifier()
 
 
 def pictures() -> tuple[torch.Tensor, torch.Tensor]:
