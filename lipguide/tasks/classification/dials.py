@@ -179,7 +179,8 @@ def _hkr(alpha: float, margin: float) -> Setting:
 
 def offsets() -> list[Setting]:
     """Offset cross-entropy, by the ε of ξ = 2√2 ε."""
-    return [_offset("36/255", 36 / 255), _offset("1/4", 0.25), _offset("1/2", 0.5), _offset("1", 1.0)]
+    asked = {"36/255": 36 / 255, "1/4": 1 / 4, "1/2": 1 / 2, "1": 1.0, "2": 2.0, "4": 4.0}
+    return [_offset(name, epsilon) for name, epsilon in asked.items()]
 
 
 def _offset(name: str, epsilon: float) -> Setting:
