@@ -31,7 +31,7 @@ def test_every_dial_turns_and_ranges_hold_their_means(made):
         "temperature": 7,
         "margin": 7,
         "alpha": 6,
-        "offset": 4,
+        "offset": 6,
         "none": 7,
     }
     names = [row["name"] for rows in record["dials"].values() for row in rows]
