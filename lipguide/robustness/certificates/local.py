@@ -34,7 +34,7 @@ from lipguide.layers.sll import SLLLinear
 from lipguide.robustness.certificates.conditions import checked_logits, in_float64
 from lipguide.robustness.certificates.radii import ATTACKERS_FAVOUR, SMALLEST, check_logits
 
-__all__ = ["local_radius"]
+__all__ = ["Opened", "local_radius", "opened"]
 
 PIECES = 8  # on which the gradient's bound is constant
 REACH = 1.5  # of the pieces together, in units of `radius`; beyond, the gradient is bounded by ‖w‖
@@ -64,6 +64,31 @@ def local_radius(model: nn.Sequential, images: Tensor, labels: Tensor | None = N
     >>> bool((local_radius(model, images) > 1.05 * everywhere).any())
     True
     """
+    return opened(model, images, labels, batch_size).radius(batch_size)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The last block and the head of a network as a function of the features below, for some pictures, in float64."""
+
+    features: Tensor  # u (N, D)
+    logits: Tensor  # z (N, C)
+    labels: Tensor  # y (N,)
+    filters: Tensor  # Vᵀ (K, D)
+    bias: Tensor  # b (K,)
+    rows: Tensor  # of the head (C, D)
+    below: float  # the constant of the features in the picture
+
+    def radius(self, batch_size: int) -> Tensor:
+        """What `local_radius` says, (N,)."""
+        columns = (every.split(batch_size) for every in (self.features, self.logits, self.labels))
+        pairs = (_pairs(*part, self.filters, self.bias, self.rows) for part in zip(*columns, strict=True))
+        moves = torch.cat([_reach(part) for part in pairs])
+        return (moves - ATTACKERS_FAVOUR * moves.abs()) / self.below
+
+
+def opened(model: nn.Sequential, images: Tensor, labels: Tensor | None, batch_size: int) -> Opened:
+    """What the last block of a network is given by these pictures; ValueError where there is no such block."""
     block, head = _ending(model)
     check_untouched(model)
     below = lipschitz_bound(nn.Sequential(*model[:-2]).eval(), tuple(images.shape[1:])).value
@@ -73,10 +98,8 @@ def local_radius(model: nn.Sequential, images: Tensor, labels: Tensor | None = N
     with torch.inference_mode(False), torch.no_grad(), uncached():
         twin = in_float64(model)
         features = torch.cat([twin[:-2](part.double()) for part in images.split(batch_size)])
-        v_t, bias, rows = twin[-2].weight, twin[-2].bias, twin[-1].weight
-        parts = zip(*(every.split(batch_size) for every in (features, logits, labels)), strict=True)
-        moves = torch.cat([_reach(_pairs(*part, v_t, bias, rows)) for part in parts])
-    return (moves - ATTACKERS_FAVOUR * moves.abs()) / below
+        ends = twin[-2].weight.detach(), twin[-2].bias.detach(), twin[-1].weight.detach()
+    return Opened(features, logits, labels, *ends, below)
 
 
 def _ending(model: nn.Sequential) -> tuple[SLLLinear, nn.Linear]:
@@ -85,7 +108,7 @@ def _ending(model: nn.Sequential) -> tuple[SLLLinear, nn.Linear]:
         return parts[-2], parts[-1]
     ends = ", ".join(type(part).__name__ for part in parts[-2:])
     raise ValueError(
-        "local_radius looks into the last block of an nn.Sequential that ends in SLLLinear and nn.Linear; this ends in "
+        "what is looked into is the last block of an nn.Sequential that ends in SLLLinear and nn.Linear; this ends in "
         f"{ends}: use radius, which asks for nothing but logits"
     )
 
