@@ -202,7 +202,7 @@ def _add_compare(subparsers: Any) -> None:
 
 
 def _add_losses(subparsers: Any) -> None:
-    says = "what the dials of a loss do: a small network learns with some thirty settings, each with three seeds"
+    says = "what the dials of a loss do: a small network learns with some forty settings, each with three seeds"
     parser = _add(subparsers, "losses", commands.sweep_losses, says)
     parser.add_argument("--folder", type=Path, default=Path("study", "losses"), help="runs and record (study/losses)")
     _add_minutes(parser)
