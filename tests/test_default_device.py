@@ -53,6 +53,7 @@ def numbers(model, x):
     yield lip.lipschitz_lower_bound(model, x, steps=3)
     yield lip.most_stretched_pair(model, x, steps=3).stretch
     yield from radii.tolist() + lip.certificates.local_radius(model, x).tolist()
+    yield from lip.certificates.holds_within(model, x, 1.2 * radii.median().item()).tolist()
     yield from lip.certificates.certified_accuracy(logits, y, [0.1, 0.2], bound, rows).tolist()
     yield lip.certificates.hunt(model, x, y, radii, steps=3).outside
     yield from lip.attacks.robust_accuracy_curve(model, x, y, [0.0, 0.3], steps=3).tolist()

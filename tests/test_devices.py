@@ -30,6 +30,7 @@ from lipguide.layers.orthogonal import orthonormal, orthonormal_by_products
 from lipguide.layers.sll import SLL, SLLLinear
 from lipguide.precision import full_precision
 from lipguide.robustness.attacks import pgd_l2
+from lipguide.robustness.certificates import holds_within, local_radius
 from lipguide.tasks.detection.boxes import Targets, check_targets, pad_targets
 from lipguide.tasks.detection.certificates import answers, certify, hunt
 from lipguide.tasks.detection.configurations import l2_normalised, naive, spectral_norm, standard_conv
@@ -320,6 +321,21 @@ def test_a_certificate_is_hunted_where_the_model_is(device):
     certificate = certify(answers(model, images), targets, 0.02)
     found = hunt(model, images, targets, certificate, steps=2)
     assert found.hunted > 0 and sum(found.fallen.values()) == found.overrun == 0
+
+
+def test_what_float64_proves_of_the_last_block_is_that_of_the_cpu(device):
+    torch.manual_seed(0)
+    block, x = SLLLinear(16, 16), pictures()[0]
+    nn.utils.parametrize.remove_parametrizations(block, "weight")
+    block.weight.data, block.bias.data = 0.8 * block.weight.data, 0.2 * torch.randn(16)
+    below, head = orthogonal(nn.Linear(108, 16)), unit_rows(nn.Linear(16, 4))
+    model = nn.Sequential(nn.Flatten(), below, block, head).eval()
+    moved = copy.deepcopy(model).to(device)
+    near = local_radius(model, x)
+    torch.testing.assert_close(local_radius(moved, x.to(device)).cpu(), near)
+    eps = 1.01 * float(near.median())
+    held = holds_within(moved, x.to(device), eps).cpu()
+    assert torch.equal(held, holds_within(model, x, eps)) and held.sum() > (near > eps).sum()
 
 
 def test_what_is_surely_found_is_that_of_the_cpu(device):

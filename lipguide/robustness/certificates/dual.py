@@ -21,6 +21,7 @@ anywhere. The right side is concave in both; some steps of Adam come near its to
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -104,15 +105,23 @@ def _dual(gap: Tensor, w: Tensor, u: Tensor, block: Opened, reach: float, theta:
         return there + units - a / (2 * price) - price * reach**2 / 2
 
     with torch.inference_mode(False), torch.enable_grad(), uncached():
-        g = (c * (x > 0)).requires_grad_()
-        log_price = torch.full_like(gap, -math.log(max(reach, 1e-12))).requires_grad_()
-        rates = {"lr": RATE / math.sqrt(len(v_t))}, {"lr": PRICE_RATE}
-        adam = torch.optim.Adam([{"params": [p]} | rate for p, rate in zip((g, log_price), rates, strict=True)])
-        best = torch.full_like(gap, -math.inf)
-        for _ in range(STEPS):
-            least = bound(g, log_price.exp())
-            best = torch.fmax(best, least.detach())
-            adam.zero_grad()
-            (-least.sum()).backward()
-            adam.step()
+        log_price = torch.full_like(gap, -math.log(max(reach, 1e-12)))
+        rates = (RATE / math.sqrt(len(v_t)), PRICE_RATE)
+        return _highest(lambda g, log_price: bound(g, log_price.exp()), (c * (x > 0), log_price), rates)
+
+
+def _highest(function: Callable[..., Tensor], variables: tuple[Tensor, ...], rates: tuple[float, ...]) -> Tensor:
+    """The largest values (M,) that Adam meets, each row of the variables by itself."""
+    best = torch.full_like(variables[-1], -math.inf)
+    moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in variables]
+    for step in range(1, STEPS + 1):
+        variables = tuple(v.detach().requires_grad_() for v in variables)
+        values = function(*variables)
+        best = torch.fmax(best, values.detach())
+        slopes = torch.autograd.grad(values.sum(), variables)
+        for v, slope, rate, (mean, square) in zip(variables, slopes, rates, moments, strict=True):
+            mean.lerp_(slope, 0.1)
+            square.lerp_(slope.square(), 1e-3)
+            spread = (square / (1 - 0.999**step)).sqrt() + 1e-12
+            v.data += rate * mean / (1 - 0.9**step) / spread
     return best
