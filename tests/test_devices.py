@@ -383,7 +383,7 @@ def test_most_of_this_on_a_gpu_that_is_not_there():
         "pytest",
         __file__,
         "-k",
-        "(recipe or cuda and not float64) and not recorded and not surely",
+        "(recipe or cuda and not float64) and not recorded",
         "-p",
         "no:cacheprovider",
     ]

@@ -67,17 +67,18 @@ def holds_within(
     sure = block.radius(batch_size) > eps
     reach = eps * block.below * (1 + ATTACKERS_FAVOUR)
     right = block.logits.argmax(1) == block.labels
+    square = max(1.0, float(torch.linalg.eigvalsh(block.filters @ block.filters.mT)[-1]))  # ‖V‖²
     for part in (right & ~sure).nonzero()[:, 0].split(batch_size):
-        sure[part] = _held(block, part, reach)
+        sure[part] = _held(block, part, reach, square)
     return sure
 
 
-def _held(block: Opened, pictures: Tensor, reach: float) -> Tensor:
-    """Of some pictures: whether every other class stays below, wherever the features move by `reach`."""
+def _held(block: Opened, pictures: Tensor, reach: float, square: float) -> Tensor:
+    """Of some pictures: whether every other class stays below, wherever the features move by `reach`; `square` is
+    ‖V‖² or 1."""
     u, z, y = block.features[pictures], block.logits[pictures], block.labels[pictures]
     w = block.rows[y][:, None] - block.rows  # (N, C, D)
     gap, length = z.gather(1, y[:, None]) - z, w.norm(dim=2)  # (N, C)
-    square = max(1.0, float(torch.linalg.eigvalsh(block.filters @ block.filters.mT)[-1]))  # ‖V‖²
     fall = (2 * square - 1) * (1 + CUSHION) * reach * length  # at most, for ‖I − 2 V D Vᵀ‖ ≤ max(1, 2 ‖V‖² − 1)
     asked = (gap <= fall).scatter(1, y[:, None], False)
     held = ~asked
