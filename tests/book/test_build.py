@@ -395,7 +395,12 @@ while not pathlib.Path("{other}.here").exists():
     assert time.monotonic() - began < 60, "it waits alone"
     time.sleep(0.05)
 """
-COUNTS = "import os\nledger['threads'] = os.environ.get('OMP_NUM_THREADS')"
+COUNTS = """
+named = "gc" in globals()
+import gc, os
+
+ledger |= {"threads": os.environ.get("OMP_NUM_THREADS"), "gc": [named, gc.get_threshold()[0]]}
+"""
 
 
 def test_two_chapters_run_side_by_side_and_share_the_cores(root, monkeypatch, rendered):
@@ -405,7 +410,9 @@ def test_two_chapters_run_side_by_side_and_share_the_cores(root, monkeypatch, re
     write(root, "two", MEETS.format(own="two", other="one") + COUNTS)
     assert build(Book(root), "quick", "cpu") == 0
     for chapter in ("one", "two"):
-        assert read(root / f"book/results/{chapter}.quick.json")["results"]["threads"] == "3"
+        its = read(root / f"book/results/{chapter}.quick.json")["results"]
+        assert its["threads"] == "3"
+        assert its["gc"] == [False, 50_000], "a kernel looks for garbage less often, and no name tells of it"
 
 
 def test_whoever_says_how_many_threads_is_heard_and_a_gpu_runs_one_chapter_at_a_time(monkeypatch):
