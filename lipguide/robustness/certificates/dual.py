@@ -22,15 +22,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lipguide.layers.export import uncached
 from lipguide.robustness.certificates.local import Opened, opened
 from lipguide.robustness.certificates.radii import ATTACKERS_FAVOUR, SMALLEST
 
-__all__ = ["holds_within"]
+__all__ = ["holds_within", "least_gap"]
 
 SHARE = 0.9  # θ‖V‖², where ‖V‖ ≥ 1: of the length, what the units are charged for
 STEPS = 100  # of the search; wherever it ends, the bound is sound
@@ -67,7 +67,7 @@ def holds_within(
     sure = block.radius(batch_size) > eps
     reach = eps * block.below * (1 + ATTACKERS_FAVOUR)
     right = block.logits.argmax(1) == block.labels
-    square = max(1.0, float(torch.linalg.eigvalsh(block.filters @ block.filters.mT)[-1]))  # ‖V‖²
+    square = _square(block)
     for part in (right & ~sure).nonzero()[:, 0].split(batch_size):
         sure[part] = _held(block, part, reach, square)
     return sure
@@ -90,39 +90,78 @@ def _held(block: Opened, pictures: Tensor, reach: float, square: float) -> Tenso
     return held.all(1)
 
 
-def _dual(gap: Tensor, w: Tensor, u: Tensor, block: Opened, reach: float, theta: float) -> Tensor:
+class Ends(Protocol):
+    """An SLL block in float64: its filters Vᵀ (K, D) and its bias (K,)."""
+
+    @property
+    def filters(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor: ...
+
+
+def least_gap(gap: Tensor, w: Tensor, u: Tensor, block: Ends, reach: float) -> Tensor:
+    """Lower bounds of M gaps, (M,), wherever the features u (M, D) of a block move by `reach`; all in float64.
+
+    Args:
+        gap: (M,), what wᵀ times the outputs of the block is now, up to what does not move.
+        w: (M, D), of norm 1.
+        block: its filters and bias.
+    """
+    return _dual(gap, w, u, block, reach, SHARE / _square(block))
+
+
+def _square(block: Ends) -> float:
+    """‖V‖² or 1."""
+    return max(1.0, float(torch.linalg.eigvalsh(block.filters @ block.filters.mT)[-1]))
+
+
+def _dual(gap: Tensor, w: Tensor, u: Tensor, block: Ends, reach: float, theta: float) -> Tensor:
     """A lower bound of every gap (M,) in the ball, with w (M, D) of norm 1 and the features u (M, D)."""
     v_t = block.filters
     c, x = -2 * w @ v_t.mT, u @ v_t.mT + block.bias  # (M, K)
     there = gap - (c * x.relu()).sum(1)
     eye = torch.eye(v_t.shape[1], dtype=v_t.dtype, device=v_t.device)
-    root = torch.linalg.cholesky(eye - theta * v_t.mT @ v_t)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(eye - theta * v_t.mT @ v_t))
+    # (w + Vg)ᵀ (I − θVVᵀ)⁻¹ (w + Vg) = alone + 2 gᵀ mixed + gᵀ both g
+    alone, mixed, both = (w @ inverse * w).sum(1), w @ inverse @ v_t.mT, v_t @ inverse @ v_t.mT
 
-    def bound(g: Tensor, price: Tensor) -> Tensor:
-        a = torch.linalg.solve_triangular(root, (w + g @ v_t).mT, upper=False).square().sum(0)
-        own = theta * price[:, None]  # θλ
-        falls = torch.minimum(c - g - own * x, g + own * x).clamp(max=0)
+    def bound(g: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """And its slopes in g and in log λ."""
+        price = log_price.exp()
+        bent, own = g @ both, theta * price[:, None]  # θλ
+        a = alone + (g * (2 * mixed + bent)).sum(1)
+        on, off = c - g - own * x, g + own * x
+        falls = torch.minimum(on, off).clamp(max=0)
         units = (g * x + own * x.square() / 2 - falls.square() / (2 * own)).sum(1)
-        return there + units - a / (2 * price) - price * reach**2 / 2
+        value = there + units - a / (2 * price) - price * reach**2 / 2
+        rate, sign = falls / own, 1 - 2 * (on < off).to(x)  # of what a fall is in g
+        in_g = x - rate * sign - (mixed + bent) / price[:, None]
+        in_price = theta * (x.square() / 2 - rate * sign * x + rate.square() / 2).sum(1)
+        return value, in_g, price * in_price + a / (2 * price) - price * reach**2 / 2
 
-    with torch.inference_mode(False), torch.enable_grad(), uncached():
+    with torch.inference_mode(False), torch.no_grad():
         log_price = torch.full_like(gap, -math.log(max(reach, 1e-12)))
         rates = (RATE / math.sqrt(len(v_t)), PRICE_RATE)
-        return _highest(lambda g, log_price: bound(g, log_price.exp()), (c * (x > 0), log_price), rates)
+        return _highest(bound, (c * (x > 0), log_price), rates)
 
 
-def _highest(function: Callable[..., Tensor], variables: tuple[Tensor, ...], rates: tuple[float, ...]) -> Tensor:
-    """The largest values (M,) that Adam meets, each row of the variables by itself."""
+def _highest(
+    function: Callable[..., tuple[Tensor, ...]], variables: tuple[Tensor, ...], rates: tuple[float, ...]
+) -> Tensor:
+    """The largest values (M,) that Adam meets, each row of the variables by itself.
+
+    Args:
+        function: of the variables, the values and their slopes in each variable.
+    """
     best = torch.full_like(variables[-1], -math.inf)
     moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in variables]
     for step in range(1, STEPS + 1):
-        variables = tuple(v.detach().requires_grad_() for v in variables)
-        values = function(*variables)
-        best = torch.fmax(best, values.detach())
-        slopes = torch.autograd.grad(values.sum(), variables)
+        values, *slopes = function(*variables)
+        best = torch.fmax(best, values)
         for v, slope, rate, (mean, square) in zip(variables, slopes, rates, moments, strict=True):
             mean.lerp_(slope, 0.1)
             square.lerp_(slope.square(), 1e-3)
             spread = (square / (1 - 0.999**step)).sqrt() + 1e-12
-            v.data += rate * mean / (1 - 0.9**step) / spread
+            v += rate * mean / (1 - 0.9**step) / spread
     return best

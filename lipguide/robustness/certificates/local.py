@@ -34,9 +34,9 @@ from lipguide.layers.sll import SLLLinear
 from lipguide.robustness.certificates.conditions import checked_logits, in_float64
 from lipguide.robustness.certificates.radii import ATTACKERS_FAVOUR, SMALLEST, check_logits
 
-__all__ = ["Opened", "local_radius", "opened"]
+__all__ = ["Opened", "farthest", "local_radius", "opened"]
 
-PIECES = 8  # on which the gradient's bound is constant
+PIECES, FEW = 8, 4  # on which the gradient's bound is constant
 REACH = 1.5  # of the pieces together, in units of `radius`; beyond, the gradient is bounded by ‖w‖
 DESCENTS = 10  # steps towards the smallest value of the quadratic; a tangent laid anywhere is sound
 CUSHION = 1e-10  # for float64, far above the rounding of its sums
@@ -153,13 +153,17 @@ class _Pairs:
 
 def _pairs(features: Tensor, logits: Tensor, labels: Tensor, v_t: Tensor, bias: Tensor, rows: Tensor) -> _Pairs:
     """v_t holds Vᵀ, (K, D), as the block's weight does."""
-    w = rows[labels][:, None] - rows  # (N, C, D)
+    gap = (logits.gather(1, labels[:, None]) - logits).scatter(1, labels[:, None], math.inf)
+    return _directed(gap, rows[labels][:, None] - rows, features, v_t, bias)
+
+
+def _directed(gap: Tensor, w: Tensor, features: Tensor, v_t: Tensor, bias: Tensor) -> _Pairs:
+    """From gaps (N, C) with their directions (N, C, D)."""
     loss = torch.eye(len(v_t), dtype=v_t.dtype, device=v_t.device) - v_t @ v_t.mT
     lifted = max(0.0, -float(torch.linalg.eigvalsh(loss)[0])) + CUSHION
     loss.diagonal().add_(lifted)
-    gap = logits.gather(1, labels[:, None]) - logits
     return _Pairs(
-        gap=gap.scatter(1, labels[:, None], math.inf),
+        gap=gap,
         length=w.norm(dim=2),
         pull=-2 * w @ v_t.mT,
         before=features @ v_t.mT + bias,
@@ -167,6 +171,18 @@ def _pairs(features: Tensor, logits: Tensor, labels: Tensor, v_t: Tensor, bias: 
         loss=loss,
         lifted=lifted,
     )
+
+
+def farthest(w: Tensor, u: Tensor, v_t: Tensor, bias: Tensor, distance: float) -> Tensor:
+    """How far wᵀ times the outputs of a block can move, up or down, while its features u (M, D) move by `distance`.
+
+    Args:
+        w: (M, D), directions; v_t, bias: the block's, all in float64.
+    """
+    pairs = _directed(torch.zeros_like(w[:, :1]), w[:, None], u, v_t, bias)
+    piece = distance / FEW
+    ends = (w.new_full((len(w),), piece * (k + 1)) for k in range(FEW))
+    return sum((piece * pairs.steepness(end)[:, 0] for end in ends), torch.zeros_like(w[:, 0]))
 
 
 def _reach(pairs: _Pairs) -> Tensor:

@@ -10,13 +10,14 @@ the picture, as a function of which all norms here are taken:
 * so is each logit, a unit row of the features, and so is the *vector* of a window's four sides over `reach`: its four
   rows are orthonormal. The difference of two logits of a window moves by ‖w_k − w_j‖ at most.
 
+With linear residuals and an SLL block at the end of each window the same holds, by the bounds of those layers; and the
+block can be looked into (`Detector.inside`), for bounds of the logits that are closer near the picture.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,27 +29,39 @@ from lipguide.bounds.network import lipschitz_bound
 from lipguide.distributed import mean_over_ranks
 from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import orthogonal, unit_rows
+from lipguide.layers.brick import computes_as
+from lipguide.layers.sll import SLLLinear
 from lipguide.tasks.detection.boxes import NOTHING, Checked, Targets, check_targets, single, unit_range
+from lipguide.tasks.detection.certificates.inside import Inside
 from lipguide.tasks.detection.certificates.overlap import overlap
 from lipguide.tasks.detection.decision import radii, reported, rivals, together
 from lipguide.tasks.detection.fcos import Brightless
 from lipguide.tasks.detection.losses import check_output
 from lipguide.tasks.detection.pyramid import Canvas, Level
 from lipguide.tasks.detection.tinier_ssd import PICTURE
+from lipguide.tasks.detection.windows import (
+    BOXED,
+    CELL,
+    HEIGHT,
+    PATCH,
+    RATIO,
+    RIGHT,
+    RING,
+    Moved,
+    assign,
+    expected,
+    places,
+)
+from lipguide.tasks.twins import Lipschitz
 
 __all__ = ["CANVASES", "ReaderLoss", "ReaderOutput", "ReaderStep", "Detector", "detector"]
 
-WINDOW, CELL, PATCH = 32, 8, 4  # pixels of a level that a window sees, pixels of a cell, cells of a window
-HEIGHT, WIDTH = 28.0, 13.0  # of the digit that a window expects, in pixels of the level
 # Digits of 61, 43 and 30 pixels of 74 are 28 high; the zeros are there for windows whose digit stands at the edge.
 # Rivals: how far apart in x and y, in heights, and in octaves. Two windows that speak of one digit are 8.6 pixels apart
 # on a level, a third of the height, and at most one level.
 RIVALS = (0.36, 0.5, 0.6)
 LEAST = -0.2  # a digit counts as seen where "nothing" is ahead of it by no more than this
 CANVASES = (Canvas(34, 48, 64, 7, 15), Canvas(48, 56, 72, 4, 12), Canvas(68, 80, 96, 6, 14))
-
-
-Moved = Sequence[int] | Tensor  # how many pixels down and right
 
 
 class ReaderOutput(NamedTuple):
@@ -69,6 +82,8 @@ class Detector(nn.Module):
         reach: pixels of a level that one unit of the box head stands for.
         tau: temperature of the loss and of the scores.
         canvases: the levels.
+        residual: the layers of `lipguide.tasks.classification.networks.residual` instead, which are linear residuals,
+            and an SLL block at the end of a window.
 
     >>> output = Detector((8, 8, 8), 16)(torch.rand(2, 3, 74, 74))
     >>> [tuple(part.shape) for part in output]
@@ -83,22 +98,17 @@ class Detector(nn.Module):
         tau: float = 5.0,
         classes: int = 10,
         canvases: Sequence[Canvas] = CANVASES,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.reach, self.tau, self.canvases, self.least = reach, tau, tuple(canvases), LEAST
         self.brightless = Brightless()
         self.levels = nn.ModuleList(Level(PICTURE, canvas) for canvas in canvases)
-        first, second, third = widths
-        self.trunk = nn.Sequential(
-            *_layer(nn.Conv2d(3, first, 3, padding=1)),
-            *_layer(nn.Conv2d(first, 2 * first, 2, 2)),
-            *_layer(nn.Conv2d(2 * first, second, 3, padding=1)),
-            *_layer(nn.Conv2d(second, 2 * second, 2, 2)),
-            *_layer(nn.Conv2d(2 * second, third, 3, padding=1)),
-        )
-        self.halve = orthogonal(nn.Conv2d(third, 2 * third, 2, 2))
-        self.read = orthogonal(nn.Conv2d(2 * third, features, PATCH, PATCH))
+        trunk, halve, cells = _residual_layers(*widths) if residual else _sorted_layers(*widths)
+        self.trunk, self.halve, self.cells = nn.Sequential(*trunk), orthogonal(halve), nn.Sequential(*cells)
+        self.read = orthogonal(nn.Conv2d(halve.out_channels, features, PATCH, PATCH))
         self.sort = GroupSort2()
+        self.end = SLLLinear(features, features) if residual else GroupSort2()
         self.class_head = unit_rows(nn.Linear(features, classes + 1))
         self.box_head = orthogonal(nn.Linear(features, 4))
 
@@ -109,17 +119,25 @@ class Detector(nn.Module):
             return ReaderOutput(self.class_head(features), self.box_head(features))
 
     def features(self, x: Tensor, level: int, dense: bool = True, moved: Moved = (0, 0)) -> Tensor:
-        """(N, windows, features) of one level of a picture without its mean.
+        """(N, windows, features) of one level of a picture without its mean; see `below`."""
+        below = self.below(x, level, dense, moved)
+        return self.end(below.flatten(0, 1)).unflatten(0, below.shape[:2])
+
+    def below(self, x: Tensor, level: int, dense: bool = True, moved: Moved = (0, 0)) -> Tensor:
+        """What the last layer of a window is given, (N, windows, features).
 
         Args:
             dense: a window at every fourth pixel, not at every eighth.
             moved: pixels by which the picture is moved down and right on its canvas of zeros.
         """
         x = self.trunk(_rolled(self.levels[level](x), moved))
-        # The same two layers at every place: between two windows a stride of 8 pixels, or of 4.
-        x = self.sort(F.conv2d(x, self.halve.weight, self.halve.bias, stride=1 if dense else 2))
-        x = F.conv2d(x, self.read.weight, self.read.bias, dilation=2 if dense else 1)
-        return self.sort(x).flatten(2).mT
+        # The same layers at every place: between two windows a stride of 8 pixels, or of 4.
+        apart = 2 if dense else 1
+        x = self.sort(F.conv2d(x, self.halve.weight, self.halve.bias, stride=2 // apart))
+        for layer in self.cells:
+            square = isinstance(layer, nn.Conv2d)
+            x = F.conv2d(x, layer.weight, layer.bias, padding=apart, dilation=apart) if square else layer(x)
+        return F.conv2d(x, self.read.weight, self.read.bias, dilation=apart).flatten(2).mT
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Centres (P, 2) of the windows, x and y in pictures, and (P,) pixels of the level that a picture has."""
@@ -135,7 +153,7 @@ class Detector(nn.Module):
     def boxes(self, output: ReaderOutput) -> Tensor:
         """(N, P, 4) xyxy, which may stick out of the picture."""
         centres, sides = self.places()
-        return centres.repeat(1, 2) + (self.reach * output.sides + _expected(output.sides)) / sides[:, None]
+        return centres.repeat(1, 2) + (self.reach * output.sides + expected(output.sides)) / sides[:, None]
 
     def scores(self, output: ReaderOutput) -> Tensor:
         """(N, P, classes): signed distances to where a class stops being the answer, each 1-Lipschitz in the features;
@@ -159,17 +177,37 @@ class Detector(nn.Module):
     def constants(self) -> tuple[float, Tensor, Tensor]:
         """How Lipschitz in the picture each score is, (P,) the box of each window as one vector, and (C,) a score and
         the box as one vector, each over its own constant."""
-        level = max(float(level.lipschitz(1.0, None)) for level in self.levels)
-        # The trunk runs over whole canvases, all of which lie in the largest; what is behind it, over each window.
-        canvas = (max(canvas.height for canvas in self.canvases), max(canvas.width for canvas in self.canvases))
-        trunk = lipschitz_bound(self.trunk, (3, *canvas)).value
-        window = nn.Sequential(self.halve, self.sort, self.read, self.sort).train(self.training)
-        side = PATCH * self.halve.stride[0]
-        features = level * trunk * lipschitz_bound(window, (self.halve.in_channels, side, side)).value
+        features = self._steepness(True)
         sides = self.box_head.weight.detach().double()
         of_head = float(torch.linalg.matrix_norm(sides, 2))
         reach = features * of_head * self.reach / self.places()[1]
         return features, reach, together(self.class_head.weight.detach().double(), sides / of_head)
+
+    def _steepness(self, end: bool) -> float:
+        """How Lipschitz in the picture the features of a window are, or what their last layer is given."""
+        level = max(float(level.lipschitz(1.0, None)) for level in self.levels)
+        # The trunk runs over whole canvases, all of which lie in the largest; what is behind it, over each window.
+        canvas = (max(canvas.height for canvas in self.canvases), max(canvas.width for canvas in self.canvases))
+        trunk = lipschitz_bound(self.trunk, (3, *canvas)).value
+        cells = nn.Sequential(self.halve, self.sort, *self.cells).train(self.training)
+        trunk *= lipschitz_bound(cells, (self.halve.in_channels, *(side // 4 for side in canvas))).value
+        last = [self.end] if end else []
+        window = nn.Sequential(self.read, nn.Flatten(), *last).train(self.training)
+        return level * trunk * lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value
+
+    def inside(self, images: Tensor, batch_size: int = 64) -> Inside:
+        """What a look into the last block of every window rests on; ValueError if there is no such block."""
+        if not computes_as(self.end, SLLLinear):
+            raise ValueError(
+                f"the windows end in {type(self.end).__name__}, into which no look is known: build the detector with "
+                "residual=True, or certify it by its constants"
+            )
+        with parametrize.cached():
+            parts = map(self.brightless, images.split(batch_size))
+            below = [torch.cat([self.below(x, level) for level in range(len(self.levels))], 1) for x in parts]
+        head, block = self.class_head, self.end
+        ends = (each.detach().double().cpu() for each in (block.weight, block.bias, head.weight, head.bias))
+        return Inside(torch.cat(below).detach().cpu(), *ends, self._steepness(False))
 
     def training_loss(self, reduction: str = "mean") -> ReaderLoss:
         """The loss of all windows at temperature tau."""
@@ -184,67 +222,31 @@ def _rolled(x: Tensor, moved: Moved) -> Tensor:
     return x
 
 
-def places(
-    canvas: Canvas, step: int, moved: Moved = (0, 0), device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """Centres (P, 2) of the windows of one level, and (P,) its side; see `Detector.places`."""
-    down, right = moved
-    y = torch.arange(0, canvas.height - WINDOW + 1, step, device=device) + WINDOW / 2 - canvas.above - down
-    x = torch.arange(0, canvas.width - WINDOW + 1, step, device=device) + WINDOW / 2 - canvas.before - right
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    centres = torch.stack([x, y], -1).flatten(0, 1) / canvas.side
-    return centres, torch.full((len(centres),), float(canvas.side), device=device)
-
-
 def _layer(convolution: nn.Conv2d) -> list[nn.Module]:
     return [orthogonal(convolution), GroupSort2()]
 
 
-def _expected(like: Tensor) -> Tensor:
-    return _expected_on(like.device, like.dtype)
+Layers = tuple[list[nn.Module], nn.Conv2d, list[nn.Module]]  # of a level, the halving, of its cells
 
 
-@lru_cache
-def _expected_on(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Kept: who brings numbers to a GPU waits for it."""
-    with torch.inference_mode(False):  # else no gradient would go past it
-        return torch.tensor([-WIDTH / 2, -HEIGHT / 2, WIDTH / 2, HEIGHT / 2], device=device, dtype=dtype)
+def _sorted_layers(first: int, second: int, third: int) -> Layers:
+    """Those of `vgg`."""
+    trunk = [
+        *_layer(nn.Conv2d(3, first, 3, padding=1)),
+        *_layer(nn.Conv2d(first, 2 * first, 2, 2)),
+        *_layer(nn.Conv2d(2 * first, second, 3, padding=1)),
+        *_layer(nn.Conv2d(second, 2 * second, 2, 2)),
+        *_layer(nn.Conv2d(2 * second, third, 3, padding=1)),
+    ]
+    return trunk, nn.Conv2d(third, 2 * third, 2, 2), []
 
 
-class Assigned(NamedTuple):
-    """What each window is to say. labels: (N, P), of the nearest object, -1 without one; distance: (N, P), at most 1
-    where a window speaks of it; sides: (N, P, 4), that object's, in units of `reach`."""
-
-    labels: Tensor
-    distance: Tensor
-    sides: Tensor
-
-
-SHIFT, RATIO = 3.0, 0.265  # pixels off the middle, and octaves off the height, at which a window still speaks
-# Times that is where it may not speak any more. Between, it may say the digit or nothing if its box overlaps the digit
-# by `RIGHT`: whoever could win is to be right.
-RING, RIGHT = 2.0, 0.6
-BOXED = 3.6  # times that is where it still learns the digit's box
-
-
-def assign(targets: Targets, centres: Tensor, sides: Tensor, reach: float) -> Assigned:
-    """Which object each window is nearest to, and how far off it is. The nearest one to an object speaks, if it is as
-    near as the ring."""
-    boxes, labels = check_targets(targets)
-    if labels.shape[1] == 0:
-        nothing = labels.new_full((len(labels), len(sides)), NOTHING)
-        return Assigned(nothing, boxes.new_full(nothing.shape, torch.inf), boxes.new_zeros(*nothing.shape, 4))
-    middle = (boxes[..., :2] + boxes[..., 2:]) / 2  # (N, M, 2)
-    height = (boxes[..., 3] - boxes[..., 1]).clamp(min=1e-6)
-    shift = ((middle[:, None] - centres[:, None]) * sides[:, None, None]).abs().amax(-1)  # (N, P, M)
-    octaves = (height[:, None] * sides[:, None] / HEIGHT).log2().abs()
-    far = torch.maximum(shift / SHIFT, octaves / RATIO).masked_fill((labels == NOTHING)[:, None], torch.inf)
-    nearest = (far == far.amin(1, keepdim=True)) & (far <= RING)
-    far = torch.where(nearest, far.clamp(max=1.0), far)
-    distance, owner = far.min(2)
-    own = boxes.gather(1, owner[..., None].expand(-1, -1, 4))
-    wanted = (own - centres.repeat(1, 2)) * sides[:, None]
-    return Assigned(labels.gather(1, owner), distance, (wanted - _expected(wanted)) / reach)
+def _residual_layers(first: int, second: int, third: int) -> Layers:
+    """Those of `residual`, two linear residuals at each size."""
+    residuals = [[*Lipschitz.linear_residual(width), *Lipschitz.linear_residual(width)] for width in (first, second)]
+    trunk = [*_layer(nn.Conv2d(3, first, 2, 2)), *residuals[0], *_layer(nn.Conv2d(first, second, 2, 2)), *residuals[1]]
+    cells = [*Lipschitz.linear_residual(third), *Lipschitz.linear_residual(third)]
+    return trunk, nn.Conv2d(second, third, 2, 2), cells
 
 
 class ReaderLoss(nn.Module):
@@ -298,7 +300,7 @@ class ReaderLoss(nn.Module):
         return values * (speaks | ring | hard) + of_box * (distance <= BOXED), speaks
 
     def _corners(self, sides: Tensor) -> Tensor:
-        return self.reach * sides + _expected(sides)
+        return self.reach * sides + expected(sides)
 
     def _hard(self, values: Tensor, speaks: Tensor) -> Tensor:
         """The hardest windows elsewhere. How many they are is not asked of the device."""
@@ -344,13 +346,14 @@ class ReaderStep(nn.Module):
             for number, chosen in enumerate(self._chosen(targets)):
                 if not len(chosen):
                     continue
-                features = model.features(images[chosen], number, True, moved)
+                below = model.below(images[chosen], number, True, moved).flatten(0, 1)
                 centres, sides = places(model.canvases[number], CELL // 2, moved, images.device)
                 wanted = assign(targets.part(chosen), centres, sides, model.reach)
-                parts = [model.class_head(features), model.box_head(features), *wanted]
-                windows.append([part.flatten(0, 1) for part in parts])
-            together = [torch.cat(parts) for parts in zip(*windows, strict=True)]
-        values, speaks = self.loss.of_windows(*(single(part) for part in together[:2]), *together[2:])
+                windows.append([below, *(part.flatten(0, 1) for part in wanted)])
+            below, *wanted = (torch.cat(parts) for parts in zip(*windows, strict=True))
+            features = model.end(below)
+            output = model.class_head(features), model.box_head(features)
+        values, speaks = self.loss.of_windows(*map(single, output), *wanted)
         return mean_over_ranks(values.sum(), speaks.sum(), values)
 
     def _chosen(self, targets: Targets) -> list[Tensor]:
@@ -378,7 +381,7 @@ def _suited(boxes: Tensor, labels: Tensor, side: int) -> Tensor:
     return (near & (labels != NOTHING)).any(1)
 
 
-def detector(width: int = 16, tau: float = 5.0) -> Detector:
+def detector(width: int = 16, tau: float = 5.0, residual: bool = False) -> Detector:
     """The one that the chapter trains; `width` is 16 for two cores, 32 for a GPU. Behind the trunk both are alike, so
     that the weights of either can ship."""
-    return Detector((width, 2 * width, 4 * width), tau=tau)
+    return Detector((width, 2 * width, 4 * width), tau=tau, residual=residual)

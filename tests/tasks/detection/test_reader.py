@@ -9,20 +9,25 @@ from torch.nn.utils import parametrize
 
 import lipguide as lip
 from lipguide.layers.export import without_parametrizations
+from lipguide.tasks.classification.networks import residual as residual_network
 from lipguide.tasks.classification.networks import vgg
 from lipguide.tasks.detection import reader
 from lipguide.tasks.detection.boxes import check_targets, pad_targets
 from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.decision import heard, radii, reported, rivals
 from lipguide.tasks.detection.pyramid import Canvas, Level, averages
-from lipguide.tasks.detection.reader import CELL, HEIGHT, WIDTH, Detector, ReaderStep, assign, places
+from lipguide.tasks.detection.reader import Detector, ReaderStep
 from lipguide.tasks.detection.scores import score
 from lipguide.tasks.detection.start import take_over
+from lipguide.tasks.detection.windows import CELL, HEIGHT, WIDTH, assign, places
 
 
-def small(seed=0):
+def small(seed=0, residual=False):
     torch.manual_seed(seed)
-    return Detector((8, 8, 8), 16)
+    return Detector((8, 8, 8), 16, residual=residual)
+
+
+both_kinds = pytest.mark.parametrize("residual", [False, True])
 
 
 @settings(max_examples=20, deadline=None)
@@ -46,8 +51,9 @@ def test_a_level_survives_export():
     assert torch.allclose(lip.export(level)(x), level(x), atol=1e-6)
 
 
-def test_scores_and_boxes_move_no_faster_than_the_constants_say():
-    model = small().double().eval()
+@both_kinds
+def test_scores_and_boxes_move_no_faster_than_the_constants_say(residual):
+    model = small(residual=residual).double().eval()
     model.levels.float().double()
     steepness, reach, both = model.constants()
     x = torch.rand(1, 3, 74, 74, dtype=torch.float64, requires_grad=True)
@@ -82,17 +88,19 @@ def test_a_trunk_that_is_not_orthogonal_is_bounded_on_the_canvases_that_it_runs_
     assert steepness >= max(on_canvases) * lip.lipschitz_bound(behind, (model.halve.in_channels, 8, 8)).value * 0.999
 
 
-def test_no_bound_is_far_above_what_a_window_reaches():
+@both_kinds
+def test_no_bound_is_far_above_what_a_window_reaches(residual):
     """A gain that is forgotten on either side would show: random heads reach 0.45 of the bound."""
-    model = small().double().eval()
+    model = small(residual=residual).double().eval()
     x = torch.rand(1, 3, 74, 74, dtype=torch.float64, requires_grad=True)
     logits = model(x).logits[0]
     steep = [torch.autograd.grad(logits[window, 0], x, retain_graph=True)[0].norm() for window in range(0, 45, 4)]
     assert 0.3 < max(steep) <= 1 + 1e-6
 
 
-def test_every_eighth_window_is_one_of_every_fourth():
-    model = small().eval()
+@both_kinds
+def test_every_eighth_window_is_one_of_every_fourth(residual):
+    model = small(residual=residual).eval()
     x = torch.rand(2, 3, 74, 74)
     for level, canvas in enumerate(model.canvases):
         fine, coarse = model.features(x, level), model.features(x, level, dense=False)
@@ -150,14 +158,15 @@ def test_a_scene_without_objects_has_a_loss():
     assert value > 0 and value.isfinite()
 
 
-def test_the_step_learns_one_scene():
+@both_kinds
+def test_the_step_learns_one_scene(residual):
     """A few steps on one scene: its digit becomes the answer, and nothing else does."""
-    model = small(1).train()
+    model = small(1, residual).train()
     picture = torch.zeros(1, 3, 74, 74)
     picture[:, 0, 12:62, 25:47] = 1.0
     targets = pad_targets([torch.tensor([[25.0, 12, 47, 62]]) / 74], [torch.tensor([3])])
-    step, adam = ReaderStep(model.training_loss()), torch.optim.Adam(model.parameters(), 2e-2)
-    for _ in range(40):
+    step, adam = ReaderStep(model.training_loss()), torch.optim.Adam(model.parameters(), 1e-2 if residual else 2e-2)
+    for _ in range(80 if residual else 40):
         adam.zero_grad()
         step(model, (picture, *targets)).backward()
         adam.step()
@@ -208,6 +217,24 @@ def test_a_reader_begins_with_what_a_classifier_knows():
         window = nn.Sequential(model.trunk, model.halve, model.sort, model.read, model.sort)
         theirs, mine = classifier[1:-1](x), window(2 * x).flatten(1) / 2
     assert (mine - theirs).norm() < 0.25 * theirs.norm()
+    assert torch.allclose(model.class_head.weight[:10], classifier[-1].weight, atol=1e-5)
+
+
+def test_a_reader_of_linear_residuals_begins_as_one_of_single_digits():
+    """On pictures twice as clear, the features of a window are twice the classifier's, but for how its constraints hold
+    the weights of another."""
+    torch.manual_seed(0)
+    classifier = without_parametrizations(residual_network((8, 8, 8), features=16))
+    for layer in classifier:
+        if isinstance(layer, nn.Conv2d | lip.SLLLinear):
+            nn.init.normal_(layer.bias, std=0.1)
+    model = small(1, residual=True)
+    take_over(model, classifier)
+    x = torch.rand(4, 3, 32, 32) - 0.5
+    with torch.no_grad():
+        window = nn.Sequential(model.trunk, model.halve, model.sort, model.cells, model.read, nn.Flatten(), model.end)
+        theirs, mine = classifier[1:-1](x), window(2 * x) / 2
+    assert (mine - theirs).norm() < 0.1 * theirs.norm()
     assert torch.allclose(model.class_head.weight[:10], classifier[-1].weight, atol=1e-5)
 
 

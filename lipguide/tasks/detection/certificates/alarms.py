@@ -1,7 +1,7 @@
 r"""How many detections there can be at most: a bound on false alarms.
 
-Scores move by at most d. Window j *may precede* window i if r_j + d ≥ r_i − d, and *surely precedes* it if
-r_j − d > r_i + d.
+Scores move between low and up. Window j *may precede* window i if up_j ≥ low_i, and *surely precedes* it if
+low_j > up_i.
 
 *Lemma (silent).* Window i is reported on no picture within ε if a rival j surely precedes it, and every rival of j that
 may precede j, and may itself be reported, is a rival of i as well.
@@ -13,13 +13,13 @@ and silences it. ∎
 That some rival scores surely higher is not enough: whoever silences the rival may stand too far off to silence i.
 Windows known to be silent are no such k, so the lemma is applied until it finds no more.
 
-*Lemma (cliques).* The windows that may be reported for a class above t are those with r_i + d > t that are not silent.
+*Lemma (cliques).* The windows that may be reported for a class above t are those with up_i > t that are not silent.
 Cover them with cliques of rivals. What is reported is an independent set of the graph, so it takes at most one window
 of each clique. Hence there are at most as many detections as cliques.
 
-The cover is greedy: the highest window that is left opens a clique, and takes in, by falling score, what is a rival of
-all its members. Whatever the threshold, the windows above it are covered by the cliques whose openers are above it: a
-clique's opener is its highest member. So one cover bounds the detections above every threshold.
+The cover is greedy: the highest window that is left, by up, opens a clique, and takes in, by falling up, what is
+a rival of all its members. Whatever the threshold, the windows above it are covered by the cliques whose openers are
+above it: a clique's opener is its highest member. So one cover bounds the detections above every threshold.
 """
 
 from __future__ import annotations
@@ -31,45 +31,42 @@ from torch import Tensor
 __all__ = ["births"]
 
 
-def births(scores: Tensor, graph: Tensor, drift: float, least: float = 0.0) -> tuple[Tensor, Tensor]:
+def births(low: Tensor, up: Tensor, graph: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:
     """Thresholds below which one more detection of a scene is possible, (K,), and the class of each, (K,).
 
     Above `t` ≥ `least` there are, for class c, at most as many detections as there are entries of class c above t.
 
     Args:
-        scores: (P, C) of the windows.
+        low, up: (P, C), between which the scores of the windows move.
         graph: (P, P), the rivals.
-        drift: how far a score may move.
 
     >>> graph = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
-    >>> births(torch.tensor([[0.5], [0.4], [-0.1]]), graph, 0.2)  # two rivals, and one that may be woken
+    >>> scores = torch.tensor([[0.5], [0.4], [-0.1]])
+    >>> births(scores - 0.2, scores + 0.2, graph)  # two rivals, and one that may be woken
     (tensor([0.7000, 0.1000]), tensor([0, 0]))
     """
-    window, label = (scores + drift > least).nonzero(as_tuple=True)
-    values, near = scores.cpu().numpy(), graph.cpu().numpy()
+    window, label = (up > least).nonzero(as_tuple=True)
+    lows, ups, near = low.cpu().numpy(), up.cpu().numpy(), graph.cpu().numpy()
     window, label = window.cpu().numpy(), label.cpu().numpy()
     found: list[float] = []
     classes: list[int] = []
     for c in np.unique(label):
         some = window[label == c]
-        own = values[some, c]
-        order = np.argsort(-own, kind="stable")
-        some, own = some[order], own[order]
+        some = some[np.argsort(-ups[some, c], kind="stable")]
         link = near[some[:, None], some]
-        awake = ~_silent(own, link, drift)
+        awake = ~_silent(lows[some, c], ups[some, c], link)
         openers = _openers(link[awake][:, awake])
-        found += (own[awake][openers] + drift).tolist()
+        found += ups[some, c][awake][openers].tolist()
         classes += [int(c)] * len(openers)
     return torch.tensor(found, device="cpu"), torch.tensor(classes, dtype=torch.long, device="cpu")
 
 
-def _silent(own: np.ndarray, link: np.ndarray, drift: float) -> np.ndarray:
-    """(K,): which windows are reported on no picture, from their scores (K,) and rivals (K, K)."""
-    ahead = own[None] - own[:, None]  # [i, j]: how far j is ahead of i
-    surely = link & (ahead > 2 * drift)
-    perhaps = link & (ahead >= -2 * drift)
+def _silent(low: np.ndarray, up: np.ndarray, link: np.ndarray) -> np.ndarray:
+    """(K,): which windows are reported on no picture, from between what their scores move (K,) and rivals (K, K)."""
+    surely = link & (low[None] > up[:, None])  # [i, j]: j comes before i
+    perhaps = link & (up[None] >= low[:, None])
     strangers = (~link).astype(np.float32)
-    silent = np.zeros(len(own), dtype=bool)
+    silent = np.zeros(len(low), dtype=bool)
     while surely.any():
         silencers = perhaps & ~silent[None]  # [j, k]: k may silence j
         escapes = silencers.astype(np.float32) @ strangers > 0  # [j, i]: one of them is no rival of i

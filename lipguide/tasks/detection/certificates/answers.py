@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from lipguide.bounds.walk import check_untouched
 from lipguide.layers.brick import overtaken, own_rule
 from lipguide.precision import full_precision
 from lipguide.tasks.detection.boxes import check_finite, check_number
+from lipguide.tasks.detection.certificates.inside import Inside
 from lipguide.tasks.detection.decision import reported
 from lipguide.tasks.detection.scores import check_call
 
@@ -30,6 +32,7 @@ class Answers(NamedTuple):
         reach: (P,), the four sides of a window's box are, as one vector.
         together: (C,), a window's score for a class over `steepness` and its box over its reach are, as one vector of
             five; √2 holds always, 1 where the score and the box look at features that have nothing in common.
+        inside: what a look into the last block of each window rests on; None where none is taken.
     """
 
     scores: Tensor
@@ -38,10 +41,12 @@ class Answers(NamedTuple):
     steepness: float
     reach: Tensor
     together: Tensor
+    inside: Inside | None = None
 
     def part(self, where: slice) -> Answers:
         """The answers to some of the pictures."""
-        return self._replace(scores=self.scores[where], boxes=self.boxes[where])
+        inside = None if self.inside is None else self.inside.part(where)
+        return self._replace(scores=self.scores[where], boxes=self.boxes[where], inside=inside)
 
     def detections(self, least: float = 0.0) -> list[dict[str, Tensor]]:
         """What the detector reports above `least`."""
@@ -62,6 +67,23 @@ class Answers(NamedTuple):
         """How far a score, and each window's box (P,), may move while the picture moves by `eps`."""
         return self.steepness * eps + ROUNDING, self.reach * eps + ROUNDING / 10
 
+    def bounds(self, scene: int, eps: float, least: float) -> tuple[Tensor, Tensor]:
+        """Between what the scores of a scene move, (P, C) each, while the picture moves by `eps`. A look is taken at
+        those that may come above `least`."""
+        drift, _ = self.moves(eps)
+        low, up = self.scores[scene] - drift, self.scores[scene] + drift
+        if self.inside is None:
+            return low, up
+        window, label = (up > least).nonzero(as_tuple=True)
+        return _closer(low, up, window, label, self.inside.near(scene, window, label, eps, drift))
+
+    def closer(
+        self, scene: int, eps: float, bounds: tuple[Tensor, Tensor], window: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """These bounds, with those of some windows (E,) for some labels (E,) by the dual. `inside` has to be there."""
+        drift, _ = self.moves(eps)
+        return _closer(*bounds, window, label, self.inside.nearer(scene, window, label, eps, drift))
+
     def rises(self, eps: float, room: Tensor, labels: Tensor) -> Tensor:
         """(n, P): by how much each window's score for labels (n,) must have risen for its box to be within `room`
         (n, P) of where it was, while the picture moves by `eps`. −∞: it is there in any case; ∞: nothing says so.
@@ -76,12 +98,26 @@ class Answers(NamedTuple):
         return rise.masked_fill(room >= radius, -torch.inf).to(self.scores)
 
 
+def _closer(
+    low: Tensor, up: Tensor, window: Tensor, label: Tensor, near: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Where some bounds are closer, those, a rounding of scores apart."""
+    low, up = low.clone(), up.clone()
+    low[window, label] = torch.maximum(low[window, label], (near[0] - ROUNDING).to(low))
+    up[window, label] = torch.minimum(up[window, label], (near[1] + ROUNDING).to(up))
+    return low, up
+
+
 @torch.no_grad()
-def answers(model: nn.Module, images: Tensor, batch_size: int = 64) -> Answers:
+def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool = False) -> Answers:
     """What `model`, such as `lipguide.tasks.detection.reader.detector`, answers to pictures (N, 3, 74, 74) in [0, 1].
 
     It answers in float32 whatever the precision around, and what it says is handed over on the CPU, for a certificate
     of a scene is many small steps with a question after each.
+
+    Args:
+        look: take a look into the last block of each window, which has to be an SLL block. Certificates are closer then
+            and cost more: see `lipguide.tasks.detection.certificates.inside`.
 
     >>> from lipguide.tasks.detection.reader import Detector
     >>> given = answers(Detector((8, 8, 8), 16).eval(), torch.rand(2, 3, 74, 74))
@@ -95,14 +131,21 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64) -> Answers:
         boxes = torch.cat([model.boxes(output) for output in outputs])
     check_finite(scores, boxes)
     steepness, reach, together = _constants(model)
-    return Answers(scores.cpu(), boxes.cpu(), model.rivals().cpu(), steepness, reach.cpu(), together.cpu())
+    with full_precision():
+        inside = _ruled(model, "inside")(images, batch_size) if look else None
+    return Answers(scores.cpu(), boxes.cpu(), model.rivals().cpu(), steepness, reach.cpu(), together.cpu(), inside)
 
 
 def _constants(model: nn.Module) -> tuple[float, Tensor, Tensor]:
     """What the model's class says of it, where neither a class below that one nor a hook has a say in its answers."""
     check_untouched(model)
-    rule = own_rule(model, "constants")
+    return _ruled(model, "constants")()
+
+
+def _ruled(model: nn.Module, name: str) -> Callable[..., Any]:
+    """The method of that name, if nothing below the class that has it changes what the model computes."""
+    rule = own_rule(model, name)
     if rule is None:
-        reason = overtaken(model, "constants") or "it has no method constants"
+        reason = overtaken(model, name) or f"it has no method {name}"
         raise ValueError(f"the answers of {type(model).__name__} cannot be certified: {reason}")
-    return rule()
+    return rule

@@ -1,15 +1,16 @@
 r"""Which objects are surely found: whoever wins is right.
 
-Fix a picture, an object with class c, and ε. Scores move by at most d = Lε, the box of window i within a ball of radius
-ρ_i. Window i is *right* for the object if every box of its ball overlaps it by more than
+Fix a picture, an object with class c, and ε. The score of window i stays between low_i and up_i, which are r_i ∓ Lε or
+nearer (`lipguide.tasks.detection.certificates.inside`), and its box within a ball of radius ρ_i. Window i is *right*
+for the object if every box of its ball overlaps it by more than
 
 .. math:: \theta = \tfrac12 \bigl(1 + \text{the largest overlap of the object with another one of its class}\bigr).
 
-*Lemma (whoever wins is right).* Let s be a right window with r_s − d > t. If every rival j of s either cannot come
-before s, for r_j + d < r_s − d, or is right where it does, then on every picture within ε the decision above t reports
+*Lemma (whoever wins is right).* Let s be a right window with low_s > t. If every rival j of s either cannot come
+before s, for up_j < low_s, or is right where it does, then on every picture within ε the decision above t reports
 c with a box that overlaps the object by more than θ.
 
-*Proof.* On the moved picture s scores r_s − d or more, which is above t. If s is reported, it is right. If not, a rival
+*Proof.* On the moved picture s scores low_s or more, which is above t. If s is reported, it is right. If not, a rival
 j is reported that came before s (`lipguide.tasks.detection.decision`): it is right there. ∎
 
 Which window wins may change from picture to picture; nothing depends on it, and nothing on who silences whom: one right
@@ -23,7 +24,7 @@ Then window j is right on every picture on which its score is a or more above r_
 where room_j is a radius within which every box overlaps the object by more than θ. *Proof.* (a / L)² and the square of
 how far the box moved over its reach add up to no more than κ²ε². ∎
 
-A rival that comes before s has a score of r_s − d or more. So it is right if r_s − d ≥ r_j + a for such an a.
+A rival that comes before s has a score of low_s or more. So it is right if low_s ≥ r_j + a for such an a.
 
 *Lemma (distinct matches).* One detection is not right for two objects of one class, so objects that are surely found
 are matched with distinct detections, also by an evaluator that gives each detection the free object that it overlaps
@@ -75,37 +76,37 @@ def rooms(boxes: Tensor, truth: Tensor, labels: Tensor) -> Tensor:
     return result
 
 
-def heights(scores: Tensor, rise: Tensor, labels: Tensor, graph: Tensor, drift: float) -> tuple[Tensor, Tensor]:
+def heights(
+    scores: Tensor, low: Tensor, up: Tensor, rise: Tensor, labels: Tensor, graph: Tensor
+) -> tuple[Tensor, Tensor]:
     """For each object of a scene, the threshold below which it is surely found, before and after suppression: (n,)
     each, −∞ for an object that is not.
 
     Args:
         scores: (P, C) of the windows.
+        low, up: (P, C), between which they move.
         rise: (n, P), by how much each window's score must have risen for it to be right for each object: −∞ where it is
             right in any case, ∞ where it need not be.
         labels: (n,) of the objects.
         graph: (P, P), the rivals.
-        drift: how far a score may move.
 
     >>> right, wrong = -torch.inf, torch.inf
     >>> rise = torch.tensor([[right, right, wrong]])
     >>> scores = torch.tensor([[0.5], [0.9], [0.4]])
-    >>> everyone = torch.ones(3, 3).bool()
-    >>> heights(scores, rise, torch.tensor([0]), everyone, 0.2)[1]  # 0.9 − 0.2; the wrong one reaches 0.6
+    >>> one, everyone = torch.tensor([0]), torch.ones(3, 3).bool()
+    >>> heights(scores, scores - 0.2, scores + 0.2, rise, one, everyone)[1]  # 0.9 − 0.2; the wrong one reaches 0.6
     tensor([0.7000])
-    >>> heights(scores, rise, torch.tensor([0]), everyone, 0.3)[1]  # now it may win
+    >>> heights(scores, scores - 0.3, scores + 0.3, rise, one, everyone)[1]  # now it may win
     tensor([-inf])
     >>> rise = torch.tensor([[right, right, 0.1]])
-    >>> heights(scores, rise, torch.tensor([0]), everyone, 0.3)[1]  # but if it does, it is right
+    >>> heights(scores, scores - 0.3, scores + 0.3, rise, one, everyone)[1]  # but if it does, it is right
     tensor([0.6000])
     """
-    own = scores[:, labels].mT  # (n, P)
+    own, falls, rises = (part[:, labels].mT for part in (scores, low, up))  # (n, P)
     if not own.numel():
         return own.new_full((2, len(labels)), -torch.inf).unbind()
-    falls = own - drift
     before = falls.masked_fill(rise > -torch.inf, -torch.inf)
-    # No window has a score above this without being right.
-    wrong = own + rise.clamp(max=drift)
+    wrong = torch.minimum(own + rise, rises)  # no window has a score above this without being right
     barrier = wrong[:, None].masked_fill(~graph, -torch.inf).amax(2)  # over the rivals of each window
     after = before.masked_fill(falls <= barrier, -torch.inf)
     return before.amax(1), after.amax(1)

@@ -33,6 +33,8 @@ from lipguide.tasks.detection.scores import MOST, RECALLS
 
 __all__ = ["Certificate", "certified_ap", "certified_precision", "certified_recall", "certify", "object_radii"]
 
+TRIED = 3  # windows that are right for an object, for which a closer look is taken
+
 
 class Certificate(NamedTuple):
     """What holds for every picture within `eps` of N scenes. All objects and all alarms stand in one row.
@@ -79,15 +81,19 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
     boxes, labels = (part.cpu() for part in check_targets(targets, classes=given.scores.shape[2]))
     if len(labels) != len(given.scores):
         raise ValueError(f"answers to {len(given.scores)} pictures, but the objects of {len(labels)} scenes")
-    drift, _ = given.moves(eps)
     objects: list[tuple[Tensor, ...]] = []
     alarms: list[tuple[Tensor, Tensor]] = []
     for scene in range(len(labels)):
         there = labels[scene] != NOTHING
         truth, classes = boxes[scene, there], labels[scene, there]
         rise = given.rises(eps, rooms(given.boxes[scene], truth, classes), classes)
-        before, after = heights(given.scores[scene], rise, classes, given.graph, drift)
-        alarms.append(births(given.scores[scene], given.graph, drift, least))
+        bounds = given.bounds(scene, eps, least)
+        before, after = heights(given.scores[scene], *bounds, rise, classes, given.graph)
+        if given.inside is not None and (after == -torch.inf).any():
+            window, label = _undecided(bounds, rise, classes, given.graph, after, least)
+            bounds = given.closer(scene, eps, bounds, window, label)
+            before, after = heights(given.scores[scene], *bounds, rise, classes, given.graph)
+        alarms.append(births(*bounds, given.graph, least))
         possible = torch.bincount(alarms[-1][1], minlength=int(classes.max()) + 1 if len(classes) else 0)
         after = after.masked_fill(possible[classes] > MOST, -torch.inf)
         objects.append((classes, before, after))
@@ -97,6 +103,22 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
     of_objects = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in objects], device="cpu"))
     of_alarms = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in alarms], device="cpu"))
     return Certificate(eps, least, of_objects, label, before, after, born, of_alarms, alarm_label)
+
+
+def _undecided(
+    bounds: tuple[Tensor, Tensor], rise: Tensor, labels: Tensor, graph: Tensor, heights: Tensor, least: float
+) -> tuple[Tensor, Tensor]:
+    """The windows and labels, (E,) each, on which it depends whether the objects without a height are found after all:
+    the best windows that are right for each, and the rivals that may come before those and be wrong."""
+    low, up = bounds
+    chosen = torch.zeros_like(low, dtype=torch.bool)
+    for thing in (heights == -torch.inf).nonzero().squeeze(1).tolist():
+        label = labels[thing]
+        good = (rise[thing] == -torch.inf) & (up[:, label] > least)
+        for best in low[:, label].masked_fill(~good, -torch.inf).topk(min(TRIED, int(good.sum()))).indices:
+            chosen[best, label] = True
+            chosen[:, label] |= graph[best] & (rise[thing] > -torch.inf) & (up[:, label] >= low[best, label])
+    return chosen.nonzero(as_tuple=True)
 
 
 def certified_recall(certificate: Certificate, least: float | None = None) -> float:

@@ -104,6 +104,11 @@ def corners(count, drift, extra=60):
     return torch.cat([edges, drift * (2 * torch.rand(extra, count) - 1)])
 
 
+def around(scores, drift):
+    """Between what they move, where all may move as far."""
+    return scores - drift, scores + drift
+
+
 def tiny(seed):
     torch.manual_seed(seed)
     graph = torch.rand(6, 6) < 0.4
@@ -113,7 +118,8 @@ def tiny(seed):
 
 def found(scores, good, graph, drift):
     """Heights before and after suppression, where a window is right in any case or need not be."""
-    return heights(scores, torch.where(good, -torch.inf, torch.inf), torch.tensor([0]), graph, drift)
+    rise = torch.where(good, -torch.inf, torch.inf)
+    return heights(scores, *around(scores, drift), rise, torch.tensor([0]), graph)
 
 
 @settings(max_examples=100, deadline=None)
@@ -168,7 +174,7 @@ def test_a_wrong_rival_does_no_harm_from_twice_the_drift_on(above, holds):
 def test_whoever_wins_is_right_where_some_are_right_only_if_they_rise(seed, drift):
     scores, graph, good = tiny(seed)
     rise = torch.where(good, -torch.inf, torch.where(torch.rand(1, 6) < 0.5, 1.5 * drift * torch.rand(1, 6), torch.inf))
-    _, after = heights(scores, rise, torch.tensor([0]), graph, drift)
+    _, after = heights(scores, *around(scores, drift), rise, torch.tensor([0]), graph)
     assert after >= found(scores, good, graph, drift)[1]
     if after > 0:
         for move in corners(6, drift * (1 - 1e-6), 300):
@@ -227,7 +233,7 @@ def test_the_price_of_a_rise_is_exact_where_score_and_box_have_nothing_in_common
 @given(st.integers(0, 10**6), st.sampled_from((0.05, 0.15, 0.3)), st.sampled_from((0.0, 0.2, 0.6)))
 def test_there_are_never_more_detections_than_the_bound_says(seed, drift, least):
     scores, graph, _ = tiny(seed)
-    born, label = births(scores, graph, drift)
+    born, label = births(*around(scores, drift), graph)
     assert (label == 0).all()
     allowed = int((born > least).sum())
     for move in corners(6, drift * (1 - 1e-6)):
@@ -239,24 +245,24 @@ def test_who_is_beaten_by_one_that_may_be_silenced_may_be_reported():
     line = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1]]).bool()
     scores = torch.tensor([[0.9], [0.5], [0.1]])
     assert heard(scores, line, 0.0)[:, 0].tolist() == [True, False, True]
-    assert len(births(scores, line, 0.1)[0]) == 2
-    assert len(births(scores, torch.ones(3, 3).bool(), 0.1)[0]) == 1
+    assert len(births(*around(scores, 0.1), line)[0]) == 2
+    assert len(births(*around(scores, 0.1), torch.ones(3, 3).bool())[0]) == 1
     higher = torch.tensor([[0.1], [0.9], [0.1]])
-    assert len(births(higher, line, 0.1)[0]) == 1  # nobody may silence the middle one
+    assert len(births(*around(higher, 0.1), line)[0]) == 1  # nobody may silence the middle one
 
 
 def test_who_is_surely_silent_silences_nobody():
     """Four in a line with falling scores: the first is heard, so not the second; so the third is, and not the last."""
     line = (torch.arange(4)[:, None] - torch.arange(4)).abs() <= 1
     scores = torch.tensor([[1.6], [1.2], [0.8], [0.4]])
-    assert len(births(scores, line, 0.1)[0]) == int(heard(scores, line, 0.0).sum()) == 2
+    assert len(births(*around(scores, 0.1), line)[0]) == int(heard(scores, line, 0.0).sum()) == 2
 
 
 def test_the_bound_on_alarms_is_exact_on_apart_windows_and_on_rivals():
     scores = torch.tensor([[0.5], [0.4], [-0.1]])
-    assert len(births(scores, torch.eye(3).bool(), 0.2)[0]) == 3
-    assert len(births(scores, torch.ones(3, 3).bool(), 0.2)[0]) == 1
-    assert len(births(scores, torch.eye(3).bool(), 0.05)[0]) == 2
+    assert len(births(*around(scores, 0.2), torch.eye(3).bool())[0]) == 3
+    assert len(births(*around(scores, 0.2), torch.ones(3, 3).bool())[0]) == 1
+    assert len(births(*around(scores, 0.05), torch.eye(3).bool())[0]) == 2
 
 
 def random_answers(seed, scenes=12):
