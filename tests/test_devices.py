@@ -339,7 +339,7 @@ def test_what_float64_proves_of_the_last_block_is_that_of_the_cpu(device):
 
 
 def test_what_is_surely_found_is_that_of_the_cpu(device):
-    model, (images, *targets) = unlearnt("sll", width=4).eval(), scenes(1, "cpu")
+    model, (images, *targets) = unlearnt("together", width=4).eval(), scenes(1, "cpu")
     there = Targets(*(part.to(device) for part in targets))
     model(images)
     moved = copy.deepcopy(model).to(device)
