@@ -33,9 +33,6 @@ pdf: book
 check-pages:
 	$(BIN)/python -m pytest -o addopts=-q -rs tests/book/test_html.py
 
-# The allocator of glibc gives every large tensor back to the system at once; to take it anew was a seventh of the suite.
-test: export MALLOC_MMAP_MAX_ = 0
-test: export MALLOC_TRIM_THRESHOLD_ = 2147483647
 test: setup
 	$(BIN)/ruff check lipguide tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
