@@ -222,21 +222,17 @@ def _rolled(x: Tensor, moved: Moved) -> Tensor:
     return x
 
 
-def _layer(convolution: nn.Conv2d) -> list[nn.Module]:
-    return [orthogonal(convolution), GroupSort2()]
-
-
 Layers = tuple[list[nn.Module], nn.Conv2d, list[nn.Module]]  # of a level, the halving, of its cells
 
 
 def _sorted_layers(first: int, second: int, third: int) -> Layers:
     """Those of `vgg`."""
     trunk = [
-        *_layer(nn.Conv2d(3, first, 3, padding=1)),
-        *_layer(nn.Conv2d(first, 2 * first, 2, 2)),
-        *_layer(nn.Conv2d(2 * first, second, 3, padding=1)),
-        *_layer(nn.Conv2d(second, 2 * second, 2, 2)),
-        *_layer(nn.Conv2d(2 * second, third, 3, padding=1)),
+        *Lipschitz.layer(nn.Conv2d(3, first, 3, padding=1)),
+        *Lipschitz.layer(nn.Conv2d(first, 2 * first, 2, 2)),
+        *Lipschitz.layer(nn.Conv2d(2 * first, second, 3, padding=1)),
+        *Lipschitz.layer(nn.Conv2d(second, 2 * second, 2, 2)),
+        *Lipschitz.layer(nn.Conv2d(2 * second, third, 3, padding=1)),
     ]
     return trunk, nn.Conv2d(third, 2 * third, 2, 2), []
 
@@ -244,7 +240,12 @@ def _sorted_layers(first: int, second: int, third: int) -> Layers:
 def _residual_layers(first: int, second: int, third: int) -> Layers:
     """Those of `residual`, two linear residuals at each size."""
     residuals = [[*Lipschitz.linear_residual(width), *Lipschitz.linear_residual(width)] for width in (first, second)]
-    trunk = [*_layer(nn.Conv2d(3, first, 2, 2)), *residuals[0], *_layer(nn.Conv2d(first, second, 2, 2)), *residuals[1]]
+    trunk = [
+        *Lipschitz.layer(nn.Conv2d(3, first, 2, 2)),
+        *residuals[0],
+        *Lipschitz.layer(nn.Conv2d(first, second, 2, 2)),
+        *residuals[1],
+    ]
     cells = [*Lipschitz.linear_residual(third), *Lipschitz.linear_residual(third)]
     return trunk, nn.Conv2d(second, third, 2, 2), cells
 

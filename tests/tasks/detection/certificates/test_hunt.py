@@ -36,9 +36,12 @@ class Toy(nn.Module):
         base = torch.stack([place, torch.full_like(place, 0.2), place + 0.2, torch.full_like(place, 0.8)], 1)
         self.register_buffer("base", base)
 
-    def forward(self, x):
+    def features(self, x):
         level = self.level @ (x - 0.5) @ self.level.mT
-        features = torch.einsum("np,wpf->nwf", level.flatten(1), self.basis)
+        return torch.einsum("np,wpf->nwf", level.flatten(1), self.basis)
+
+    def forward(self, x):
+        features = self.features(x)
         return features @ self.rows.mT, self.base + REACH * features @ self.sides
 
     def scores(self, output):

@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lipguide.tasks.detection.boxes import pad_targets
 from lipguide.tasks.detection.certificates import answers, certified_recall, certify, hunt
 from lipguide.tasks.detection.certificates.inside import Inside
 from lipguide.tasks.detection.reader import Detector
-from tests.tasks.detection.certificates.test_hunt import PIXELS, Toy
+from tests.tasks.detection.certificates.test_hunt import PIXELS, REACH, Toy, scenes
 
 SCENES, WINDOWS, FEATURES, FILTERS, CLASSES = 2, 5, 6, 8, 3
 
@@ -119,31 +118,22 @@ class Bent(Toy):
         self.register_buffer("filters", 0.95 * filters / torch.linalg.matrix_norm(filters, 2))
         self.register_buffer("kinks", torch.full((6,), 0.02))
 
-    def below(self, x):
-        level = self.level @ (x - 0.5) @ self.level.mT
-        return torch.einsum("np,wpf->nwf", level.flatten(1), self.basis)
-
     def forward(self, x):
-        u = self.below(x)
+        u = self.features(x)
         features = u - 2 * (u @ self.filters.mT + self.kinks).relu() @ self.filters
-        return features @ self.rows.mT, self.base + 0.1 * features @ self.sides
+        return features @ self.rows.mT, self.base + REACH * features @ self.sides
 
     def constants(self):
         return super().constants()  # the block stretches nothing
 
     def inside(self, images, batch_size):
         ends = (self.filters, self.kinks, self.rows, torch.zeros(len(self.rows)))
-        return Inside(self.below(images), *(end.double() for end in ends), 1.0)
+        return Inside(self.features(images), *(end.double() for end in ends), 1.0)
 
 
 def bent(count=20):
-    """Random pictures, in each an object where the detector's best answer stands."""
-    model = Bent().eval()
-    generator = torch.Generator().manual_seed(1)
-    images = (0.5 + 0.25 * torch.randn(count, 3, PIXELS, PIXELS, generator=generator)).clamp(0.05, 0.95)
-    found = answers(model, images).detections()
-    targets = pad_targets([scene["boxes"][:1] for scene in found], [scene["labels"][:1] for scene in found], 2)
-    return model, images, targets
+    model = Bent()
+    return model, *scenes(model, count)
 
 
 def test_a_look_certifies_more_and_no_object_less():
