@@ -21,18 +21,17 @@ anywhere. The right side is concave in both; some steps of Adam come near its to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
+from lipguide.robustness.certificates.block import Block
 from lipguide.robustness.certificates.local import Opened, opened
 from lipguide.robustness.certificates.radii import ATTACKERS_FAVOUR, SMALLEST
 
 __all__ = ["holds_within", "least_gap"]
 
-SHARE = 0.9  # θ‖V‖², where ‖V‖ ≥ 1: of the length, what the units are charged for
 STEPS = 100  # of the search; wherever it ends, the bound is sound
 RATE = 0.2  # over √K, for g: an entry of c is about 2 / √K
 PRICE_RATE = 0.1  # for log λ
@@ -63,105 +62,116 @@ def holds_within(
     """
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}, and a distance is a number, 0 or more")
-    block = opened(model, images, labels, batch_size)
-    sure = block.radius(batch_size) > eps
-    reach = eps * block.below * (1 + ATTACKERS_FAVOUR)
-    right = block.logits.argmax(1) == block.labels
-    square = _square(block)
+    end = opened(model, images, labels, batch_size)
+    sure = end.radius(batch_size) > eps
+    reach = eps * end.below * (1 + ATTACKERS_FAVOUR)
+    right = end.logits.argmax(1) == end.labels
     for part in (right & ~sure).nonzero()[:, 0].split(batch_size):
-        sure[part] = _held(block, part, reach, square)
+        sure[part] = _held(end, part, reach)
     return sure
 
 
-def _held(block: Opened, pictures: Tensor, reach: float, square: float) -> Tensor:
-    """Of some pictures: whether every other class stays below, wherever the features move by `reach`; `square` is
-    ‖V‖² or 1."""
-    u, z, y = block.features[pictures], block.logits[pictures], block.labels[pictures]
-    w = block.rows[y][:, None] - block.rows  # (N, C, D)
+def _held(end: Opened, pictures: Tensor, reach: float) -> Tensor:
+    """Of some pictures: whether every other class stays below, wherever the features move by `reach`."""
+    u, z, y = end.features[pictures], end.logits[pictures], end.labels[pictures]
+    w = end.rows[y][:, None] - end.rows  # (N, C, D)
     gap, length = z.gather(1, y[:, None]) - z, w.norm(dim=2)  # (N, C)
-    fall = (2 * square - 1) * (1 + CUSHION) * reach * length  # at most, for ‖I − 2 V D Vᵀ‖ ≤ max(1, 2 ‖V‖² − 1)
+    steepest = 2 * end.block.square - 1  # ‖I − 2 V D Vᵀ‖ at most
+    fall = steepest * (1 + CUSHION) * reach * length
     asked = (gap <= fall).scatter(1, y[:, None], False)
     held = ~asked
     if asked.any():
         unit = length[asked, None].clamp(min=SMALLEST)
         of = asked.nonzero()[:, 0]
-        least = _dual(gap[asked] / unit[:, 0], w[asked] / unit, u[of], block, reach, SHARE / square)
+        least = least_gap(gap[asked] / unit[:, 0], w[asked] / unit, u[of], end.block, reach)
         held[asked] = least > CUSHION
     return held.all(1)
 
 
-class Ends(Protocol):
-    """An SLL block in float64: its filters Vᵀ (K, D) and its bias (K,)."""
-
-    @property
-    def filters(self) -> Tensor: ...
-
-    @property
-    def bias(self) -> Tensor: ...
-
-
-def least_gap(gap: Tensor, w: Tensor, u: Tensor, block: Ends, reach: float) -> Tensor:
+def least_gap(gap: Tensor, w: Tensor, u: Tensor, block: Block, reach: float) -> Tensor:
     """Lower bounds of M gaps, (M,), wherever the features u (M, D) of a block move by `reach`; all in float64.
 
     Args:
         gap: (M,), what wᵀ times the outputs of the block is now, up to what does not move.
         w: (M, D), of norm 1.
-        block: its filters and bias.
     """
-    return _dual(gap, w, u, block, reach, SHARE / _square(block))
-
-
-def _square(block: Ends) -> float:
-    """‖V‖² or 1."""
-    return max(1.0, float(torch.linalg.eigvalsh(block.filters @ block.filters.mT)[-1]))
-
-
-def _dual(gap: Tensor, w: Tensor, u: Tensor, block: Ends, reach: float, theta: float) -> Tensor:
-    """A lower bound of every gap (M,) in the ball, with w (M, D) of norm 1 and the features u (M, D)."""
-    v_t = block.filters
-    c, x = -2 * w @ v_t.mT, u @ v_t.mT + block.bias  # (M, K)
-    there = gap - (c * x.relu()).sum(1)
-    eye = torch.eye(v_t.shape[1], dtype=v_t.dtype, device=v_t.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(eye - theta * v_t.mT @ v_t))
+    v_t, inverse = block.filters, block.free
+    c, x = block.pull(w), block.before(u)  # (M, K)
     # (w + Vg)ᵀ (I − θVVᵀ)⁻¹ (w + Vg) = alone + 2 gᵀ mixed + gᵀ both g
-    alone, mixed, both = (w @ inverse * w).sum(1), w @ inverse @ v_t.mT, v_t @ inverse @ v_t.mT
+    dual = _Dual(
+        there=gap - (c * x.relu()).sum(1),
+        c=c,
+        x=x,
+        alone=(w @ inverse * w).sum(1),
+        mixed=w @ inverse @ v_t.mT,
+        both=v_t @ inverse @ v_t.mT,
+        theta=block.theta,
+        reach=reach,
+    )
+    with torch.inference_mode(False), torch.no_grad():
+        # Wherever the search ends the bound holds, so it may go by single precision; what it ends with may not.
+        g, log_price = _highest(dual.single())
+        least, _, _ = dual.bound(g.double(), log_price.double())
+    return least.nan_to_num(nan=-math.inf)
 
-    def bound(g: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """And its slopes in g and in log λ."""
-        price = log_price.exp()
-        bent, own = g @ both, theta * price[:, None]  # θλ
-        a = alone + (g * (2 * mixed + bent)).sum(1)
+
+@dataclass(frozen=True)
+class _Dual:
+    """The right side above, for M gaps."""
+
+    there: Tensor  # gap(0) − cᵀ relu(x), (M,)
+    c: Tensor  # (M, K)
+    x: Tensor  # (M, K)
+    alone: Tensor  # (M,)
+    mixed: Tensor  # (M, K)
+    both: Tensor  # (K, K)
+    theta: float
+    reach: float
+
+    def single(self) -> _Dual:
+        """In single precision."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return _Dual(*(part.float() if isinstance(part, Tensor) else part for part in parts))
+
+    def bound(self, g: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """At g (M, K) and log λ (M,), and its slopes in both."""
+        c, x, price = self.c, self.x, log_price.exp()
+        bent, own = g @ self.both, self.theta * price[:, None]  # θλ
+        a = self.alone + (g * (2 * self.mixed + bent)).sum(1)
         on, off = c - g - own * x, g + own * x
         falls = torch.minimum(on, off).clamp(max=0)
         units = (g * x + own * x.square() / 2 - falls.square() / (2 * own)).sum(1)
-        value = there + units - a / (2 * price) - price * reach**2 / 2
+        value = self.there + units - a / (2 * price) - price * self.reach**2 / 2
         rate, sign = falls / own, 1 - 2 * (on < off).to(x)  # of what a fall is in g
-        in_g = x - rate * sign - (mixed + bent) / price[:, None]
-        in_price = theta * (x.square() / 2 - rate * sign * x + rate.square() / 2).sum(1)
-        return value, in_g, price * in_price + a / (2 * price) - price * reach**2 / 2
-
-    with torch.inference_mode(False), torch.no_grad():
-        log_price = torch.full_like(gap, -math.log(max(reach, 1e-12)))
-        rates = (RATE / math.sqrt(len(v_t)), PRICE_RATE)
-        return _highest(bound, (c * (x > 0), log_price), rates)
+        in_g = x - rate * sign - (self.mixed + bent) / price[:, None]
+        in_price = self.theta * (x.square() / 2 - rate * sign * x + rate.square() / 2).sum(1)
+        return value, in_g, price * in_price + a / (2 * price) - price * self.reach**2 / 2
 
 
-def _highest(
-    function: Callable[..., tuple[Tensor, ...]], variables: tuple[Tensor, ...], rates: tuple[float, ...]
-) -> Tensor:
-    """The largest values (M,) that Adam meets, each row of the variables by itself.
-
-    Args:
-        function: of the variables, the values and their slopes in each variable.
-    """
-    best = torch.full_like(variables[-1], -math.inf)
+def _highest(dual: _Dual) -> tuple[Tensor, Tensor]:
+    """g (M, K) and log λ (M,) of the largest values that Adam meets, each row by itself."""
+    variables = _start(dual)
+    rates = RATE / math.sqrt(dual.c.shape[1]), PRICE_RATE
     moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in variables]
+    most, best = torch.full_like(dual.there, -math.inf), [v.clone() for v in variables]
     for step in range(1, STEPS + 1):
-        values, *slopes = function(*variables)
-        best = torch.fmax(best, values)
+        value, *slopes = dual.bound(*variables)
+        higher = value > most
+        most = torch.where(higher, value, most)
+        best = [torch.where(_beside(higher, v), v, b) for v, b in zip(variables, best, strict=True)]
         for v, slope, rate, (mean, square) in zip(variables, slopes, rates, moments, strict=True):
             mean.lerp_(slope, 0.1)
             square.lerp_(slope.square(), 1e-3)
             spread = (square / (1 - 0.999**step)).sqrt() + 1e-12
             v += rate * mean / (1 - 0.9**step) / spread
-    return best
+    return best[0], best[1]
+
+
+def _start(dual: _Dual) -> tuple[Tensor, Tensor]:
+    """The best g and λ for units that stay as they are and a gap of slope 1."""
+    return dual.c * (dual.x > 0), torch.full_like(dual.there, -math.log(max(dual.reach, 1e-12)))
+
+
+def _beside(rows: Tensor, values: Tensor) -> Tensor:
+    """Rows (M,), so that they go with values (M, ...)."""
+    return rows.reshape(-1, *[1] * (values.ndim - 1))

@@ -31,6 +31,7 @@ from lipguide.bounds.walk import check_untouched
 from lipguide.layers.brick import computes_as
 from lipguide.layers.export import uncached
 from lipguide.layers.sll import SLLLinear
+from lipguide.robustness.certificates.block import CUSHION, Block
 from lipguide.robustness.certificates.conditions import checked_logits, in_float64
 from lipguide.robustness.certificates.radii import ATTACKERS_FAVOUR, SMALLEST, check_logits
 
@@ -39,7 +40,6 @@ __all__ = ["Opened", "farthest", "local_radius", "opened"]
 PIECES, FEW = 8, 4  # on which the gradient's bound is constant
 REACH = 1.5  # of the pieces together, in units of `radius`; beyond, the gradient is bounded by ‖w‖
 DESCENTS = 10  # steps towards the smallest value of the quadratic; a tangent laid anywhere is sound
-CUSHION = 1e-10  # for float64, far above the rounding of its sums
 
 
 def local_radius(model: nn.Sequential, images: Tensor, labels: Tensor | None = None, batch_size: int = 256) -> Tensor:
@@ -74,15 +74,14 @@ class Opened:
     features: Tensor  # u (N, D)
     logits: Tensor  # z (N, C)
     labels: Tensor  # y (N,)
-    filters: Tensor  # Vᵀ (K, D)
-    bias: Tensor  # b (K,)
+    block: Block
     rows: Tensor  # of the head (C, D)
     below: float  # the constant of the features in the picture
 
     def radius(self, batch_size: int) -> Tensor:
         """What `local_radius` says, (N,)."""
         columns = (every.split(batch_size) for every in (self.features, self.logits, self.labels))
-        pairs = (_pairs(*part, self.filters, self.bias, self.rows) for part in zip(*columns, strict=True))
+        pairs = (_pairs(*part, self.block, self.rows) for part in zip(*columns, strict=True))
         moves = torch.cat([_reach(part) for part in pairs])
         return (moves - ATTACKERS_FAVOUR * moves.abs()) / self.below
 
@@ -98,8 +97,8 @@ def opened(model: nn.Sequential, images: Tensor, labels: Tensor | None, batch_si
     with torch.inference_mode(False), torch.no_grad(), uncached():
         twin = in_float64(model)
         features = torch.cat([twin[:-2](part.double()) for part in images.split(batch_size)])
-        ends = twin[-2].weight.detach(), twin[-2].bias.detach(), twin[-1].weight.detach()
-    return Opened(features, logits, labels, *ends, below)
+        end = Block(twin[-2].weight.detach(), twin[-2].bias.detach())
+    return Opened(features, logits, labels, end, twin[-1].weight.detach(), below)
 
 
 def _ending(model: nn.Sequential) -> tuple[SLLLinear, nn.Linear]:
@@ -121,65 +120,59 @@ class _Pairs:
     length: Tensor  # ‖w‖ (N, C)
     pull: Tensor  # c = −2 Vᵀw, (N, C, K)
     before: Tensor  # Vᵀu + b, (N, K)
-    filters: Tensor  # ‖v_k‖ (K,)
-    loss: Tensor  # I − VᵀV, lifted until it is positive (K, K)
-    lifted: float  # by how much
+    block: Block
 
     def steepest(self) -> Tensor:
         """What bounds the gradient of the gap everywhere, (N, C): the block's constant is at most 1 + 2 `lifted`."""
-        return (self.length * (1 + 2 * self.lifted)).clamp(min=SMALLEST)
+        return (self.length * (1 + 2 * self.block.lifted)).clamp(min=SMALLEST)
 
     def steepness(self, distance: Tensor) -> Tensor:
         """N: what bounds the gradient of the gap within `distance` (N,) of the features, (N, C)."""
         low, high = self._box(distance)
-        y = (low + high) / 2  # (N, C, K), Dc or anything else in the box
-        for _ in range(DESCENTS):
-            y = (y - y @ self.loss).clamp(low, high)
-        slope = 2 * y @ self.loss
+        loss, lifted = self.block.loss, self.block.lifted
+        y = _low_point(low, high, loss)  # (N, C, K), Dc or anything else in the box
+        slope = 2 * y @ loss
         tangent = torch.minimum(slope * (low - y), slope * (high - y)).sum(2)
         kept = (slope * y).sum(2) / 2 + tangent  # ≤ yᵀ (I − VᵀV + lifted) y over the box
-        slack = (self.lifted + CUSHION) * self.pull.square().sum(2)
+        slack = (lifted + CUSHION) * self.pull.square().sum(2)
         squared = self.length.square() * (1 + CUSHION) - (kept - slack)  # of a V above norm 1 this may add
         return torch.minimum(squared.clamp(min=0).sqrt(), self.steepest()).clamp(min=SMALLEST)
 
     def _box(self, distance: Tensor) -> tuple[Tensor, Tensor]:
         """Between which values the entries of Dc lie, each (N, C, K)."""
-        moved = distance[:, None] * self.filters * (1 + CUSHION) + CUSHION  # (N, K)
+        moved = distance[:, None] * self.block.lengths * (1 + CUSHION) + CUSHION  # (N, K)
         on, off = self.before > moved, self.before < -moved
         low = torch.where(on[:, None], self.pull, torch.where(off[:, None], 0.0, self.pull.clamp(max=0)))
         high = torch.where(on[:, None], self.pull, torch.where(off[:, None], 0.0, self.pull.clamp(min=0)))
         return low, high
 
 
-def _pairs(features: Tensor, logits: Tensor, labels: Tensor, v_t: Tensor, bias: Tensor, rows: Tensor) -> _Pairs:
-    """v_t holds Vᵀ, (K, D), as the block's weight does."""
+def _low_point(low: Tensor, high: Tensor, loss: Tensor) -> Tensor:
+    """Some y (N, C, K) of a box near which yᵀ loss y is smallest. Any will do, so single precision does."""
+    least, most, matrix = low.float(), high.float(), loss.float()
+    y = (least + most) / 2
+    for _ in range(DESCENTS):
+        y = (y - y @ matrix).clamp(least, most)
+    return y.double().clamp(low, high)
+
+
+def _pairs(features: Tensor, logits: Tensor, labels: Tensor, block: Block, rows: Tensor) -> _Pairs:
     gap = (logits.gather(1, labels[:, None]) - logits).scatter(1, labels[:, None], math.inf)
-    return _directed(gap, rows[labels][:, None] - rows, features, v_t, bias)
+    return _directed(gap, rows[labels][:, None] - rows, features, block)
 
 
-def _directed(gap: Tensor, w: Tensor, features: Tensor, v_t: Tensor, bias: Tensor) -> _Pairs:
+def _directed(gap: Tensor, w: Tensor, features: Tensor, block: Block) -> _Pairs:
     """From gaps (N, C) with their directions (N, C, D)."""
-    loss = torch.eye(len(v_t), dtype=v_t.dtype, device=v_t.device) - v_t @ v_t.mT
-    lifted = max(0.0, -float(torch.linalg.eigvalsh(loss)[0])) + CUSHION
-    loss.diagonal().add_(lifted)
-    return _Pairs(
-        gap=gap,
-        length=w.norm(dim=2),
-        pull=-2 * w @ v_t.mT,
-        before=features @ v_t.mT + bias,
-        filters=v_t.norm(dim=1),
-        loss=loss,
-        lifted=lifted,
-    )
+    return _Pairs(gap, w.norm(dim=2), block.pull(w), block.before(features), block)
 
 
-def farthest(w: Tensor, u: Tensor, v_t: Tensor, bias: Tensor, distance: float) -> Tensor:
+def farthest(w: Tensor, u: Tensor, block: Block, distance: float) -> Tensor:
     """How far wᵀ times the outputs of a block can move, up or down, while its features u (M, D) move by `distance`.
 
     Args:
-        w: (M, D), directions; v_t, bias: the block's, all in float64.
+        w: (M, D), directions, in float64 as the features.
     """
-    pairs = _directed(torch.zeros_like(w[:, :1]), w[:, None], u, v_t, bias)
+    pairs = _directed(torch.zeros_like(w[:, :1]), w[:, None], u, block)
     piece = distance / FEW
     ends = (w.new_full((len(w),), piece * (k + 1)) for k in range(FEW))
     return sum((piece * pairs.steepness(end)[:, 0] for end in ends), torch.zeros_like(w[:, 0]))

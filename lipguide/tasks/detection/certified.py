@@ -18,7 +18,7 @@ from torch import nn
 from lipguide.provenance import commit
 from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, mixture
 from lipguide.tasks.detection.boxes import NOTHING, unit_range
-from lipguide.tasks.detection.certificates import answers, certified_recall, certify, curve, hunt
+from lipguide.tasks.detection.certificates import Answers, answers, certified_recall, certify, curve, hunt
 from lipguide.tasks.detection.data import Split
 from lipguide.tasks.detection.reader import Detector
 from lipguide.tasks.detection.scores import detections, score
@@ -56,7 +56,8 @@ class Plan:
 def certified(
     model: Detector, twin: nn.Module, scenes: Split, plan: Plan, folder: str | Path, made: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that goes on record of `model`, such as the weights "detection-reader" give it, on some scenes.
+    """Everything that goes on record of `model`, such as the weights "detection-reader" give it, on some scenes. It has
+    to be a reader whose windows can be looked into.
 
     Args:
         twin: an ordinary detector, which median smoothing asks.
@@ -67,7 +68,8 @@ def certified(
 
     >>> import tempfile, torch
     >>> from lipguide.tasks.detection.data import load_split
-    >>> model, scenes = Detector((8, 8, 8), 16).eval(), load_split("test", 2, 0, torch.device("cpu"))
+    >>> model = Detector((8, 8, 8), 16, residual=True).eval()
+    >>> scenes = load_split("test", 2, 0, torch.device("cpu"))
     >>> plan = Plan((0.1,), (0.1,), (), attacked=1, steps=1, smoothings=())
     >>> record = certified(model, model, scenes, plan, tempfile.mkdtemp(), {})
     >>> record["scenes"], [row["eps"] for row in record["certificates"]]
@@ -84,7 +86,7 @@ def certified(
 
     def compared(eps: float, sigma: float, draws: int) -> dict[str, Any]:
         few, asked = scenes.part(slice(plan.smoothed)), {"eps": eps, "sigma": sigma, "draws": draws}
-        own = certify(answers(model, unit_range(few.images)), few.targets, eps, model.least)
+        own = certify(answers(model, unit_range(few.images), look=True), few.targets, eps, model.least)
         smooth = kept(f"smoothed-{eps:g}", asked, partial(_smoothed, twin, few, **asked))
         return smooth | {"reader": certified_recall(own)}
 
@@ -105,21 +107,27 @@ def certified(
 
 
 def _whole(model: Detector, scenes: Split, grid: Sequence[float]) -> dict[str, Any]:
-    """What is certified of all scenes, what is found on them clean, and the seconds a scene of both steps."""
+    """What is certified of all scenes, with a look and by constants alone, and what is found on them clean. With the
+    seconds a scene of each step."""
     images, targets = unit_range(scenes.images), scenes.targets
-    given, forward = _timed(lambda: answers(model, images))
-    rows, bounds = _timed(lambda: curve(given, targets, grid, model.least))
+    given, forward = _timed(lambda: answers(model, images, look=True))
     clean = score(given.detections(model.least), targets)
-    logger.info("clean %.1f mAP; certified found %s", clean.map50, [round(row["found"], 1) for row in rows])
-    each = len(images)
+    logger.info("clean %.1f mAP", clean.map50)
+
+    def row(given: Answers, eps: float) -> dict[str, float]:
+        (certified,), seconds = _timed(lambda: curve(given, targets, [eps], model.least))
+        logger.info("certified %s", certified)
+        return certified | {"seconds": seconds / len(images)}
+
     return {
-        "scenes": each,
+        "scenes": len(images),
         "objects": int((targets.labels >= 0).sum()),
         "threshold": model.least,
         "steepness": given.steepness,
         "clean": clean._asdict(),
-        "certificates": rows,
-        "seconds": {"forward": forward / each, "certificate": bounds / each / max(len(grid), 1)},
+        "certificates": [row(given, eps) for eps in grid],
+        "constants": [row(given._replace(inside=None), eps) for eps in grid],
+        "seconds": {"forward": forward / len(images)},
     }
 
 
@@ -145,7 +153,7 @@ def _attacked(model: Detector, scenes: Split, eps: float, steps: int) -> dict[st
 def _hunted(model: Detector, scenes: Split, eps: float, steps: int) -> dict[str, Any]:
     """How many certified objects each aimed attack brings down: none, or the certificates are wrong."""
     images = unit_range(scenes.images)
-    certificate = certify(answers(model, images), scenes.targets, eps, model.least)
+    certificate = certify(answers(model, images, look=True), scenes.targets, eps, model.least)
     found, seconds = _timed(lambda: hunt(model, images, scenes.targets, certificate, steps))
     logger.info("hunted at %g: %s", eps, found)
     return {"scenes": len(images), "seconds": seconds} | found._asdict()

@@ -31,6 +31,7 @@ from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import orthogonal, unit_rows
 from lipguide.layers.brick import computes_as
 from lipguide.layers.sll import SLLLinear
+from lipguide.robustness.certificates.block import Block
 from lipguide.tasks.detection.boxes import NOTHING, Checked, Targets, check_targets, single, unit_range
 from lipguide.tasks.detection.certificates.inside import Inside
 from lipguide.tasks.detection.certificates.overlap import overlap
@@ -113,18 +114,21 @@ class Detector(nn.Module):
         self.box_head = orthogonal(nn.Linear(features, 4))
 
     def forward(self, x: Tensor) -> ReaderOutput:
-        x = self.brightless(x)
         with parametrize.cached():  # the weights are those of all levels
-            features = torch.cat([self.features(x, level) for level in range(len(self.levels))], 1)
-            return ReaderOutput(self.class_head(features), self.box_head(features))
+            return self.answer(self.windows(x))
 
-    def features(self, x: Tensor, level: int, dense: bool = True, moved: Moved = (0, 0)) -> Tensor:
-        """(N, windows, features) of one level of a picture without its mean; see `below`."""
-        below = self.below(x, level, dense, moved)
-        return self.end(below.flatten(0, 1)).unflatten(0, below.shape[:2])
+    def windows(self, x: Tensor) -> Tensor:
+        """What the last layer of every window of a picture is given, (N, P, features)."""
+        x = self.brightless(x)
+        return torch.cat([self.below(x, level) for level in range(len(self.levels))], 1)
+
+    def answer(self, below: Tensor) -> ReaderOutput:
+        """What the windows say that are given this, (N, P, features)."""
+        features = self.end(below.flatten(0, 1)).unflatten(0, below.shape[:2])
+        return ReaderOutput(self.class_head(features), self.box_head(features))
 
     def below(self, x: Tensor, level: int, dense: bool = True, moved: Moved = (0, 0)) -> Tensor:
-        """What the last layer of a window is given, (N, windows, features).
+        """`windows` of one level alone, of a picture without its mean.
 
         Args:
             dense: a window at every fourth pixel, not at every eighth.
@@ -195,19 +199,21 @@ class Detector(nn.Module):
         window = nn.Sequential(self.read, nn.Flatten(), *last).train(self.training)
         return level * trunk * lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value
 
-    def inside(self, images: Tensor, batch_size: int = 64) -> Inside:
-        """What a look into the last block of every window rests on; ValueError if there is no such block."""
+    def inside(self, images: Tensor, batch_size: int = 64) -> tuple[list[ReaderOutput], Inside]:
+        """The answers to some pictures, batch by batch, and what a look into the last block of every window rests on;
+        ValueError if there is no such block."""
         if not computes_as(self.end, SLLLinear):
             raise ValueError(
                 f"the windows end in {type(self.end).__name__}, into which no look is known: build the detector with "
                 "residual=True, or certify it by its constants"
             )
         with parametrize.cached():
-            parts = map(self.brightless, images.split(batch_size))
-            below = [torch.cat([self.below(x, level) for level in range(len(self.levels))], 1) for x in parts]
-        head, block = self.class_head, self.end
-        ends = (each.detach().double().cpu() for each in (block.weight, block.bias, head.weight, head.bias))
-        return Inside(torch.cat(below).detach().cpu(), *ends, self._steepness(False))
+            below = [self.windows(part) for part in images.split(batch_size)]
+            outputs = [self.answer(part) for part in below]
+        parts = (self.end.weight, self.end.bias, self.class_head.weight, self.class_head.bias)
+        filters, bias, rows, shift = (each.detach().double().cpu() for each in parts)
+        block = Block(filters, bias)
+        return outputs, Inside(torch.cat(below).detach().cpu(), block, rows, shift, self._steepness(False))
 
     def training_loss(self, reduction: str = "mean") -> ReaderLoss:
         """The loss of all windows at temperature tau."""
@@ -382,7 +388,10 @@ def _suited(boxes: Tensor, labels: Tensor, side: int) -> Tensor:
     return (near & (labels != NOTHING)).any(1)
 
 
-def detector(width: int = 16, tau: float = 5.0, residual: bool = False) -> Detector:
-    """The one that the chapter trains; `width` is 16 for two cores, 32 for a GPU. Behind the trunk both are alike, so
-    that the weights of either can ship."""
+def detector(width: int = 24, tau: float = 5.0, residual: bool = True) -> Detector:
+    """The one that the chapter trains; `width` is 24 for two cores, 48 for a GPU.
+
+    Args:
+        residual: False for orthogonal layers throughout, into which no look can be taken.
+    """
     return Detector((width, 2 * width, 4 * width), tau=tau, residual=residual)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import lipguide as lip
 from lipguide.robustness.certificates import local, local_radius, radius
+from lipguide.robustness.certificates.block import Block
 from lipguide.tasks import TEST_SEED, trained
 from lipguide.tasks.classification.data import pictures
 from tests.robustness.common import generator
@@ -95,7 +96,7 @@ def test_steepness_bounds_every_gradient_near_by():
     logits = model[-2:](features).detach()
     labels = logits.argmax(1)
     v_t, bias, rows = (t.detach() for t in (model[-2].weight, model[-2].bias, model[-1].weight))
-    pairs = local._pairs(features, logits, labels, v_t, bias, rows)
+    pairs = local._pairs(features, logits, labels, Block(v_t, bias), rows)
     for t in (0.05, 0.3, 1.0):
         bound = pairs.steepness(torch.full((3,), t, dtype=torch.float64))
         step = torch.randn(400, 3, 6, generator=g, dtype=torch.float64)
@@ -182,7 +183,9 @@ def undecided_forgotten(pairs, distance):
 
 def filters_forgotten(pairs, distance):
     """Planted: a unit's input is taken to move a tenth of what it can."""
-    return dataclasses.replace(pairs, filters=pairs.filters / 10).honest(distance)
+    block = dataclasses.replace(pairs.block)
+    vars(block)["lengths"] = block.lengths / 10
+    return dataclasses.replace(pairs, block=block).honest(distance)
 
 
 @pytest.mark.parametrize("planted", [undecided_forgotten, filters_forgotten])

@@ -50,6 +50,16 @@ def test_pictures_of_nan_are_named_with_their_scene(reader, scenes):
         detections(reader, images, batch_size=2)
 
 
+def test_a_look_into_what_ships_certifies_more_at_every_budget(reader, scenes):
+    looked = answers(reader, unit_range(scenes.images), look=True)
+    for eps in (0.1, 0.25):
+        far, near = (
+            certify(given, scenes.targets, eps, reader.least) for given in (looked._replace(inside=None), looked)
+        )
+        assert (near.heights >= far.heights).all() and certified_ap(near) > certified_ap(far)
+        assert certified_recall(near) >= certified_recall(far) + (2 if eps == 0.25 else 0)
+
+
 @pytest.mark.parametrize("eps", [0.1, 0.25])
 def test_a_lower_threshold_certifies_no_less(reader, scenes, eps):
     given = answers(reader, unit_range(scenes.images))
@@ -77,11 +87,12 @@ def test_a_hunt_without_prey_ends(reader, scenes):
 
 def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = Detector((8, 8, 8), 16).eval()
+    model = Detector((8, 8, 8), 16, residual=True).eval()
     monkeypatch.setattr(module, "PIECE", 1)
     record = certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, {"weights": "these"})
     assert record["scenes"] == 3 and record["threshold"] == model.least and record["objects"] > 0
-    assert [row["eps"] for row in record["certificates"]] == [0.05, 0.1]
+    for kind in ("certificates", "constants"):
+        assert [row["eps"] for row in record[kind]] == [0.05, 0.1] and all(row["seconds"] > 0 for row in record[kind])
     (attacked,), (hunted,), (smoothed,) = record["attacked"], record["hunted"], record["smoothed"]
     assert attacked["strongest"]["map50"] == min(one["map50"] for one in attacked["attacks"].values())
     assert hunted["scenes"] == 2 and not sum(hunted["fallen"].values()) and smoothed["seconds"] > 0

@@ -103,7 +103,7 @@ def test_every_eighth_window_is_one_of_every_fourth(residual):
     model = small(residual=residual).eval()
     x = torch.rand(2, 3, 74, 74)
     for level, canvas in enumerate(model.canvases):
-        fine, coarse = model.features(x, level), model.features(x, level, dense=False)
+        fine, coarse = model.below(x, level), model.below(x, level, dense=False)
         rows, columns = (canvas.height - 32) // 4 + 1, (canvas.width - 32) // 4 + 1
         some = fine.unflatten(1, (rows, columns))[:, ::2, ::2].flatten(1, 2)
         assert torch.allclose(some, coarse, atol=1e-5)
@@ -117,8 +117,8 @@ def test_windows_move_with_the_picture():
     x = model.brightless(torch.rand(1, 3, 74, 74))
     canvas = model.canvases[1]
     shape = ((canvas.height - 32) // 4 + 1, (canvas.width - 32) // 4 + 1)
-    still = model.features(x, 1).unflatten(1, shape)
-    moved = model.features(x, 1, moved=(4, 0)).unflatten(1, shape)
+    still = model.below(x, 1).unflatten(1, shape)
+    moved = model.below(x, 1, moved=(4, 0)).unflatten(1, shape)
     inner = (slice(None), slice(2, -2), slice(2, -2))
     assert torch.allclose(moved[inner][:, 1:], still[inner][:, :-1], atol=1e-5)
     there, _ = places(canvas, 4, (4, 0))

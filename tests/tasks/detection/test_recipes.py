@@ -88,7 +88,7 @@ def test_every_network_of_the_chapter_has_a_recipe_in_the_size_for_a_gpu():
         assert (large.network, large.tau) == (small.network, small.tau)
         assert large.start is None and large.items is None and large.test_items is None
         assert large.width > small.width and large.steps * large.batch_size > small.steps * small.batch_size
-        features = 128 if large.network == "reader" else 2 * large.width
+        features = 128 if large.network == "residual-reader" else 2 * large.width
         assert network_of(name).class_head.weight.shape[1] == features
 
 

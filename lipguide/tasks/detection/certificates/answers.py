@@ -12,12 +12,13 @@ from lipguide.bounds.walk import check_untouched
 from lipguide.layers.brick import overtaken, own_rule
 from lipguide.precision import full_precision
 from lipguide.tasks.detection.boxes import check_finite, check_number
-from lipguide.tasks.detection.certificates.inside import Inside
+from lipguide.tasks.detection.certificates.inside import Entries, Inside
 from lipguide.tasks.detection.decision import reported
 from lipguide.tasks.detection.scores import check_call
 
-__all__ = ["ROUNDING", "Answers", "answers"]
+__all__ = ["ROUNDING", "Answers", "Bounds", "answers"]
 
+Bounds = tuple[Tensor, Tensor]  # low, up: (N, P, C) each
 ROUNDING = 1e-4  # of scores, in float32: so much is added to how far an attack moves them
 
 
@@ -67,22 +68,29 @@ class Answers(NamedTuple):
         """How far a score, and each window's box (P,), may move while the picture moves by `eps`."""
         return self.steepness * eps + ROUNDING, self.reach * eps + ROUNDING / 10
 
-    def bounds(self, scene: int, eps: float, least: float) -> tuple[Tensor, Tensor]:
-        """Between what the scores of a scene move, (P, C) each, while the picture moves by `eps`. A look is taken at
-        those that may come above `least`."""
+    def bounds(self, eps: float, least: float) -> Bounds:
+        """Between what the scores move, (N, P, C) each, while the pictures move by `eps`. A look is taken at those that
+        may come above `least`."""
         drift, _ = self.moves(eps)
-        low, up = self.scores[scene] - drift, self.scores[scene] + drift
+        low, up = self.scores - drift, self.scores + drift
         if self.inside is None:
             return low, up
-        window, label = (up > least).nonzero(as_tuple=True)
-        return _closer(low, up, window, label, self.inside.near(scene, window, label, eps, drift))
+        return self.lifted(eps, low, self.scores > least, False), self.lowered(eps, up, up > least, False)
 
-    def closer(
-        self, scene: int, eps: float, bounds: tuple[Tensor, Tensor], window: Tensor, label: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """These bounds, with those of some windows (E,) for some labels (E,) by the dual. `inside` has to be there."""
+    def lifted(self, eps: float, low: Tensor, asked: Tensor, closely: bool = True) -> Tensor:
+        """These lower bounds (N, P, C), with those that are asked for, (N, P, C), by a look. `inside` has to be there.
+
+        Args:
+            closely: as `lipguide.tasks.detection.certificates.inside.Inside` takes it.
+        """
         drift, _ = self.moves(eps)
-        return _closer(*bounds, window, label, self.inside.nearer(scene, window, label, eps, drift))
+        entries = asked.nonzero(as_tuple=True)
+        return _lifted(low, entries, self.inside.falls(entries, eps, drift, closely))
+
+    def lowered(self, eps: float, up: Tensor, asked: Tensor, closely: bool = True) -> Tensor:
+        """As `lifted`, for upper bounds."""
+        entries = asked.nonzero(as_tuple=True)
+        return -_lifted(-up, entries, -self.inside.rises(entries, eps, closely))
 
     def rises(self, eps: float, room: Tensor, labels: Tensor) -> Tensor:
         """(n, P): by how much each window's score for labels (n,) must have risen for its box to be within `room`
@@ -98,14 +106,11 @@ class Answers(NamedTuple):
         return rise.masked_fill(room >= radius, -torch.inf).to(self.scores)
 
 
-def _closer(
-    low: Tensor, up: Tensor, window: Tensor, label: Tensor, near: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Where some bounds are closer, those, a rounding of scores apart."""
-    low, up = low.clone(), up.clone()
-    low[window, label] = torch.maximum(low[window, label], (near[0] - ROUNDING).to(low))
-    up[window, label] = torch.minimum(up[window, label], (near[1] + ROUNDING).to(up))
-    return low, up
+def _lifted(low: Tensor, entries: Entries, values: Tensor) -> Tensor:
+    """Lower bounds, where these are closer a rounding of scores below them."""
+    low = low.clone()
+    low[entries] = torch.maximum(low[entries], (values - ROUNDING).to(low))
+    return low
 
 
 @torch.no_grad()
@@ -125,14 +130,16 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool =
     ((2, 343, 10), 1.0)
     """
     check_call(model, images, batch_size)
+    inside = None
     with full_precision():
-        outputs = [model(part) for part in images.split(batch_size)]
+        if look:
+            outputs, inside = _ruled(model, "inside")(images, batch_size)
+        else:
+            outputs = [model(part) for part in images.split(batch_size)]
         scores = torch.cat([model.scores(output) for output in outputs])
         boxes = torch.cat([model.boxes(output) for output in outputs])
     check_finite(scores, boxes)
     steepness, reach, together = _constants(model)
-    with full_precision():
-        inside = _ruled(model, "inside")(images, batch_size) if look else None
     return Answers(scores.cpu(), boxes.cpu(), model.rivals().cpu(), steepness, reach.cpu(), together.cpu(), inside)
 
 

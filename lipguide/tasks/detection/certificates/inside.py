@@ -18,12 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lipguide.robustness.certificates.block import Block
 from lipguide.robustness.certificates.dual import least_gap
 from lipguide.robustness.certificates.local import farthest
 from lipguide.robustness.certificates.radii import slopes
 
-__all__ = ["Inside"]
+__all__ = ["Entries", "Inside"]
 
+Entries = tuple[Tensor, ...]  # scenes, windows and labels, (E,) each
 PART = 2048  # quotients at a time
 
 
@@ -43,14 +45,13 @@ class Inside:
 
     Args:
         features: (N, P, D), u.
-        filters, bias: Vᵀ (K, D) and b (K,) of the block, in float64.
+        block: in float64.
         rows, shift: weight (C + 1, D) and bias (C + 1,) of the head, in float64.
         below: u is so Lipschitz in the picture.
     """
 
     features: Tensor
-    filters: Tensor
-    bias: Tensor
+    block: Block
     rows: Tensor
     shift: Tensor
     below: float
@@ -59,37 +60,40 @@ class Inside:
         """For some of the pictures."""
         return replace(self, features=self.features[where])
 
-    def near(self, scene: int, window: Tensor, label: Tensor, eps: float, drift: float) -> tuple[Tensor, Tensor]:
-        """Between what the scores of some windows (E,) for some labels (E,) move, (E,) each, by the box.
+    def falls(self, entries: Entries, eps: float, drift: float, closely: bool) -> Tensor:
+        """Below which some scores do not fall, (E,).
 
         Args:
+            entries: scenes, windows and labels, (E,) each.
             eps: how far the picture moves.
             drift: how far a score moves at most, by constants.
+            closely: by the dual, and not by the box.
         """
-        asked = self._asked(scene, window, label, drift)
-        parts = zip(asked.w.split(PART), asked.u.split(PART), strict=True)
-        reach = [farthest(w, u, self.filters, self.bias, self.below * eps) for w, u in parts]
-        moves = torch.cat([asked.q[:0], *reach])
-        return _least(asked.q - moves, asked.entry, len(window)), _least(asked.q + moves, asked.entry, len(window))
+        asked = self._asked(entries, drift)
+        return _least(self._sunk(asked, eps, closely), asked.entry, len(entries[0]))
 
-    def nearer(self, scene: int, window: Tensor, label: Tensor, eps: float, drift: float) -> tuple[Tensor, Tensor]:
-        """As `near`, by the dual."""
-        asked = self._asked(scene, window, label, drift)
-        sides = []
-        for sign in (1, -1):
-            parts = zip(*(part.split(PART) for part in (sign * asked.q, sign * asked.w, asked.u)), strict=True)
-            least = [least_gap(*part, self, self.below * eps) for part in parts]
-            sides.append(_least(sign * torch.cat([asked.q[:0], *least]), asked.entry, len(window)))
-        return sides[0], sides[1]
+    def rises(self, entries: Entries, eps: float, closely: bool) -> Tensor:
+        """Above which they do not rise, (E,): nor does the least of the quotients."""
+        asked = self._asked(entries, 0.0)
+        risen = -self._sunk(asked._replace(q=-asked.q, w=-asked.w), eps, closely)
+        return _least(risen, asked.entry, len(entries[0]))
 
-    def _asked(self, scene: int, window: Tensor, label: Tensor, drift: float) -> _Asked:
+    def _sunk(self, asked: _Asked, eps: float, closely: bool) -> Tensor:
+        """Below which the quotients (K,) do not fall."""
+        reach, sunk = self.below * eps, [asked.q[:0]]
+        for q, w, u in zip(*(part.split(PART) for part in (asked.q, asked.w, asked.u)), strict=True):
+            sunk.append(least_gap(q, w, u, self.block, reach) if closely else q - farthest(w, u, self.block, reach))
+        return torch.cat(sunk)
+
+    def _asked(self, entries: Entries, drift: float) -> _Asked:
+        """The quotients that are no more than `drift` above the least."""
+        scene, window, label = entries
         u = self.features[scene, window].double()  # (E, D)
-        behind = u - 2 * (u @ self.filters.mT + self.bias).relu() @ self.filters
-        z = behind @ self.rows.mT + self.shift  # (E, C + 1)
+        z = self.block(u) @ self.rows.mT + self.shift  # (E, C + 1)
         apart = slopes(len(self.rows), 1.0, self.rows, self.rows.device).double()  # ‖w_c − w_j‖
         own = z.gather(1, label[:, None])
         q = ((own - z) / apart[label]).scatter(1, label[:, None], torch.inf)
-        entry, other = (q < q.amin(1, keepdim=True) + drift).nonzero(as_tuple=True)
+        entry, other = (q <= q.amin(1, keepdim=True) + drift).nonzero(as_tuple=True)
         mine = label[entry]
         w = (self.rows[mine] - self.rows[other]) / apart[mine, other][:, None]
         return _Asked(entry, q[entry, other], w, u[entry])

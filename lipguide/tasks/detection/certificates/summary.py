@@ -28,12 +28,12 @@ from torch import Tensor
 from lipguide.tasks.detection.boxes import NOTHING, Targets, check_number, check_targets
 from lipguide.tasks.detection.certificates.alarms import births
 from lipguide.tasks.detection.certificates.answers import Answers
-from lipguide.tasks.detection.certificates.objects import heights, rooms
+from lipguide.tasks.detection.certificates.scene import Scene, moved
 from lipguide.tasks.detection.scores import MOST, RECALLS
 
 __all__ = ["Certificate", "certified_ap", "certified_precision", "certified_recall", "certify", "object_radii"]
 
-TRIED = 3  # windows that are right for an object, for which a closer look is taken
+PIECE = 64  # scenes at a time
 
 
 class Certificate(NamedTuple):
@@ -83,42 +83,25 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
         raise ValueError(f"answers to {len(given.scores)} pictures, but the objects of {len(labels)} scenes")
     objects: list[tuple[Tensor, ...]] = []
     alarms: list[tuple[Tensor, Tensor]] = []
-    for scene in range(len(labels)):
-        there = labels[scene] != NOTHING
-        truth, classes = boxes[scene, there], labels[scene, there]
-        rise = given.rises(eps, rooms(given.boxes[scene], truth, classes), classes)
-        bounds = given.bounds(scene, eps, least)
-        before, after = heights(given.scores[scene], *bounds, rise, classes, given.graph)
-        if given.inside is not None and (after == -torch.inf).any():
-            window, label = _undecided(bounds, rise, classes, given.graph, after, least)
-            bounds = given.closer(scene, eps, bounds, window, label)
-            before, after = heights(given.scores[scene], *bounds, rise, classes, given.graph)
-        alarms.append(births(*bounds, given.graph, least))
-        possible = torch.bincount(alarms[-1][1], minlength=int(classes.max()) + 1 if len(classes) else 0)
-        after = after.masked_fill(possible[classes] > MOST, -torch.inf)
-        objects.append((classes, before, after))
+    for first in range(0, len(labels), PIECE):
+        some = slice(first, min(first + PIECE, len(labels)))
+        part, things = given.part(some), zip(boxes[some], labels[some], strict=True)
+        scenes = [
+            Scene.of(part, number, eps, least, truth[classes != NOTHING], classes[classes != NOTHING])
+            for number, (truth, classes) in enumerate(things)
+        ]
+        for scene, *bounds in zip(scenes, *moved(part, scenes, eps, least), strict=True):
+            before, after = scene.heights(*bounds)
+            alarms.append(births(*bounds, given.graph, least))
+            possible = torch.bincount(alarms[-1][1], minlength=given.scores.shape[2])
+            after = after.masked_fill(possible[scene.labels] > MOST, -torch.inf)
+            objects.append((scene.labels, before, after))
     label, before, after = (torch.cat(parts) for parts in zip(*objects, strict=True))
     born, alarm_label = (torch.cat(parts) for parts in zip(*alarms, strict=True))
-    scenes = torch.arange(len(labels), device="cpu")
-    of_objects = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in objects], device="cpu"))
-    of_alarms = scenes.repeat_interleave(torch.tensor([len(part[0]) for part in alarms], device="cpu"))
+    numbers = torch.arange(len(labels), device="cpu")
+    of_objects = numbers.repeat_interleave(torch.tensor([len(part[0]) for part in objects], device="cpu"))
+    of_alarms = numbers.repeat_interleave(torch.tensor([len(part[0]) for part in alarms], device="cpu"))
     return Certificate(eps, least, of_objects, label, before, after, born, of_alarms, alarm_label)
-
-
-def _undecided(
-    bounds: tuple[Tensor, Tensor], rise: Tensor, labels: Tensor, graph: Tensor, heights: Tensor, least: float
-) -> tuple[Tensor, Tensor]:
-    """The windows and labels, (E,) each, on which it depends whether the objects without a height are found after all:
-    the best windows that are right for each, and the rivals that may come before those and be wrong."""
-    low, up = bounds
-    chosen = torch.zeros_like(low, dtype=torch.bool)
-    for thing in (heights == -torch.inf).nonzero().squeeze(1).tolist():
-        label = labels[thing]
-        good = (rise[thing] == -torch.inf) & (up[:, label] > least)
-        for best in low[:, label].masked_fill(~good, -torch.inf).topk(min(TRIED, int(good.sum()))).indices:
-            chosen[best, label] = True
-            chosen[:, label] |= graph[best] & (rise[thing] > -torch.inf) & (up[:, label] >= low[best, label])
-    return chosen.nonzero(as_tuple=True)
 
 
 def certified_recall(certificate: Certificate, least: float | None = None) -> float:

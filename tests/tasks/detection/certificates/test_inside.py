@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lipguide.robustness.certificates.block import Block
 from lipguide.tasks.detection.certificates import answers, certified_recall, certify, hunt
 from lipguide.tasks.detection.certificates.inside import Inside
+from lipguide.tasks.detection.certificates.scene import Scene, moved
 from lipguide.tasks.detection.reader import Detector
 from tests.tasks.detection.certificates.test_hunt import PIXELS, REACH, Toy, scenes
 
@@ -25,17 +27,18 @@ def some(seed: int, scale: float = 0.95) -> Inside:
     filters *= scale / torch.linalg.matrix_norm(filters, 2)
     rows /= rows.norm(dim=1, keepdim=True)
     features = 0.4 * normal(SCENES, WINDOWS, FEATURES)
-    return Inside(features, filters, 0.2 * normal(FILTERS), rows, 0.1 * normal(CLASSES + 1), 0.8)
+    return Inside(features, Block(filters, 0.2 * normal(FILTERS)), rows, 0.1 * normal(CLASSES + 1), 0.8)
 
 
 def drift_of(inside: Inside, eps: float) -> float:
-    square = float(torch.linalg.matrix_norm(inside.filters, 2)) ** 2
+    square = float(torch.linalg.matrix_norm(inside.block.filters, 2)) ** 2
     return eps * inside.below * max(1.0, 2 * square - 1)
 
 
 def score(inside: Inside, u: torch.Tensor, label: int) -> torch.Tensor:
     """Of windows with features u (K, D) for one label, by its definition."""
-    z = (u - 2 * (u @ inside.filters.mT + inside.bias).relu() @ inside.filters) @ inside.rows.mT + inside.shift
+    filters, bias = inside.block.filters, inside.block.bias
+    z = (u - 2 * (u @ filters.mT + bias).relu() @ filters) @ inside.rows.mT + inside.shift
     others = [other for other in range(CLASSES + 1) if other != label]
     return torch.stack([(z[:, label] - z[:, j]) / (inside.rows[label] - inside.rows[j]).norm() for j in others]).amin(0)
 
@@ -55,24 +58,31 @@ def reached(inside: Inside, u: torch.Tensor, label: int, reach: float, steps: in
     return ends[0], ends[1]
 
 
-def every_entry() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.arange(WINDOWS).repeat_interleave(CLASSES), torch.arange(CLASSES).repeat(WINDOWS)
+def every_score() -> tuple[torch.Tensor, ...]:
+    every = torch.cartesian_prod(*(torch.arange(many) for many in (SCENES, WINDOWS, CLASSES)))
+    return tuple(every.unbind(1))
 
 
-def nothing_gets_out(look: str, seed: int, scale: float, eps: float, change=lambda inside: inside) -> None:
+def between(inside: Inside, closely: bool, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    low = inside.falls(every_score(), eps, drift_of(inside, eps), closely)
+    return low, inside.rises(every_score(), eps, closely)
+
+
+def nothing_gets_out(closely: bool, seed: int, scale: float, eps: float, change=lambda inside: inside) -> None:
     inside = some(seed, scale)
-    drift = drift_of(inside, eps)
-    for scene in range(SCENES):
-        low, up = getattr(change(inside), look)(scene, *every_entry(), eps, drift)
-        for window, label, least, most in zip(*(x.tolist() for x in (*every_entry(), low, up)), strict=True):
-            lowest, highest = reached(inside, inside.features[scene, window], label, eps * inside.below)
-            assert least <= lowest + 1e-9 and highest - 1e-9 <= most
+    bounds = between(change(inside), closely, eps)
+    for scene, window, label, least, most in zip(*(x.tolist() for x in (*every_score(), *bounds)), strict=True):
+        lowest, highest = reached(inside, inside.features[scene, window], label, eps * inside.below)
+        assert least <= lowest + 1e-9 and highest - 1e-9 <= most
 
 
-@pytest.mark.parametrize("look", ["near", "nearer"])
+CLOSELY = pytest.mark.parametrize("closely", [False, True], ids=["box", "dual"])
+
+
+@CLOSELY
 @pytest.mark.parametrize("seed, scale, eps", [(0, 0.95, 0.1), (1, 0.95, 0.4), (2, 1.2, 0.3), (3, 0.5, 0.3)])
-def test_no_move_of_the_features_gets_out(look, seed, scale, eps):
-    nothing_gets_out(look, seed, scale, eps)
+def test_no_move_of_the_features_gets_out(closely, seed, scale, eps):
+    nothing_gets_out(closely, seed, scale, eps)
 
 
 def half_as_far(inside):
@@ -80,33 +90,28 @@ def half_as_far(inside):
 
 
 def kinks_elsewhere(inside):
-    return replace(inside, bias=inside.bias + 5)
+    return replace(inside, block=replace(inside.block, bias=inside.block.bias + 5))
 
 
-@pytest.mark.parametrize("look", ["near", "nearer"])
+@CLOSELY
 @pytest.mark.parametrize("planted", [half_as_far, kinks_elsewhere])
-def test_planted_errors_are_caught(look, planted):
+def test_planted_errors_are_caught(closely, planted):
     with pytest.raises(AssertionError):
         for seed in range(4):
-            nothing_gets_out(look, seed, 0.95, 0.3, planted)
+            nothing_gets_out(closely, seed, 0.95, 0.3, planted)
 
 
 def test_the_box_is_closer_than_constants_and_the_dual_closer_than_the_box():
     inside, eps = some(0), 0.2
-    drift = drift_of(inside, eps)
-    box, dual = (
-        (look[1] - look[0]) / 2
-        for look in (part(0, *every_entry(), eps, drift) for part in (inside.near, inside.nearer))
-    )
-    assert (box <= drift + 1e-9).all()
-    assert dual.mean() < 0.98 * box.mean() < 0.9 * drift
+    box, dual = ((most - least) / 2 for least, most in (between(inside, closely, eps) for closely in (False, True)))
+    assert (box <= drift_of(inside, eps) + 1e-9).all()
+    assert dual.mean() < 0.98 * box.mean() < 0.9 * drift_of(inside, eps)
 
 
-def test_entries_may_be_none():
-    none = torch.zeros(0, dtype=torch.long)
-    for look in ("near", "nearer"):
-        low, up = getattr(some(0), look)(0, none, none, 0.1, 0.1)
-        assert low.shape == up.shape == (0,)
+@CLOSELY
+def test_scores_may_be_none(closely):
+    none = (torch.zeros(0, dtype=torch.long),) * 3
+    assert some(0).falls(none, 0.1, 0.1, closely).shape == some(0).rises(none, 0.1, closely).shape == (0,)
 
 
 class Bent(Toy):
@@ -128,7 +133,8 @@ class Bent(Toy):
 
     def inside(self, images, batch_size):
         ends = (self.filters, self.kinks, self.rows, torch.zeros(len(self.rows)))
-        return Inside(self.features(images), *(end.double() for end in ends), 1.0)
+        filters, bias, rows, shift = (end.double() for end in ends)
+        return [self(images)], Inside(self.features(images), Block(filters, bias), rows, shift, 1.0)
 
 
 def bent(count=20):
@@ -147,6 +153,24 @@ def test_a_look_certifies_more_and_no_object_less():
     assert sum(near for _, near in recalls) > 1.3 * sum(far for far, _ in recalls) > 0
     first = certify(looked.part(slice(5)), type(targets)(*(part[:5] for part in targets)), 0.2)
     assert torch.equal(first.heights, certify(looked, targets, 0.2).heights[: len(first.heights)])
+
+
+def test_no_random_move_of_the_pictures_gets_a_score_out():
+    """Of what the certificates rest on after all looks, which is closer than constants on both sides."""
+    model, images, (boxes, labels) = bent(12)
+    given, eps = answers(model, images, look=True), 0.1
+    scenes = [
+        Scene.of(given, n, eps, -1.0, box, label) for n, (box, label) in enumerate(zip(boxes, labels, strict=True))
+    ]
+    low, up = moved(given, scenes, eps, -1.0)
+    drift, _ = given.moves(eps)
+    assert (low > given.scores - drift).double().mean() > 0.05 and (up < given.scores + drift).double().mean() > 0.3
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        move = torch.randn(images.shape, generator=generator)
+        move *= eps / move.flatten(1).norm(dim=1)[:, None, None, None]
+        scores = answers(model, images + move).scores
+        assert (scores >= low - 1e-6).all() and (scores <= up + 1e-6).all()
 
 
 def test_the_hunt_brings_none_of_them_down_but_those_of_a_block_that_moves_half_as_far():
