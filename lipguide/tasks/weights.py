@@ -28,6 +28,7 @@ __all__ = [
     "TRAIN_SEED",
     "WEIGHTS",
     "fingerprint",
+    "give",
     "go_on_from",
     "holds_constraints",
     "load",
@@ -115,11 +116,16 @@ def go_on_from(model: nn.Module, plain: nn.Module) -> None:
         if isinstance(modules[parent], SLL) and last == "weight":
             modules[parent].parametrizations.weight.original.copy_(value)
         elif parametrize.is_parametrized(modules[parent], last):
-            setattr(modules[parent], last, value)  # torch asks the constraint what to keep
-            for _ in range(WARM_UP):  # a power iteration knows the norm of the weight before
-                getattr(modules[parent], last)
+            give(modules[parent], last, value)
         else:
             getattr(modules[parent], last).copy_(value)
+
+
+def give(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a constrained parameter a value; what satisfies the constraint stays nearly as it is."""
+    setattr(module, name, value)  # torch asks the constraint what to keep
+    for _ in range(WARM_UP):  # a power iteration knows the norm of the weight before
+        getattr(module, name)
 
 
 def made_as(path: Path, wanted: dict[str, Any]) -> bool:

@@ -28,6 +28,8 @@ from lipguide.bounds.network import lipschitz_bound
 from lipguide.distributed import mean_over_ranks
 from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import orthogonal, unit_rows
+from lipguide.layers.sll import SLLLinear
+from lipguide.losses import local_logits
 from lipguide.tasks.detection.boxes import NOTHING, Checked, Targets, check_targets, single, unit_range
 from lipguide.tasks.detection.certificates.overlap import overlap
 from lipguide.tasks.detection.decision import radii, reported, rivals, together
@@ -35,6 +37,7 @@ from lipguide.tasks.detection.fcos import Brightless
 from lipguide.tasks.detection.losses import check_output
 from lipguide.tasks.detection.pyramid import Canvas, Level
 from lipguide.tasks.detection.tinier_ssd import PICTURE
+from lipguide.tasks.twins import Lipschitz
 
 __all__ = ["CANVASES", "ReaderLoss", "ReaderOutput", "ReaderStep", "Detector", "detector"]
 
@@ -69,6 +72,8 @@ class Detector(nn.Module):
         reach: pixels of a level that one unit of the box head stands for.
         tau: temperature of the loss and of the scores.
         canvases: the levels.
+        residual: the layers of `lipguide.tasks.classification.networks.residual` instead, which are linear residuals,
+            and an SLL block at the end of a window.
 
     >>> output = Detector((8, 8, 8), 16)(torch.rand(2, 3, 74, 74))
     >>> [tuple(part.shape) for part in output]
@@ -83,22 +88,17 @@ class Detector(nn.Module):
         tau: float = 5.0,
         classes: int = 10,
         canvases: Sequence[Canvas] = CANVASES,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.reach, self.tau, self.canvases, self.least = reach, tau, tuple(canvases), LEAST
         self.brightless = Brightless()
         self.levels = nn.ModuleList(Level(PICTURE, canvas) for canvas in canvases)
-        first, second, third = widths
-        self.trunk = nn.Sequential(
-            *_layer(nn.Conv2d(3, first, 3, padding=1)),
-            *_layer(nn.Conv2d(first, 2 * first, 2, 2)),
-            *_layer(nn.Conv2d(2 * first, second, 3, padding=1)),
-            *_layer(nn.Conv2d(second, 2 * second, 2, 2)),
-            *_layer(nn.Conv2d(2 * second, third, 3, padding=1)),
-        )
-        self.halve = orthogonal(nn.Conv2d(third, 2 * third, 2, 2))
-        self.read = orthogonal(nn.Conv2d(2 * third, features, PATCH, PATCH))
+        trunk, halve, cells = _residual_layers(*widths) if residual else _sorted_layers(*widths)
+        self.trunk, self.halve, self.cells = nn.Sequential(*trunk), orthogonal(halve), nn.Sequential(*cells)
+        self.read = orthogonal(nn.Conv2d(halve.out_channels, features, PATCH, PATCH))
         self.sort = GroupSort2()
+        self.end = SLLLinear(features, features) if residual else GroupSort2()
         self.class_head = unit_rows(nn.Linear(features, classes + 1))
         self.box_head = orthogonal(nn.Linear(features, 4))
 
@@ -109,17 +109,25 @@ class Detector(nn.Module):
             return ReaderOutput(self.class_head(features), self.box_head(features))
 
     def features(self, x: Tensor, level: int, dense: bool = True, moved: Moved = (0, 0)) -> Tensor:
-        """(N, windows, features) of one level of a picture without its mean.
+        """(N, windows, features) of one level of a picture without its mean; see `below`."""
+        below = self.below(x, level, dense, moved)
+        return self.end(below.flatten(0, 1)).unflatten(0, below.shape[:2])
+
+    def below(self, x: Tensor, level: int, dense: bool = True, moved: Moved = (0, 0)) -> Tensor:
+        """What the last layer of a window is given, (N, windows, features).
 
         Args:
             dense: a window at every fourth pixel, not at every eighth.
             moved: pixels by which the picture is moved down and right on its canvas of zeros.
         """
         x = self.trunk(_rolled(self.levels[level](x), moved))
-        # The same two layers at every place: between two windows a stride of 8 pixels, or of 4.
-        x = self.sort(F.conv2d(x, self.halve.weight, self.halve.bias, stride=1 if dense else 2))
-        x = F.conv2d(x, self.read.weight, self.read.bias, dilation=2 if dense else 1)
-        return self.sort(x).flatten(2).mT
+        # The same layers at every place: between two windows a stride of 8 pixels, or of 4.
+        apart = 2 if dense else 1
+        x = self.sort(F.conv2d(x, self.halve.weight, self.halve.bias, stride=2 // apart))
+        for layer in self.cells:
+            square = isinstance(layer, nn.Conv2d)
+            x = F.conv2d(x, layer.weight, layer.bias, padding=apart, dilation=apart) if square else layer(x)
+        return F.conv2d(x, self.read.weight, self.read.bias, dilation=apart).flatten(2).mT
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Centres (P, 2) of the windows, x and y in pictures, and (P,) pixels of the level that a picture has."""
@@ -163,17 +171,18 @@ class Detector(nn.Module):
         # The trunk runs over whole canvases, all of which lie in the largest; what is behind it, over each window.
         canvas = (max(canvas.height for canvas in self.canvases), max(canvas.width for canvas in self.canvases))
         trunk = lipschitz_bound(self.trunk, (3, *canvas)).value
-        window = nn.Sequential(self.halve, self.sort, self.read, self.sort).train(self.training)
-        side = PATCH * self.halve.stride[0]
-        features = level * trunk * lipschitz_bound(window, (self.halve.in_channels, side, side)).value
+        cells = nn.Sequential(self.halve, self.sort, *self.cells).train(self.training)
+        trunk *= lipschitz_bound(cells, (self.halve.in_channels, *(side // 4 for side in canvas))).value
+        window = nn.Sequential(self.read, nn.Flatten(), self.end).train(self.training)
+        features = level * trunk * lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value
         sides = self.box_head.weight.detach().double()
         of_head = float(torch.linalg.matrix_norm(sides, 2))
         reach = features * of_head * self.reach / self.places()[1]
         return features, reach, together(self.class_head.weight.detach().double(), sides / of_head)
 
-    def training_loss(self, reduction: str = "mean") -> ReaderLoss:
+    def training_loss(self, reduction: str = "mean", offset: float = 0.1) -> ReaderLoss:
         """The loss of all windows at temperature tau."""
-        return ReaderLoss(self, reduction)
+        return ReaderLoss(self, reduction, offset=offset)
 
 
 def _rolled(x: Tensor, moved: Moved) -> Tensor:
@@ -198,6 +207,29 @@ def places(
 
 def _layer(convolution: nn.Conv2d) -> list[nn.Module]:
     return [orthogonal(convolution), GroupSort2()]
+
+
+Layers = tuple[list[nn.Module], nn.Conv2d, list[nn.Module]]  # of a level, the halving, of its cells
+
+
+def _sorted_layers(first: int, second: int, third: int) -> Layers:
+    """Those of `vgg`."""
+    trunk = [
+        *_layer(nn.Conv2d(3, first, 3, padding=1)),
+        *_layer(nn.Conv2d(first, 2 * first, 2, 2)),
+        *_layer(nn.Conv2d(2 * first, second, 3, padding=1)),
+        *_layer(nn.Conv2d(second, 2 * second, 2, 2)),
+        *_layer(nn.Conv2d(2 * second, third, 3, padding=1)),
+    ]
+    return trunk, nn.Conv2d(third, 2 * third, 2, 2), []
+
+
+def _residual_layers(first: int, second: int, third: int) -> Layers:
+    """Those of `residual`, two linear residuals at each size."""
+    residuals = [[*Lipschitz.linear_residual(width), *Lipschitz.linear_residual(width)] for width in (first, second)]
+    trunk = [*_layer(nn.Conv2d(3, first, 2, 2)), *residuals[0], *_layer(nn.Conv2d(first, second, 2, 2)), *residuals[1]]
+    cells = [*Lipschitz.linear_residual(third), *Lipschitz.linear_residual(third)]
+    return trunk, nn.Conv2d(second, third, 2, 2), cells
 
 
 def _expected(like: Tensor) -> Tensor:
@@ -308,6 +340,7 @@ class ReaderLoss(nn.Module):
         return values >= least.clamp(min=0)
 
 
+LOOKED = 0.25  # of the windows, into whose last block a step looks
 ASKED = {"cpu"}  # devices that say a number at once
 
 
@@ -323,11 +356,15 @@ class ReaderStep(nn.Module):
         elsewhere: the share of the scenes that are read on a level without such a digit.
         known: as `DetectionStep` takes it. Then on a GPU a level reads the same number of scenes in each step, as many
             as are rarely too few, and a step never waits; else it waits once, for these numbers.
+        reach: of `lipguide.losses.local_logits`, for a model that ends in an SLL block. Margins count then what the
+            block does near the picture.
     """
 
-    def __init__(self, loss: ReaderLoss, elsewhere: float = 0.1, known: Checked | None = None) -> None:
+    def __init__(
+        self, loss: ReaderLoss, elsewhere: float = 0.1, known: Checked | None = None, reach: float | None = None
+    ) -> None:
         super().__init__()
-        self.loss, self.elsewhere = loss, elsewhere
+        self.loss, self.elsewhere, self.reach = loss, elsewhere, reach
         self.steady = known is not None
         self.classes = None if known is None else known.classes
         self.shares = (
@@ -344,14 +381,26 @@ class ReaderStep(nn.Module):
             for number, chosen in enumerate(self._chosen(targets)):
                 if not len(chosen):
                     continue
-                features = model.features(images[chosen], number, True, moved)
+                below = model.below(images[chosen], number, True, moved).flatten(0, 1)
                 centres, sides = places(model.canvases[number], CELL // 2, moved, images.device)
                 wanted = assign(targets.part(chosen), centres, sides, model.reach)
-                parts = [model.class_head(features), model.box_head(features), *wanted]
-                windows.append([part.flatten(0, 1) for part in parts])
-            together = [torch.cat(parts) for parts in zip(*windows, strict=True)]
-        values, speaks = self.loss.of_windows(*(single(part) for part in together[:2]), *together[2:])
+                windows.append([below, *(part.flatten(0, 1) for part in wanted)])
+            below, *wanted = (torch.cat(parts) for parts in zip(*windows, strict=True))
+            features = model.end(below)
+            logits, found = model.class_head(features), model.box_head(features)
+            if self.reach is not None:
+                logits = self._local(model, below, logits, *wanted[:2])
+        values, speaks = self.loss.of_windows(single(logits), single(found), *wanted)
         return mean_over_ranks(values.sum(), speaks.sum(), values)
+
+    def _local(self, model: Detector, below: Tensor, logits: Tensor, labels: Tensor, distance: Tensor) -> Tensor:
+        """Logits (K, C) that count a margin by how fast it can shrink near the picture, in the windows that matter:
+        those around digits, and the hardest others."""
+        background = logits.shape[1] - 1
+        hardness = (logits[:, :-1].amax(1) - logits[:, -1]).masked_fill(distance <= RING, torch.inf)
+        some = hardness.topk(math.ceil(LOOKED * len(logits))).indices
+        target = torch.where(distance <= 1, labels, background)[some]
+        return logits.index_copy(0, some, local_logits(below[some], target, model.end, model.class_head, self.reach))
 
     def _chosen(self, targets: Targets) -> list[Tensor]:
         """For each level the scenes that are read on it, those with a digit for it first."""
@@ -378,7 +427,7 @@ def _suited(boxes: Tensor, labels: Tensor, side: int) -> Tensor:
     return (near & (labels != NOTHING)).any(1)
 
 
-def detector(width: int = 16, tau: float = 5.0) -> Detector:
+def detector(width: int = 16, tau: float = 5.0, residual: bool = False) -> Detector:
     """The one that the chapter trains; `width` is 16 for two cores, 32 for a GPU. Behind the trunk both are alike, so
     that the weights of either can ship."""
-    return Detector((width, 2 * width, 4 * width), tau=tau)
+    return Detector((width, 2 * width, 4 * width), tau=tau, residual=residual)

@@ -122,7 +122,8 @@ class Reading(Recipe):
 
     def networks(self) -> dict[str, Callable[[], Detector]]:
         """The networks that such a recipe can train, by their names."""
-        return {"reader": partial(detector, self.width, tau=self.tau)}
+        make = partial(detector, self.width, tau=self.tau)
+        return {"reader": make, "residual-reader": partial(make, residual=True)}
 
     def training_step(self, model: Detector, data: task.Data) -> ReaderStep:
         """The step of a reader, which looks for its targets on the levels itself."""
@@ -140,6 +141,22 @@ class Reading(Recipe):
         """The bound of a window's features, which is what the certificates go by."""
         steepness, _, _ = model.constants()
         return {"window": steepness}
+
+
+@dataclass(frozen=True)
+class LocalReading(Reading):
+    """A reader that ends in an SLL block, trained for what a look into that block will say of it."""
+
+    width: int = 24
+    start: str | None = "classification-local"
+    offset: float = 0.1
+    reach: float = 0.25
+
+    def training_step(self, model: Detector, data: task.Data) -> ReaderStep:
+        """The step of a reader whose margins count what the block does near the picture."""
+        _, boxes, labels = data.columns
+        known = check_targets(Targets(boxes, labels))
+        return ReaderStep(model.training_loss(offset=self.offset), known=known, reach=self.reach)
 
 
 @dataclass(frozen=True)
@@ -266,6 +283,8 @@ RECIPES: dict[str, Detection] = {
     },
     "detection-ordinary-fcos": Recipe("ordinary-fcos", steps=800, rate=1e-2),
     "detection-reader": Reading("reader", steps=8000),
+    "detection-residual-reader": Reading("residual-reader", steps=8000, width=24, start="classification-residual"),
+    "detection-local-reader": LocalReading("residual-reader", steps=8000),
     **STUDY,
 }
 

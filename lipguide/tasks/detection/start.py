@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lipguide.layers.orthogonal import OrthogonalKernel
+from lipguide.layers.sll import SLLLinear
 from lipguide.tasks.detection.reader import Detector
+from lipguide.tasks.weights import give
 
 __all__ = ["take_over"]
 
+AFFINE = (nn.Conv2d, nn.Linear, SLLLinear)
 FITS, FIT_RATE = 400, 0.03  # steps by which an orthogonal kernel is fitted to a given one, and their rate
 
 
@@ -18,18 +22,18 @@ def take_over(model: Detector, classifier: nn.Sequential, gain: float = 2.0) -> 
     A digit is `gain` times as clear on a level as in a crop; with biases `gain` times as large, trunk and features give
     `gain` times what they gave. The row of background stays random.
     """
-    layers = [layer for layer in classifier if isinstance(layer, nn.Conv2d | nn.Linear)]
-    own = [layer for layer in (*model.trunk, model.halve, model.read) if isinstance(layer, nn.Conv2d)]
-    for mine, theirs in zip([*own, model.class_head], layers, strict=True):
+    parts = (*model.trunk, model.halve, *model.cells, model.read, model.end, model.class_head)
+    own, layers = ([layer for layer in some if isinstance(layer, AFFINE)] for some in (parts, classifier))
+    for mine, theirs in zip(own, layers, strict=True):
         weight = theirs.weight.detach()
         if mine is model.class_head:
             weight = torch.cat([weight, mine.weight[-1:].detach()])
-        elif mine.kernel_size == mine.stride:
-            weight = weight.reshape(mine.weight.shape)
-        if isinstance(mine, nn.Linear) or mine.kernel_size == mine.stride:
-            mine.weight = weight
-        else:
+        weight = weight.reshape(mine.weight.shape)
+        constraint = mine.parametrizations.weight[0]
+        if isinstance(constraint, OrthogonalKernel) and mine.kernel_size != mine.stride:
             _fit(mine, weight)
+        else:
+            give(mine, "weight", weight)
         with torch.no_grad():
             mine.bias[: len(theirs.bias)] = gain * theirs.bias
 
