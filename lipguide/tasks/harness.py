@@ -27,7 +27,7 @@ from lipguide.files import write_json
 from lipguide.layers.export import to_be_loaded, without_parametrizations
 from lipguide.provenance import provenance
 from lipguide.tasks.task import Recipe, Task, as_json
-from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, holds_constraints, load, made_as, save
+from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, halved, holds_constraints, load, made_as, save
 from lipguide.training import adam, fit
 
 __all__ = ["FULL", "TASKS", "ensure", "network_of", "recipe_of", "train", "train_by", "trained"]
@@ -207,6 +207,7 @@ def train_by(
     )
     plain = to_be_loaded(task.network(recipe))
     plain.load_state_dict(without_parametrizations(model).state_dict())
+    plain = halved(plain) if recipe.half else plain
     plain.to(device)
     run = {
         "steps": steps,

@@ -38,6 +38,11 @@ class Recipe:
         """Whether the network has a bound by construction."""
         return not self.network.startswith("ordinary")
 
+    @property
+    def half(self) -> bool:
+        """Whether float16 will do for its weights: no certificate rests on those of an ordinary twin."""
+        return self.network.startswith("ordinary")
+
 
 @dataclass(frozen=True)
 class Data:

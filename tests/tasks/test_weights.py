@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lipguide import orthogonal, spectral
-from lipguide.tasks.weights import WEIGHTS, fingerprint, load, save
+from lipguide.tasks.weights import WEIGHTS, fingerprint, halved, load, run_of, save
 
 
 def network(width=4):
@@ -66,3 +66,33 @@ def test_shipped_weights_are_small_and_say_how_they_were_made(path):
     assert path.stat().st_size < 8 * 2**20
     with safe_open(path, framework="pt") as file:
         assert {"steps", "device", "data", "seed", "commit", "seconds"} <= set(json.loads(file.metadata()["run"]))
+
+
+def test_weights_that_float16_holds_are_written_in_it_and_come_back_as_they_were(tmp_path):
+    def twin():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 2))
+
+    torch.manual_seed(0)
+    model, x = twin(), torch.rand(16, 3, 4, 4)
+    model(x)  # batch norm counts, and its statistics stay in full precision
+    whole = save("whole", model, {}, tmp_path).stat().st_size
+    outputs = halved(model).eval()(x)
+    half = save("half", model, {}, tmp_path)
+    assert half.stat().st_size < 0.75 * whole
+    with safe_open(half, "pt") as file:
+        assert file.get_tensor("0.weight").dtype == torch.float16
+        assert file.get_tensor("1.running_var").dtype == torch.float32
+    other = twin()
+    load("half", other, tmp_path)
+    assert torch.equal(other.eval()(x), outputs) and other[0].weight.dtype == torch.float32
+
+
+def test_what_ships_is_in_float16_where_no_certificate_rests_on_it_and_small_in_all():
+    kinds: dict[bool, set[str]] = {True: set(), False: set()}
+    for path in WEIGHTS.glob("*.safetensors"):
+        network = run_of(path).get("recipe", {}).get("network", "")  # the study's weights name none
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                kinds[network.startswith("ordinary")].add(file.get_slice(key).get_dtype())
+    assert "F16" in kinds[True] and "F16" not in kinds[False]
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 30e6
