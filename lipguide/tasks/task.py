@@ -40,7 +40,7 @@ class Recipe:
 
     @property
     def half(self) -> bool:
-        """Whether float16 will do for its weights: no certificate rests on those of an ordinary twin."""
+        """Whether float16 will do for its weights: no bound rests on those of an ordinary twin."""
         return self.network.startswith("ordinary")
 
 

@@ -87,7 +87,7 @@ def test_weights_that_float16_holds_are_written_in_it_and_come_back_as_they_were
     assert torch.equal(other.eval()(x), outputs) and other[0].weight.dtype == torch.float32
 
 
-def test_what_ships_is_in_float16_where_no_certificate_rests_on_it_and_small_in_all():
+def test_what_ships_is_in_float16_where_no_bound_rests_on_it_and_small_in_all():
     kinds: dict[bool, set[str]] = {True: set(), False: set()}
     for path in WEIGHTS.glob("*.safetensors"):
         network = run_of(path).get("recipe", {}).get("network", "")  # the study's weights name none

@@ -53,6 +53,11 @@ class Block:
         """‖V‖², or 1 if that is more."""
         return max(1.0, float(torch.linalg.eigvalsh(self.gram)[-1]))
 
+    @property
+    def steepest(self) -> float:
+        """How Lipschitz the block is: ‖I − 2 V D Vᵀ‖ is no more than max(1, 2 ‖V‖² − 1)."""
+        return 2 * self.square - 1
+
     @cached_property
     def lifted(self) -> float:
         """What has to be added to I − VᵀV for it to be positive."""
@@ -61,7 +66,7 @@ class Block:
     @cached_property
     def loss(self) -> Tensor:
         """I − VᵀV and what it is lifted by, (K, K)."""
-        return (1 + self.lifted) * torch.eye(len(self.gram), dtype=self.gram.dtype) - self.gram
+        return (1 + self.lifted) * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device) - self.gram
 
     @cached_property
     def theta(self) -> float:
@@ -71,5 +76,6 @@ class Block:
     @cached_property
     def free(self) -> Tensor:
         """(I − θVVᵀ)⁻¹, (D, D)."""
-        eye = torch.eye(self.filters.shape[1], dtype=self.filters.dtype)
-        return torch.cholesky_inverse(torch.linalg.cholesky(eye - self.theta * self.filters.mT @ self.filters))
+        shared = self.filters.mT @ self.filters
+        eye = torch.eye(len(shared), dtype=shared.dtype, device=shared.device)
+        return torch.cholesky_inverse(torch.linalg.cholesky(eye - self.theta * shared))

@@ -35,7 +35,8 @@ __all__ = ["holds_within", "least_gap"]
 STEPS = 100  # of the search; wherever it ends, the bound is sound
 RATE = 0.2  # over √K, for g: an entry of c is about 2 / √K
 PRICE_RATE = 0.1  # for log λ
-CUSHION = 1e-9  # of a gap in units of ‖w‖, far above the rounding of float64 sums
+CUSHION = 1e-9  # of a gap in units of ‖w‖, for its own rounding in float64
+ROUNDING = 4  # of a sum of K numbers, in units of K ε times the sum of their sizes
 
 
 def holds_within(
@@ -76,8 +77,7 @@ def _held(end: Opened, pictures: Tensor, reach: float) -> Tensor:
     u, z, y = end.features[pictures], end.logits[pictures], end.labels[pictures]
     w = end.rows[y][:, None] - end.rows  # (N, C, D)
     gap, length = z.gather(1, y[:, None]) - z, w.norm(dim=2)  # (N, C)
-    steepest = 2 * end.block.square - 1  # ‖I − 2 V D Vᵀ‖ at most
-    fall = steepest * (1 + CUSHION) * reach * length
+    fall = end.block.steepest * (1 + CUSHION) * reach * length
     asked = (gap <= fall).scatter(1, y[:, None], False)
     held = ~asked
     if asked.any():
@@ -111,8 +111,8 @@ def least_gap(gap: Tensor, w: Tensor, u: Tensor, block: Block, reach: float) -> 
     with torch.inference_mode(False), torch.no_grad():
         # Wherever the search ends the bound holds, so it may go by single precision; what it ends with may not.
         g, log_price = _highest(dual.single())
-        least, _, _ = dual.bound(g.double(), log_price.double())
-    return least.nan_to_num(nan=-math.inf)
+        least = dual.surely(g.double(), log_price.double())
+    return torch.fmax(least, gap - block.steepest * reach)  # the search may miss what constants know
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,16 @@ class _Dual:
         """In single precision."""
         parts = (getattr(self, field.name) for field in fields(self))
         return _Dual(*(part.float() if isinstance(part, Tensor) else part for part in parts))
+
+    def surely(self, g: Tensor, log_price: Tensor) -> Tensor:
+        """The bound, less what the rounding of its sums may have added: where λ is large they cancel."""
+        value, _, _ = self.bound(g, log_price)
+        c, x, price = self.c, self.x, log_price.exp()
+        own = self.theta * price[:, None]
+        units = (g * x).abs() + own * x.square() + ((c - g).square() + g.square()) / own + (c * x).abs()
+        a = self.alone + (g.abs() * (2 * self.mixed.abs() + g.abs() @ self.both.abs())).sum(1)
+        size = self.there.abs() + units.sum(1) + a / price + price * self.reach**2
+        return value - ROUNDING * c.shape[1] * torch.finfo(value.dtype).eps * size
 
     def bound(self, g: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """At g (M, K) and log λ (M,), and its slopes in both."""

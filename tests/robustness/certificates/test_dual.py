@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lipguide.robustness.certificates import dual, holds_within, local_radius
+from lipguide.robustness.certificates.block import Block
 from lipguide.robustness.certificates.local import opened
 from lipguide.tasks import TEST_SEED, trained
 from lipguide.tasks.classification.data import pictures
@@ -87,6 +88,20 @@ def test_no_descent_gets_below_the_bound_wherever_the_search_ends(steps, monkeyp
                 unit = (gap / w.norm())[None], (w / w.norm())[None]
                 least = dual.least_gap(*unit, end.features[picture, None], end.block, reach)
                 assert least <= lowest(end, picture, rival, reach) + 1e-9
+
+
+@pytest.mark.parametrize("reach", [0.0, 1e-9, 1e-8, 1e-6, 1e-4, 1e-3])
+def test_no_rounding_lifts_a_bound_above_the_gap_itself(reach):
+    """Near distance zero λ is large, and what is added up cancels. The features are as long as those of a detector."""
+    g = generator(0)
+    filters = torch.randn(32, 32, generator=g, dtype=torch.float64)
+    block = Block(0.95 * filters / torch.linalg.matrix_norm(filters, 2), torch.randn(32, generator=g).double())
+    u, w = 30 * torch.randn(200, 32, generator=g).double(), torch.randn(200, 32, generator=g).double()
+    w = w / w.norm(dim=1, keepdim=True)
+    gap = (w * block(u)).sum(1)
+    least = dual.least_gap(gap, w, u, block, reach)
+    assert (least <= gap - 0.1 * reach).all(), "units of length 1 fall by more than that"
+    assert (least >= gap - reach * (1 + 1e-9)).all(), "nor is it below what constants say"
 
 
 def test_a_search_that_goes_astray_proves_nothing(monkeypatch):

@@ -83,7 +83,7 @@ class Inside:
         reach, sunk = self.below * eps, [asked.q[:0]]
         for q, w, u in zip(*(part.split(PART) for part in (asked.q, asked.w, asked.u)), strict=True):
             sunk.append(least_gap(q, w, u, self.block, reach) if closely else q - farthest(w, u, self.block, reach))
-        return torch.cat(sunk)
+        return torch.cat(sunk).nan_to_num(nan=-torch.inf)  # what is no number bounds nothing
 
     def _asked(self, entries: Entries, drift: float) -> _Asked:
         """The quotients that are no more than `drift` above the least."""

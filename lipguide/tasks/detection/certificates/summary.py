@@ -81,6 +81,8 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
     boxes, labels = (part.cpu() for part in check_targets(targets, classes=given.scores.shape[2]))
     if len(labels) != len(given.scores):
         raise ValueError(f"answers to {len(given.scores)} pictures, but the objects of {len(labels)} scenes")
+    if not len(labels):
+        raise ValueError("there is no scene to certify: give the answers to one picture or more")
     objects: list[tuple[Tensor, ...]] = []
     alarms: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(labels), PIECE):

@@ -366,5 +366,7 @@ def test_objects_of_other_scenes_and_of_unknown_classes_are_refused():
     given, targets = random_answers(0)
     with pytest.raises(ValueError, match="answers to 11 pictures, but the objects of 12 scenes"):
         certify(given.part(slice(11)), targets, 0.1)
+    with pytest.raises(ValueError, match="there is no scene to certify"):
+        certify(given.part(slice(0)), Targets(*(part[:0] for part in targets)), 0.1)
     with pytest.raises(ValueError, match="labels must be 0 to 1"):
         certify(given, Targets(targets.boxes, targets.labels + 1), 0.1)
