@@ -181,39 +181,42 @@ class Detector(nn.Module):
     def constants(self) -> tuple[float, Tensor, Tensor]:
         """How Lipschitz in the picture each score is, (P,) the box of each window as one vector, and (C,) a score and
         the box as one vector, each over its own constant."""
-        features = self._steepness(True)
+        features = self._steepness()
         sides = self.box_head.weight.detach().double()
         of_head = float(torch.linalg.matrix_norm(sides, 2))
         reach = features * of_head * self.reach / self.places()[1]
         return features, reach, together(self.class_head.weight.detach().double(), sides / of_head)
 
-    def _steepness(self, end: bool) -> float:
-        """How Lipschitz in the picture the features of a window are, or what their last layer is given."""
+    def _steepness(self) -> float:
+        """How Lipschitz in the picture the features of a window are."""
         level = max(float(level.lipschitz(1.0, None)) for level in self.levels)
         # The trunk runs over whole canvases, all of which lie in the largest; what is behind it, over each window.
         canvas = (max(canvas.height for canvas in self.canvases), max(canvas.width for canvas in self.canvases))
         trunk = lipschitz_bound(self.trunk, (3, *canvas)).value
         cells = nn.Sequential(self.halve, self.sort, *self.cells).train(self.training)
         trunk *= lipschitz_bound(cells, (self.halve.in_channels, *(side // 4 for side in canvas))).value
-        last = [self.end] if end else []
-        window = nn.Sequential(self.read, nn.Flatten(), *last).train(self.training)
+        window = nn.Sequential(self.read, nn.Flatten(), self.end).train(self.training)
         return level * trunk * lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value
 
-    def inside(self, images: Tensor, batch_size: int = 64) -> tuple[list[ReaderOutput], Inside]:
+    def inside(self, images: Tensor, batch_size: int, below: float) -> tuple[list[ReaderOutput], Inside]:
         """The answers to some pictures, batch by batch, and what a look into the last block of every window rests on;
-        ValueError if there is no such block."""
+        ValueError if there is no such block.
+
+        Args:
+            below: how Lipschitz in the picture is what the block is given.
+        """
         if not computes_as(self.end, SLLLinear):
             raise ValueError(
                 f"the windows end in {type(self.end).__name__}, into which no look is known: build the detector with "
                 "residual=True, or certify it by its constants"
             )
         with parametrize.cached():
-            below = [self.windows(part) for part in images.split(batch_size)]
-            outputs = [self.answer(part) for part in below]
+            given = [self.windows(part) for part in images.split(batch_size)]
+            outputs = [self.answer(part) for part in given]
         parts = (self.end.weight, self.end.bias, self.class_head.weight, self.class_head.bias)
         filters, bias, rows, shift = (each.detach().double().cpu() for each in parts)
         block = Block(filters, bias)
-        return outputs, Inside(torch.cat(below).detach().cpu(), block, rows, shift, self._steepness(False))
+        return outputs, Inside(torch.cat(given).detach().cpu(), block, rows, shift, below)
 
     def training_loss(self, reduction: str = "mean") -> ReaderLoss:
         """The loss of all windows at temperature tau."""

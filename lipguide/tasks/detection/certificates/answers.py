@@ -16,7 +16,7 @@ from lipguide.tasks.detection.certificates.inside import Entries, Inside
 from lipguide.tasks.detection.decision import reported
 from lipguide.tasks.detection.scores import check_call
 
-__all__ = ["ROUNDING", "Answers", "Bounds", "answers"]
+__all__ = ["ROUNDING", "Answers", "Bounds", "answers", "said_of"]
 
 Bounds = tuple[Tensor, Tensor]  # low, up: (N, P, C) each
 ROUNDING = 1e-4  # of scores, in float32: so much is added to how far an attack moves them
@@ -130,23 +130,35 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool =
     ((2, 343, 10), 1.0)
     """
     check_call(model, images, batch_size)
-    inside = None
+    if not look:
+        said = said_of(model, images, batch_size)
+        return Answers(*said, *_constants(model))
+    opened = _ruled(model, "inside")
+    steepness, *others = _constants(model)
     with full_precision():
-        if look:
-            outputs, inside = _ruled(model, "inside")(images, batch_size)
-        else:
-            outputs = [model(part) for part in images.split(batch_size)]
-        scores = torch.cat([model.scores(output) for output in outputs])
-        boxes = torch.cat([model.boxes(output) for output in outputs])
+        outputs, inside = opened(images, batch_size, steepness)  # what the block is given is no steeper than the scores
+    return Answers(*_said(model, outputs), steepness, *others, inside)
+
+
+@torch.no_grad()
+def said_of(model: nn.Module, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, boxes and rivals of `answers`, without the constants, which take longer than to read some pictures."""
+    with full_precision():
+        return _said(model, [model(part) for part in images.split(batch_size)])
+
+
+def _said(model: nn.Module, outputs: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    scores = torch.cat([model.scores(output) for output in outputs])
+    boxes = torch.cat([model.boxes(output) for output in outputs])
     check_finite(scores, boxes)
-    steepness, reach, together = _constants(model)
-    return Answers(scores.cpu(), boxes.cpu(), model.rivals().cpu(), steepness, reach.cpu(), together.cpu(), inside)
+    return scores.cpu(), boxes.cpu(), model.rivals().cpu()
 
 
 def _constants(model: nn.Module) -> tuple[float, Tensor, Tensor]:
     """What the model's class says of it, where neither a class below that one nor a hook has a say in its answers."""
     check_untouched(model)
-    return _ruled(model, "constants")()
+    steepness, reach, together = _ruled(model, "constants")()
+    return steepness, reach.cpu(), together.cpu()
 
 
 def _ruled(model: nn.Module, name: str) -> Callable[..., Any]:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from lipguide.arguments import whole
 from lipguide.robustness.attacks import pgd_l2
 from lipguide.tasks.detection.boxes import NOTHING, Targets
-from lipguide.tasks.detection.certificates.answers import answers
+from lipguide.tasks.detection.certificates.answers import said_of
 from lipguide.tasks.detection.certificates.objects import needed
 from lipguide.tasks.detection.certificates.overlap import overlap
 from lipguide.tasks.detection.certificates.summary import Certificate
+from lipguide.tasks.detection.decision import reported
 
 __all__ = ["AIMS", "Hunted", "hunt"]
 
@@ -119,7 +120,7 @@ def hunt(
                 return function(model.scores(output), model.boxes(output), some)
 
             moved = pgd_l2(model, images[scenes], prey, certificate.eps, steps, loss=ascend)
-            found = answers(model, moved).detections(certificate.least)
+            found = reported(*said_of(model, moved), certificate.least)
             for scene, detections, label, truth, least in zip(
                 scenes.tolist(), found, labels, truths, needs, strict=True
             ):
@@ -146,9 +147,9 @@ def _wanted(targets: Targets, certificate: Certificate, part: Tensor) -> tuple[T
 def _prey(model: nn.Module, images: Tensor, labels: Tensor, truths: Tensor) -> _Prey:
     """What is hunted goes by the boxes as they stand, not by what a certificate, which may be wrong, says of them. It
     is on the device of the pictures."""
-    given = answers(model, images)
-    good = overlap(given.boxes, truths[:, None]) > NEARLY
-    beside = (good.float() @ given.graph.float() > 0) & ~good
+    _, boxes, graph = said_of(model, images)
+    good = overlap(boxes, truths[:, None]) > NEARLY
+    beside = (good.float() @ graph.float() > 0) & ~good
     return _Prey(*(part.to(images.device) for part in (labels, good, beside, truths)))
 
 

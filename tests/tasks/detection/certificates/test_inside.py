@@ -131,10 +131,10 @@ class Bent(Toy):
     def constants(self):
         return super().constants()  # the block stretches nothing
 
-    def inside(self, images, batch_size):
+    def inside(self, images, batch_size, below):
         ends = (self.filters, self.kinks, self.rows, torch.zeros(len(self.rows)))
         filters, bias, rows, shift = (end.double() for end in ends)
-        return [self(images)], Inside(self.features(images), Block(filters, bias), rows, shift, 1.0)
+        return [self(images)], Inside(self.features(images), Block(filters, bias), rows, shift, below)
 
 
 def bent(count=20):
@@ -186,7 +186,7 @@ def test_a_look_is_taken_at_readers_that_end_in_a_block_alone():
     torch.manual_seed(0)
     x = torch.rand(2, 3, 74, 74)
     given = answers(Detector((8, 8, 8), 16, residual=True).eval(), x, look=True)
-    assert given.inside.features.shape == (2, 343, 16) and given.inside.below <= given.steepness
+    assert given.inside.features.shape == (2, 343, 16) and given.inside.below == given.steepness
     with pytest.raises(ValueError, match="the windows end in GroupSort2.*residual=True"):
         answers(Detector((8, 8, 8), 16).eval(), x, look=True)
     with pytest.raises(ValueError, match="Toy cannot be certified: it has no method inside"):
