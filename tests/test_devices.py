@@ -214,8 +214,9 @@ def batch_for(name: str, recipe: Recipe) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on the CPU losses look at the labels in each step")
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [name for name in STEPS if not name.startswith("tinier-ssd")])
 def test_a_training_step_of_a_recipe_hardly_waits(name):
+    """Those of the case study are asked above, with half precision and an optimizer."""
     task, recipe = recipe_of(name)
     columns = batch_for(name, recipe)
     model = task.network(recipe).to("cuda").train()

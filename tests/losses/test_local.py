@@ -9,6 +9,7 @@ from torch import nn
 import lipguide as lip
 from lipguide.losses import OffsetCrossEntropy, local_logits, local_slopes
 from lipguide.robustness.certificates import local
+from lipguide.robustness.certificates.block import Block
 
 
 def ending(seed, width=6, inner=5, classes=4, scale=None):
@@ -70,7 +71,7 @@ def test_a_block_of_one_unit_has_the_certificates_slope_on_either_side_of_the_ki
     """Where the unit cannot switch, estimate and bound are one."""
     u, y, block, head = ending(1, inner=1, classes=3, scale=0.6)
     with torch.no_grad():
-        pairs = local._pairs(u, head(block(u)), y, block.weight, block.bias, head.weight)
+        pairs = local._pairs(u, head(block(u)), y, Block(block.weight.detach(), block.bias.detach()), head.weight)
     sure = (u @ block.weight.mT + block.bias).abs().squeeze(1) > 0.1 * block.weight.norm()
     bound = pairs.steepness(torch.full((len(u),), 0.1, dtype=torch.float64))
     slopes = local_slopes(u, y, block, head, 0.1)
