@@ -17,7 +17,8 @@ FITS, FIT_RATE = 400, 0.03  # steps by which an orthogonal kernel is fitted to a
 
 
 def take_over(model: Detector, classifier: nn.Sequential, gain: float = 2.0) -> None:
-    """Begin with what a classifier of single digits knows: `vgg` of the same widths, trained.
+    """Begin with what a trained classifier of single digits knows: `residual` of the same widths or, for orthogonal
+    layers, `vgg`.
 
     A digit is `gain` times as clear on a level as in a crop; with biases `gain` times as large, trunk and features give
     `gain` times what they gave. The row of background stays random.

@@ -3,7 +3,7 @@ r"""Between what a score moves, by a look into the last block of its window.
 A score is the least of quotients q_cj = (z_c − z_j) / ‖w_c − w_j‖. By constants alone each moves by Lε. If the window's
 last layer is an SLL block, a bound of each that holds near the picture is often closer: that of the box of units which
 may switch (`lipguide.robustness.certificates.local`), for all that may speak; or the one of the dual (`…dual`), which
-is closer still and some thirty times as dear, for those on which an object depends.
+is closer still and dearer, for those on which an object or an alarm depends (`…scene`).
 
 *Lemma.* If q_cj stays within [a_j, b_j] then r_c stays within [min_j a_j, min_j b_j], and for the upper end some of the
 j are enough. Those with q_cj ≥ r_c + Lε need not be asked: such a q_cj does not fall below r_c, which the lower end of

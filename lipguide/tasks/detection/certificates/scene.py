@@ -14,7 +14,6 @@ from lipguide.tasks.detection.certificates.objects import heights, rooms
 __all__ = ["Scene", "moved"]
 
 TRIED = 3  # windows that are right for an object, for which a closer look is taken
-
 HIGH = 0.0  # scores above this say a class, those below it would rather say nothing
 
 
