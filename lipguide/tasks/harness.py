@@ -207,7 +207,7 @@ def train_by(
     )
     plain = to_be_loaded(task.network(recipe))
     plain.load_state_dict(without_parametrizations(model).state_dict())
-    plain = halved(plain) if recipe.half else plain
+    plain = halved(plain) if recipe.ordinary else plain
     plain.to(device)
     run = {
         "steps": steps,

@@ -34,14 +34,14 @@ class Recipe:
     rate: float  # the largest of one cycle
 
     @property
-    def lipschitz(self) -> bool:
-        """Whether the network has a bound by construction."""
-        return not self.network.startswith("ordinary")
+    def ordinary(self) -> bool:
+        """Whether it is the ordinary twin of another network: no bound rests on its weights, so float16 will do."""
+        return self.network.startswith("ordinary")
 
     @property
-    def half(self) -> bool:
-        """Whether float16 will do for its weights: no bound rests on those of an ordinary twin."""
-        return self.network.startswith("ordinary")
+    def lipschitz(self) -> bool:
+        """Whether the network has a bound by construction."""
+        return not self.ordinary
 
 
 @dataclass(frozen=True)

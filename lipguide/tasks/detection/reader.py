@@ -123,8 +123,8 @@ class Detector(nn.Module):
         return torch.cat([self.below(x, level) for level in range(len(self.levels))], 1)
 
     def answer(self, below: Tensor) -> ReaderOutput:
-        """What the windows say that are given this, (N, P, features)."""
-        features = self.end(below.flatten(0, 1)).unflatten(0, below.shape[:2])
+        """What the windows say that are given this, (..., features)."""
+        features = self.end(below.flatten(0, -2)).unflatten(0, below.shape[:-1])
         return ReaderOutput(self.class_head(features), self.box_head(features))
 
     def below(self, x: Tensor, level: int, dense: bool = True, moved: Moved = (0, 0)) -> Tensor:
@@ -361,8 +361,7 @@ class ReaderStep(nn.Module):
                 wanted = assign(targets.part(chosen), centres, sides, model.reach)
                 windows.append([below, *(part.flatten(0, 1) for part in wanted)])
             below, *wanted = (torch.cat(parts) for parts in zip(*windows, strict=True))
-            features = model.end(below)
-            output = model.class_head(features), model.box_head(features)
+            output = model.answer(below)
         values, speaks = self.loss.of_windows(*map(single, output), *wanted)
         return mean_over_ranks(values.sum(), speaks.sum(), values)
 

@@ -131,13 +131,13 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool =
     """
     check_call(model, images, batch_size)
     if not look:
-        said = said_of(model, images, batch_size)
-        return Answers(*said, *_constants(model))
+        return Answers(*said_of(model, images, batch_size), *_constants(model))
     opened = _ruled(model, "inside")
     steepness, *others = _constants(model)
     with full_precision():
         outputs, inside = opened(images, batch_size, steepness)  # what the block is given is no steeper than the scores
-    return Answers(*_said(model, outputs), steepness, *others, inside)
+        said = _said(model, outputs)
+    return Answers(*said, steepness, *others, inside)
 
 
 @torch.no_grad()
