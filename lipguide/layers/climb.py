@@ -38,15 +38,17 @@ def climb(kernel: Tensor, start: Tensor) -> float:
     start = _some_of(start, groups * len(taps))
     omega = start.expand(groups, -1, 2)  # (groups, places, 2)
     v = _random(groups, inputs, len(start)).to(kernel.device)  # (groups, inputs, places)
+    waves = _waves(omega, taps)  # (groups, taps, 1, places)
+    moves = _moves(kernel.device)
     degree = max(1.0, (max(height, width) - 1) / 2)
     for step in range(STEPS):
         v = _of_length_one(v)
         products = _real_product(rows, v)  # W_t v: (groups, taps · outputs, places)
         products = products.unflatten(1, (len(taps), outputs))  # (groups, taps, outputs, places)
         length = FIRST_STEP * SHRINK**step / degree
-        omega = _uphill(omega, products, taps, length)
+        omega = _uphill(omega, products, (products * waves).sum(1), taps, length * moves)
         # u ← Ŵ(ω) v, then v ← Ŵ(ω)ᴴ u, at the new ω
-        waves = _waves(omega, taps)  # (groups, taps, 1, places)
+        waves = _waves(omega, taps)
         u = (products * waves).sum(1)  # (groups, outputs, places)
         back = u[:, None] * waves.conj()  # (groups, taps, outputs, places)
         back = back.flatten(1, 2)
@@ -72,7 +74,13 @@ def _of_length_one(columns: Tensor) -> Tensor:
     return columns / length.clamp_min(1e-30)
 
 
-def _uphill(omega: Tensor, products: Tensor, taps: Tensor, length: float) -> Tensor:
+def _moves(device: torch.device) -> Tensor:
+    """To stay, or to go to one of eight neighbours: (9, 2)."""
+    to = torch.tensor([-1.0, 0.0, 1.0], device=device, dtype=torch.float64)
+    return torch.cartesian_prod(to, to)
+
+
+def _uphill(omega: Tensor, products: Tensor, u: Tensor, taps: Tensor, moves: Tensor) -> Tensor:
     """Of each frequency and its eight neighbours the one where |uᴴ Ŵ(ω) v| is largest, with u = Ŵ(ω) v held fixed.
 
     There it is a short trigonometric sum, Σ_t (uᴴ W_t v) e^{i⟨ω, t⟩}.
@@ -80,13 +88,10 @@ def _uphill(omega: Tensor, products: Tensor, taps: Tensor, length: float) -> Ten
     Args:
         omega: (groups, places, 2).
         products: W_t v as (groups, taps, outputs, places).
+        u: (groups, outputs, places).
         taps: (taps, 2).
-        length: of one move along an axis.
+        moves: to the neighbours, (moves, 2).
     """
-    waves = _waves(omega, taps)  # (groups, taps, 1, places)
-    u = (products * waves).sum(1)  # (groups, outputs, places)
-    to = torch.tensor([-1.0, 0.0, 1.0], device=omega.device, dtype=torch.float64)
-    moves = length * torch.cartesian_prod(to, to)  # (moves, 2)
     around = omega[:, :, None] + moves  # (groups, places, moves, 2)
     angles = around @ taps.T  # (groups, places, moves, taps)
     one = torch.ones((), device=omega.device, dtype=torch.float32)

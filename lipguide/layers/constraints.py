@@ -244,8 +244,9 @@ class Spectral(Constraint):
         self.register_buffer("v", v.to(weight.device))  # real and imaginary parts, one column a frequency
         self.register_buffer("waves", torch.view_as_real(waves), persistent=False)
         with torch.no_grad():
+            root, waves = self._root_and_waves(kernel)
             for _ in range(WARM_UP):
-                self._power_step(kernel)
+                self._turn(kernel.flatten(2), root, waves)
 
     def settings(self) -> Hashable:
         return self.geometry
@@ -286,29 +287,41 @@ class Spectral(Constraint):
         return self.geometry.polyphase(weight)
 
     def _power_step(self, kernel: Tensor) -> Tensor:
-        """1/σ with σ = Re(uᴴ Ŵ(ω) v) at the frequency where it is largest; then v ← Ŵᴴ u at every frequency.
-
-        The kernel may be of any size: u and v, which are small, are divided by the root of its largest entry, so that
-        Ŵ appears in all products as if that were 1.
-        """
+        """1/σ with σ = Re(uᴴ Ŵ(ω) v) at the frequency where it is largest; then v ← Ŵᴴ u at every frequency."""
         rows = kernel.flatten(2)  # (groups, outputs, inputs · taps)
         with torch.no_grad():
-            root = _nonzero(kernel.abs().amax()).rsqrt()
-            waves = self._waves_in(kernel)  # (taps, frequencies)
-            # contiguous: in channels_last the pairs would lie apart
-            old = self.v.to(kernel.dtype, memory_format=torch.contiguous_format)  # (groups, inputs, frequencies, 2)
-            v = torch.view_as_complex(old * (root / _tiny(_lengths(old))))  # (groups, inputs, frequencies)
-            u = root * _symbol_times(rows, v, waves)  # (groups, outputs, frequencies, 2)
-            lengths = _lengths(u)  # (groups, 1, frequencies, 1)
-            u = u * (root / _tiny(lengths))
-            back = root * _adjoint_times(rows, u, waves)  # as v
-            self.v.copy_(torch.where(lengths > 0, back, old))  # a kernel of zeros leaves v as it is
-
+            root, waves = self._root_and_waves(kernel)
+            u, v, lengths = self._turn(rows, root, waves)
             best = lengths.flatten().argmax(0, keepdim=True)  # of all groups and frequencies
             direction = _gradient_of_sigma(u, v, waves, best)
         chosen = rows if len(rows) == 1 else rows.index_select(0, best // lengths.shape[2])  # of the best group
         sigma = chosen.flatten().dot(direction.flatten())  # that of the kernel with a largest entry of 1
         return root / _nonzero(sigma) * root
+
+    def _root_and_waves(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        """One over the root of the largest entry, and the waves (taps, frequencies).
+
+        A kernel may be of any size: u and v, which are small, are divided by that root, so that Ŵ appears in all
+        products as if the largest entry were 1.
+        """
+        return _nonzero(kernel.abs().amax()).rsqrt(), self._waves_in(kernel)
+
+    def _turn(self, rows: Tensor, root: Tensor, waves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u ← Ŵ(ω) v and v ← Ŵ(ω)ᴴ u at every frequency; returns u, the v before, and the lengths |Ŵ(ω) v|.
+
+        Args:
+            rows: (groups, outputs, inputs · taps).
+            waves: (taps, frequencies).
+        """
+        # contiguous: in channels_last the pairs would lie apart
+        old = self.v.to(rows.dtype, memory_format=torch.contiguous_format)  # (groups, inputs, frequencies, 2)
+        v = torch.view_as_complex(old * (root / _tiny(_lengths(old))))  # (groups, inputs, frequencies)
+        u = root * _symbol_times(rows, v, waves)  # (groups, outputs, frequencies, 2)
+        lengths = _lengths(u)  # (groups, 1, frequencies, 1)
+        u = u * (root / _tiny(lengths))
+        back = root * _adjoint_times(rows, u, waves)  # as v
+        self.v.copy_(torch.where(lengths > 0, back, old))  # a kernel of zeros leaves v as it is
+        return u, v, lengths
 
     def _waves_in(self, kernel: Tensor) -> Tensor:
         """The waves in the precision of the kernel.
