@@ -322,20 +322,8 @@ def _render(book: Book, profile: str, device: str) -> int:
         print(f"{'html':<16} {'unchanged':<10} {time.perf_counter() - began:7.1f} s")
         return 0
     log = book.out / "render.log"
-    # One pass over the book and out: to look for what could be thrown away would be a sixth of the time.
-    call = "import gc; gc.disable(); from jupyter_book.cli.main import main; main()"
-    command = [sys.executable, "-c", call, "build", str(book.stage), "-W", "-n", "--keep-going", "--all"]
-    environment = {**os.environ, "LIPGUIDE_PROFILE": profile, "PYTHONWARNINGS": "ignore"}
     deadline.check("the rendering is left")
-    seconds = None if math.isinf(deadline.left()) else deadline.left() + deadline.grace()
-    try:
-        with open(log, "w") as file:
-            status = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=book.root, timeout=seconds
-            ).returncode
-    except subprocess.TimeoutExpired:
-        raise deadline.OutOfTime("the rendering is left") from None
-    if status:
+    if _jupyter_book(["build", str(book.stage), "-W", "-n", "--keep-going", "--all"], book.root, log, profile):
         lines = [line for line in log.read_text(errors="replace").splitlines() if "WARNING" in line or "ERROR" in line]
         print(f"{'html':<16} FAILED; see {log.relative_to(book.root)}", *lines[:10], sep="\n  ")
         return 1
@@ -352,6 +340,24 @@ def _render(book: Book, profile: str, device: str) -> int:
     shutil.rmtree(old, ignore_errors=True)
     print(f"{'html':<16} {'rendered':<10} {time.perf_counter() - began:7.1f} s   {book.html / 'index.html'}")
     return 0
+
+
+# One pass over the book and out: to look for what could be thrown away would be a sixth of the time.
+JUPYTER_BOOK = "import gc; gc.disable(); from jupyter_book.cli.main import main; main()"
+
+
+def _jupyter_book(arguments: list[str], folder: Path, log: Path, profile: str) -> int:
+    """The status of Jupyter Book, run in a process of its own within the time that is left; what it says is logged."""
+    command = [sys.executable, "-c", JUPYTER_BOOK, *arguments]
+    environment = {**os.environ, "LIPGUIDE_PROFILE": profile, "PYTHONWARNINGS": "ignore"}
+    seconds = None if math.isinf(deadline.left()) else deadline.left() + deadline.grace()
+    try:
+        with open(log, "w") as file:
+            return subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder, timeout=seconds
+            ).returncode
+    except subprocess.TimeoutExpired:
+        raise deadline.OutOfTime("the rendering is left") from None
 
 
 def _foreign_hosts(html: Path) -> list[str]:

@@ -1,32 +1,21 @@
-"""One chapter under papermill: executed within its time, with what goes to stderr in a log instead of on the page.
-
-    python -m lipguide.book.execution SOURCE NOTEBOOK PARAMETERS
-
-is one chapter in a process of its own, so that several can be at work side by side: papermill changes the folder that
-its process works in, and kernels inherit their stderr from it.
-"""
+"""One chapter executed, in a process of its own (`runner`). What goes to stderr is in a log instead of on the page."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import jupytext
 import nbformat
-import papermill
-from nbclient.exceptions import CellTimeoutError
-from papermill.exceptions import PapermillExecutionError
 
-from lipguide import deadline
+from lipguide.book.runner import Ended
 from lipguide.files import replacing
 
 __all__ = [
@@ -34,7 +23,6 @@ __all__ = [
     "LedgerBefore",
     "as_written_now",
     "code_cells",
-    "first_line",
     "not_run",
     "run",
     "stop",
@@ -52,18 +40,6 @@ BLANK = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 60" width="4
 <text x="240" y="35" text-anchor="middle" font-family="sans-serif" font-size="14">The chapter has not run yet.</text>
 </svg>
 """
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a chapter ended: what went wrong, or what keeps it from being finished; both are empty if all is well.
-
-    `heard` says whether a cell wrote to stderr.
-    """
-
-    problem: str = ""
-    unfinished: str = ""
-    heard: bool = False
 
 
 def run(source: Path, path: Path, parameters: dict[str, object], log: Path, threads: int | None = None) -> Ended:
@@ -126,6 +102,7 @@ def _mark(path: Path) -> tuple[int, int] | None:
 
 # -- in a process of its own ------------------------------------------------------------------------------------------
 
+RUNNER = "lipguide.book.runner"
 _AT_WORK: set[subprocess.Popen[str]] = set()
 # The allocator of glibc returns every large tensor to the system at once. Taking the same memory again was 6 to 14 % of
 # the trainings that were measured.
@@ -138,7 +115,7 @@ def _apart(arguments: Sequence[str], stderr: IO[str], threads: int | None) -> En
     environment = KEEPS_MEMORY | STARTS | os.environ
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, "-m", __name__, *arguments]
+    command = [sys.executable, "-m", RUNNER, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True)
     _AT_WORK.add(process)
     said, _ = process.communicate()
@@ -155,34 +132,6 @@ def stop() -> None:
         process.terminate()
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Execute a chapter here and print how it ended."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the kernel is shut down
-    source, path, parameters = arguments
-    ended = _execute(Path(source), path, json.loads(parameters))
-    sys.stdout.write(f"{json.dumps(asdict(ended))}\n")
-
-
-def _execute(source: Path, path: str, parameters: dict[str, object]) -> Ended:
-    options = {"kernel_name": "python3", "progress_bar": False, "cwd": str(source.parent)}
-    if not math.isinf(deadline.left()):
-        options["timeout_func"] = _what_is_left
-    try:
-        papermill.execute_notebook(path, path, parameters, **options)
-    except PapermillExecutionError as error:
-        if error.ename == deadline.OutOfTime.__name__:
-            return Ended(unfinished=first_line(error.evalue))
-        return Ended(f"code cell {error.exec_count - 1} raised {error.ename}: {first_line(error.evalue)}")
-    except CellTimeoutError:
-        return Ended(unfinished="it ran when the time was up, and starts over")
-    return Ended()
-
-
-def _what_is_left(cell: nbformat.NotebookNode) -> float:
-    """Seconds that a cell may take: until the time is up, and some more, for trainings stop by themselves then."""
-    return max(deadline.left() + deadline.grace(), 0.1)
-
-
 # -- notebooks --------------------------------------------------------------------------------------------------------
 
 
@@ -190,15 +139,6 @@ def write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
     """Write a notebook, whole or not at all."""
     with replacing(path) as temporary:
         nbformat.write(notebook, temporary)
-
-
-def first_line(text: str) -> str:
-    """The first line of a message that says something.
-
-    >>> first_line(" no such file")
-    'no such file'
-    """
-    return next((line.strip() for line in str(text).splitlines() if line.strip()), "(no message)")
 
 
 def _move_stderr(path: Path, log: Path) -> str:
@@ -254,7 +194,3 @@ def _with_settled_names(notebook: nbformat.NotebookNode) -> nbformat.NotebookNod
     for place, cell in enumerate(notebook.cells):
         cell.id = f"cell-{place}"
     return notebook
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
