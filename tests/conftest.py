@@ -32,7 +32,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def forked():
-    """Runs code in processes of their own that have torch already."""
-    forked = Forked()
+    """Runs code in processes of their own that have torch already, and what the first step of an optimizer imports."""
+    forked = Forked("torch._dynamo", "torchvision")
     yield forked
     forked.close()

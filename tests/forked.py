@@ -1,16 +1,16 @@
-"""Python processes that need not import torch anew.
+"""Python processes that need not import large libraries anew.
 
 Code runs here as `python -W error -c` runs it: in a process and a folder of its own, in an empty namespace, with its
-own standard output and errors. The process is the child of one that has imported torch, what torch imports at the first
-step of an optimizer, and torchvision, and nothing else: no module of lipguide and no name of any module. So what the
-code does not import itself it does not have. It would not be noticed if it took a module of torch or of torchvision
-that torch alone does not load, by its full name.
+own standard output and errors. The process is the child of one that has imported some modules and nothing else: no
+module of lipguide and no name of any module. So what the code does not import itself it does not have. It would not be
+noticed if it took a part of these modules by its full name that it has not imported.
 """
 
 from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import socket
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import types
 import warnings
+import weakref
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,15 +28,15 @@ ROOT = Path(__file__).parents[1]
 
 
 class Forked:
-    """The process whose children run code: the fixture `forked`."""
+    """The process whose children run code; it has imported the modules."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-W", "error", "-m", "tests.forked"]
+    def __init__(self, *modules: str) -> None:
+        command = [sys.executable, "-W", "error", "-m", "tests.forked", *modules]
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    def run(self, code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         """How code has ended in a folder, and what it has written."""
-        return self._run(code, folder, True, {})[0]
+        return self._run(code, folder, True, {}, arguments=arguments)[0]
 
     def ranks(self, code: str, folder: Path, ranks: int = 2) -> list[subprocess.CompletedProcess[str]]:
         """The same for several processes side by side, told of each other as `torchrun` does it.
@@ -55,11 +56,11 @@ class Forked:
         self._process.stdout.close()
 
     def _run(
-        self, code: str, folder: Path, strict: bool, *environments: dict[str, str]
+        self, code: str, folder: Path, strict: bool, *environments: dict[str, str], arguments: tuple[str, ...] = ()
     ) -> list[subprocess.CompletedProcess[str]]:
         with TemporaryDirectory() as written:
             files = [[f"{written}/{name}.{rank}" for name in ("out", "err")] for rank in range(len(environments))]
-            common = {"code": code, "folder": str(folder), "strict": strict}
+            common = {"code": code, "folder": str(folder), "strict": strict, "arguments": arguments}
             tasks = [
                 common | {"environment": os.environ | environment, "files": pair}
                 for environment, pair in zip(environments, files, strict=True)
@@ -67,7 +68,7 @@ class Forked:
             self._process.stdin.write(json.dumps(tasks) + "\n")
             self._process.stdin.flush()
             ended = self._process.stdout.readline()
-            assert ended, "the process that has imported torch has ended"
+            assert ended, "the process that has imported the modules has ended"
             return [
                 subprocess.CompletedProcess(code, status, *(Path(file).read_text() for file in pair))
                 for status, pair in zip(json.loads(ended), files, strict=True)
@@ -75,7 +76,7 @@ class Forked:
 
 
 def served() -> str:
-    """In a child: the code that it shall run. The process that has imported torch returns never."""
+    """In a child: the code that it shall run. The process that has imported the modules returns never."""
     for request in sys.stdin:
         children = []
         for task in json.loads(request):
@@ -87,7 +88,9 @@ def served() -> str:
     sys.exit()
 
 
-def entered(code: str, folder: str, strict: bool, environment: dict[str, str], files: list[str]) -> str:
+def entered(
+    code: str, folder: str, strict: bool, arguments: list[str], environment: dict[str, str], files: list[str]
+) -> str:
     """The code, after the process has been made what `python -c` would start."""
     os.chdir(folder)
     os.environ.clear()
@@ -97,7 +100,7 @@ def entered(code: str, folder: str, strict: bool, environment: dict[str, str], f
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     if not strict:
         warnings.resetwarnings()
-    sys.argv[:] = ["-c"]
+    sys.argv[:] = ["-c", *arguments]
     sys.path[0] = ""
     del sys.modules["tests"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -105,9 +108,12 @@ def entered(code: str, folder: str, strict: bool, environment: dict[str, str], f
 
 
 if __name__ == "__main__":
-    import torch._dynamo  # noqa: F401  (what the first step of an optimizer imports)
-    import torchvision  # noqa: F401
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in sys.argv[1:]:
+            importlib.import_module(module)
+    for finalizer in weakref.finalize._registry:  # by torch's own, each child would take all operators apart at its end
+        finalizer.atexit = False
     gc.freeze()  # the children share what is there
     code = served()
     status = 0

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import jupytext
@@ -25,6 +26,7 @@ VAGUE = re.compile(
 NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])|\d\s?%")
 
 
+@cache  # twenty chapters are read by twenty tests; none may change what it gets
 def notebook(chapter):
     return jupytext.read(BOOK.source(BOOK.chapters[chapter]))
 

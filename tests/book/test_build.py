@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lipguide.book import execution
 from lipguide.book.build import Book, BuildError, build
 from lipguide.book.ledger import Ledger, read
 from lipguide.files import write_json
+from tests.forked import Forked
 
 CHAPTER = """---
 jupytext: {{text_representation: {{extension: .md, format_name: myst}}}}
@@ -73,20 +75,59 @@ sphinx: {extra_extensions: [lipguide.book.roles], config: {numfig: true}}
 
 @pytest.fixture
 def root(tmp_path):
-    (tmp_path / "_config.yml").write_text(CONFIG)
-    (tmp_path / "_toc.yml").write_text(
+    return made(tmp_path)
+
+
+def made(folder: Path) -> Path:
+    """A book of two chapters."""
+    (folder / "_config.yml").write_text(CONFIG)
+    (folder / "_toc.yml").write_text(
         "format: jb-book\nroot: book/index\nchapters: [{file: book/one}, {file: book/two}]\n"
     )
-    (tmp_path / "book").mkdir()
-    (tmp_path / "book" / "index.md").write_text("# Test\n")
-    write(tmp_path, "one")
-    write(tmp_path, "two")
-    return tmp_path
+    (folder / "book").mkdir()
+    (folder / "book" / "index.md").write_text("# Test\n")
+    write(folder, "one")
+    write(folder, "two")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory):
+    root = made(tmp_path_factory.mktemp("built"))
+    assert build(Book(root), "quick", "cpu") == 0
+    return root
+
+
+@pytest.fixture
+def built(built_once, tmp_path):
+    """The same book in another place, where its chapters need not run again."""
+    return shutil.copytree(built_once, tmp_path / "built")
 
 
 def write(root: Path, name: str, code: str = "", title: str = "Title", opening: str = LIGHT) -> None:
     opening = opening.format(name=name, provenance=PROVENANCE)
     (root / "book" / f"{name}.md").write_text(CHAPTER.format(name=name, opening=opening, code=code, title=title))
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """A process that has imported what renders, which is more than half of the time that it takes."""
+    forked = Forked("jupyter_book.cli.main", "myst_nb.sphinx_ext", "sphinx_book_theme")
+    yield forked
+    forked.close()
+
+
+@pytest.fixture
+def by_a_child(loaded, monkeypatch):
+    """For stories that render often: Jupyter Book runs in a child of that process."""
+
+    def rendering(arguments, folder, log, profile):
+        monkeypatch.setenv("LIPGUIDE_PROFILE", profile)
+        done = loaded.run(f"import warnings; warnings.resetwarnings(); {build_module.JUPYTER_BOOK}", folder, *arguments)
+        log.write_text(done.stdout + done.stderr)
+        return done.returncode
+
+    monkeypatch.setattr(build_module, "_jupyter_book", rendering)
 
 
 @pytest.fixture
@@ -109,7 +150,7 @@ def states(capsys) -> dict[str, str]:
     return {words[0]: words[1] for words in said if words[0] in ("one", "two", "html")}
 
 
-def test_build_rebuild_change_fail_and_recover(root, capsys):
+def test_build_rebuild_change_fail_and_recover(root, capsys, by_a_child):
     """One story in order, since each build takes seconds."""
     write(root, "one", opening=OPENED)
     assert build(Book(root), "quick", "cpu") == 0
@@ -291,10 +332,11 @@ def saves(root: Path, answer: int, then: str = "") -> None:
     page.write_text(cells)
 
 
-def test_the_ledger_on_a_page_is_the_one_that_its_notebook_saved(root, capsys):
+def test_the_ledger_on_a_page_is_the_one_that_its_notebook_saved(built, capsys, by_a_child):
     """One story in order, since each build takes seconds."""
-    ledger, page = root / "book/results/one.quick.json", root / "_build/html/book/one.html"
+    root, ledger, page = built, built / "book/results/one.quick.json", built / "_build/html/book/one.html"
     assert build(Book(root), "quick", "cpu") == 0
+    assert states(capsys) == {"one": "unchanged", "two": "unchanged", "html": "rendered"}
 
     # A run that saves and then fails leaves nothing behind.
     first = ledger.read_bytes()
@@ -332,7 +374,7 @@ def test_a_first_run_that_fails_leaves_no_ledger(root):
     assert not (root / "book/results/one.quick.json").exists()
 
 
-def test_chapters_that_are_not_asked_for_are_shown_as_they_are(root, capsys, without_kernels):
+def test_chapters_that_are_not_asked_for_are_shown_as_they_are(root, capsys, without_kernels, by_a_child):
     """A fresh clone holds ledgers and no notebooks; a page whose code has changed since its run says so."""
     assert build(Book(root), "quick", "cpu") == 0
     write(root, "two", code="changed = True")
@@ -436,7 +478,8 @@ def test_the_longest_chapters_begin_first(root, rendered, monkeypatch):
     assert build_module._longest_first(Book(root), "quick", ["one", "two"]) == ["one", "two"]
 
 
-def test_both_chapters_end_when_the_build_is_interrupted_and_what_they_saved_is_put_back(root, rendered, monkeypatch):
+def test_both_chapters_end_when_the_build_is_interrupted_and_what_they_saved_is_put_back(built, rendered, monkeypatch):
+    root = built
     assert build(Book(root), "quick", "cpu") == 0
     ledgers = [root / f"book/results/{name}.quick.json" for name in ("one", "two")]
     before = [ledger.read_bytes() for ledger in ledgers]
