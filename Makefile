@@ -33,7 +33,8 @@ pdf: book
 check-pages:
 	$(BIN)/python -m pytest -o addopts=-q -rs tests/book/test_html.py
 
-# glibc returns every large tensor to the system at once, and takes the same memory again: a twentieth of the time.
+# glibc returns every large tensor to the system at once, and takes the same memory again: a twentieth of the time
+# (as for chapters: KEEPS_MEMORY in lipguide/book/execution.py).
 test: export MALLOC_MMAP_MAX_ = 0
 test: export MALLOC_TRIM_THRESHOLD_ = 2147483647
 test: setup

@@ -1,9 +1,9 @@
 """Python processes that need not import large libraries anew.
 
-Code runs here as `python -W error -c` runs it: in a process and a folder of its own, in an empty namespace, with its
-own standard output and errors. The process is the child of one that has imported some modules and nothing else: no
-module of lipguide and no name of any module. So what the code does not import itself it does not have. It would not be
-noticed if it took a part of these modules by its full name that it has not imported.
+Code runs here as `python -W error -c` runs it, or with another filter: in a process and a folder of its own,
+in an empty namespace, with its own standard output and errors. The process is the child of one that has imported some
+modules and nothing else: no module of lipguide and no name of any module. So what the code does not import itself it
+does not have. What goes unnoticed: code that names a part of these modules in full without having imported it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[1]
 class Forked:
     """The process whose children run code; it has imported the modules."""
 
-    def __init__(self, *modules: str) -> None:
-        command = [sys.executable, "-W", "error", "-m", "tests.forked", *modules]
+    def __init__(self, *modules: str, on_warning: str = "error") -> None:
+        command = [sys.executable, "-W", on_warning, "-m", "tests.forked", *modules]
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +76,7 @@ class Forked:
 
 
 def served() -> str:
-    """In a child: the code that it shall run. The process that has imported the modules returns never."""
+    """In a child: the code that it shall run. The process that has imported the modules never returns."""
     for request in sys.stdin:
         children = []
         for task in json.loads(request):
@@ -108,11 +108,14 @@ def entered(
 
 
 if __name__ == "__main__":
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for module in sys.argv[1:]:
-            importlib.import_module(module)
-    for finalizer in weakref.finalize._registry:  # by torch's own, each child would take all operators apart at its end
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
+    # As in pyproject.toml: a deprecation is an error where it is ours. Old versions of libraries have their own.
+    if "error" in sys.warnoptions:
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("error", category=DeprecationWarning, module="lipguide|__main__")
+    # By torch's own, each child would take all operators apart at its end.
+    for finalizer in list(weakref.finalize._registry):
         finalizer.atexit = False
     gc.freeze()  # the children share what is there
     code = served()

@@ -31,7 +31,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 __all__ = ["Pretended", "pretended"]
 
 NAME, CLAIMED = "pretended", torch.device("cuda", 0)
-DEVICES, NESTED = (torch.device, str), (list, tuple)
+DEVICES = (torch.device, str)  # tuples, for `isinstance` takes far longer with a union
+NESTED = (list, tuple)
 ACROSS = ("_to_copy", "copy_", "_foreach_copy_")  # operations that may have tensors on either side
 INDEXED = ("index", "index_put_", "_index_put_impl_")  # whose indices may lie on the CPU
 # What ends with a number on the host, or with a tensor whose size only the values say.
@@ -107,6 +108,7 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target = kwargs.get("device")
     if name == "_pin_memory":
         return args[0].clone()
+    # Most operations: nothing in them is on the device, or goes there.
     if not there and target is None and not kwargs.get("pin_memory"):
         return func(*args, **kwargs)
     here = [part for part in tensors if not isinstance(part, Pretended)]
@@ -128,8 +130,8 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among arguments, lists of which may be nested. torch's own walk through trees takes ten times as long, and
-    there are two hundred thousand operations."""
+    """The tensors among arguments, which may be lists, also nested."""
+    # torch's own walk through trees takes ten times as long, and there are two hundred thousand operations.
     for value in values:
         if isinstance(value, Tensor):
             yield value

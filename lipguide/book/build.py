@@ -49,6 +49,10 @@ class BuildError(Exception):
     """Something that a reader can mend: one line for the terminal."""
 
 
+# One pass over the book and out: to look for garbage would be a sixth of the time.
+JUPYTER_BOOK = "import gc; gc.disable(); from jupyter_book.cli.main import main; main()"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one chapter went; `problem` and `unfinished` are empty when all is well, `log` unless a cell used stderr."""
@@ -340,10 +344,6 @@ def _render(book: Book, profile: str, device: str) -> int:
     shutil.rmtree(old, ignore_errors=True)
     print(f"{'html':<16} {'rendered':<10} {time.perf_counter() - began:7.1f} s   {book.html / 'index.html'}")
     return 0
-
-
-# One pass over the book and out: to look for what could be thrown away would be a sixth of the time.
-JUPYTER_BOOK = "import gc; gc.disable(); from jupyter_book.cli.main import main; main()"
 
 
 def _jupyter_book(arguments: list[str], folder: Path, log: Path, profile: str) -> int:

@@ -102,7 +102,7 @@ def _mark(path: Path) -> tuple[int, int] | None:
 
 # -- in a process of its own ------------------------------------------------------------------------------------------
 
-RUNNER = "lipguide.book.runner"
+RUNNER = Ended.__module__
 _AT_WORK: set[subprocess.Popen[str]] = set()
 # The allocator of glibc returns every large tensor to the system at once. Taking the same memory again was 6 to 14 % of
 # the trainings that were measured.

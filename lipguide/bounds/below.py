@@ -245,7 +245,8 @@ def _most_stretched(
             best = pair if best is None or pair.stretch > best.stretch else best
         apart = torch.linalg.vector_norm(_same_draws(fn, a) - _same_draws(fn, b))
         a.grad, direction.grad = torch.autograd.grad(apart, (a, direction))
-        ascent.step()
+        with torch.device("cpu"):  # where Adam counts its steps, whatever device new tensors lie on
+            ascent.step()
     if best is None:
         raise ValueError(NO_NUMBERS)
     return best

@@ -35,8 +35,10 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     >>> load_arrays(path, ["a"])["a"].tolist()
     [0, 1, 2]
     """
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    content = io.BytesIO()  # with NumPy 1 an archive on a full disk complains once more when it is thrown away
+    np.savez(content, **arrays)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -46,7 +46,8 @@ def climb(kernel: Tensor, start: Tensor) -> float:
         products = _real_product(rows, v)  # W_t v: (groups, taps · outputs, places)
         products = products.unflatten(1, (len(taps), outputs))  # (groups, taps, outputs, places)
         length = FIRST_STEP * SHRINK**step / degree
-        omega = _uphill(omega, products, (products * waves).sum(1), taps, length * moves)
+        u = (products * waves).sum(1)  # (groups, outputs, places), at the old ω
+        omega = _uphill(omega, products, u, taps, length * moves)
         # u ← Ŵ(ω) v, then v ← Ŵ(ω)ᴴ u, at the new ω
         waves = _waves(omega, taps)
         u = (products * waves).sum(1)  # (groups, outputs, places)

@@ -244,9 +244,9 @@ class Spectral(Constraint):
         self.register_buffer("v", v.to(weight.device))  # real and imaginary parts, one column a frequency
         self.register_buffer("waves", torch.view_as_real(waves), persistent=False)
         with torch.no_grad():
-            root, waves = self._root_and_waves(kernel)
+            rows, (root, waves) = kernel.flatten(2), self._root_and_waves(kernel)
             for _ in range(WARM_UP):
-                self._turn(kernel.flatten(2), root, waves)
+                self._iterate(rows, root, waves)
 
     def settings(self) -> Hashable:
         return self.geometry
@@ -291,7 +291,7 @@ class Spectral(Constraint):
         rows = kernel.flatten(2)  # (groups, outputs, inputs · taps)
         with torch.no_grad():
             root, waves = self._root_and_waves(kernel)
-            u, v, lengths = self._turn(rows, root, waves)
+            u, v, lengths = self._iterate(rows, root, waves)
             best = lengths.flatten().argmax(0, keepdim=True)  # of all groups and frequencies
             direction = _gradient_of_sigma(u, v, waves, best)
         chosen = rows if len(rows) == 1 else rows.index_select(0, best // lengths.shape[2])  # of the best group
@@ -306,8 +306,8 @@ class Spectral(Constraint):
         """
         return _nonzero(kernel.abs().amax()).rsqrt(), self._waves_in(kernel)
 
-    def _turn(self, rows: Tensor, root: Tensor, waves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u ← Ŵ(ω) v and v ← Ŵ(ω)ᴴ u at every frequency; returns u, the v before, and the lengths |Ŵ(ω) v|.
+    def _iterate(self, rows: Tensor, root: Tensor, waves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u ← Ŵ(ω) v and v ← Ŵ(ω)ᴴ u at every frequency; returns u, the v before, rescaled, and the lengths |Ŵ(ω) v|.
 
         Args:
             rows: (groups, outputs, inputs · taps).

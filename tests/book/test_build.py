@@ -101,7 +101,9 @@ def built_once(tmp_path_factory):
 @pytest.fixture
 def built(built_once, tmp_path):
     """The same book in another place, where its chapters need not run again."""
-    return shutil.copytree(built_once, tmp_path / "built")
+    root = shutil.copytree(built_once, tmp_path / "built")
+    shutil.rmtree(root / "_build" / "html")
+    return root
 
 
 def write(root: Path, name: str, code: str = "", title: str = "Title", opening: str = LIGHT) -> None:
@@ -112,7 +114,7 @@ def write(root: Path, name: str, code: str = "", title: str = "Title", opening: 
 @pytest.fixture(scope="module")
 def loaded():
     """A process that has imported what renders, which is more than half of the time that it takes."""
-    forked = Forked("jupyter_book.cli.main", "myst_nb.sphinx_ext", "sphinx_book_theme")
+    forked = Forked("jupyter_book.cli.main", "myst_nb.sphinx_ext", "sphinx_book_theme", on_warning="ignore")
     yield forked
     forked.close()
 
@@ -122,8 +124,9 @@ def by_a_child(loaded, monkeypatch):
     """For stories that render often: Jupyter Book runs in a child of that process."""
 
     def rendering(arguments, folder, log, profile):
-        monkeypatch.setenv("LIPGUIDE_PROFILE", profile)
-        done = loaded.run(f"import warnings; warnings.resetwarnings(); {build_module.JUPYTER_BOOK}", folder, *arguments)
+        with monkeypatch.context() as now:
+            now.setenv("LIPGUIDE_PROFILE", profile)
+            done = loaded.run(build_module.JUPYTER_BOOK, folder, *arguments)
         log.write_text(done.stdout + done.stderr)
         return done.returncode
 
