@@ -32,7 +32,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def forked():
-    """Runs code in processes of their own that have torch, what its optimizers import at first, and other libraries."""
-    forked = Forked("torch._dynamo", "torchvision", "torchmetrics", "scipy.ndimage")
+    """Runs code in processes of their own that have torch and torchvision, and what an optimizer imports at first."""
+    forked = Forked("torch._dynamo", "torchvision")
     yield forked
     forked.close()

@@ -108,10 +108,6 @@ def entered(
 
 
 if __name__ == "__main__":
-    # As in pyproject.toml: a deprecation is an error where it is ours. Old versions of libraries have their own.
-    if "error" in sys.warnoptions:
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("error", category=DeprecationWarning, module="lipguide|__main__")
     for module in sys.argv[1:]:
         importlib.import_module(module)
     # By torch's own, each child would take all operators apart at its end.
