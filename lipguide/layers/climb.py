@@ -47,7 +47,7 @@ def climb(kernel: Tensor, start: Tensor) -> float:
         products = products.unflatten(1, (len(taps), outputs))  # (groups, taps, outputs, places)
         length = FIRST_STEP * SHRINK**step / degree
         u = (products * waves).sum(1)  # (groups, outputs, places), at the old ω
-        omega = _uphill(omega, products, u, taps, length * moves)
+        omega = _uphill(omega, products, u, waves, taps, length * moves)
         # u ← Ŵ(ω) v, then v ← Ŵ(ω)ᴴ u, at the new ω
         waves = _waves(omega, taps)
         u = (products * waves).sum(1)  # (groups, outputs, places)
@@ -81,26 +81,24 @@ def _moves(device: torch.device) -> Tensor:
     return torch.cartesian_prod(to, to)
 
 
-def _uphill(omega: Tensor, products: Tensor, u: Tensor, taps: Tensor, moves: Tensor) -> Tensor:
+def _uphill(omega: Tensor, products: Tensor, u: Tensor, waves: Tensor, taps: Tensor, moves: Tensor) -> Tensor:
     """Of each frequency and its eight neighbours the one where |uᴴ Ŵ(ω) v| is largest, with u = Ŵ(ω) v held fixed.
 
-    There it is a short trigonometric sum, Σ_t (uᴴ W_t v) e^{i⟨ω, t⟩}.
+    There it is a short trigonometric sum, Σ_t (uᴴ W_t v) e^{i⟨ω, t⟩}, whose waves a move by δ multiplies by e^{i⟨δ, t⟩}.
 
     Args:
         omega: (groups, places, 2).
         products: W_t v as (groups, taps, outputs, places).
         u: (groups, outputs, places).
+        waves: e^{i⟨ω, t⟩} as (groups, taps, 1, places).
         taps: (taps, 2).
         moves: to the neighbours, (moves, 2).
     """
-    around = omega[:, :, None] + moves  # (groups, places, moves, 2)
-    angles = around @ taps.T  # (groups, places, moves, taps)
-    one = torch.ones((), device=omega.device, dtype=torch.float32)
-    waves = torch.polar(one, angles.float())
-    sums = torch.einsum("gtom,gom,gmnt->gmn", products, u.conj(), waves)  # (groups, places, moves)
-    best = sums.abs().argmax(2)  # (groups, places)
-    which = best[:, :, None, None].expand(-1, -1, 1, 2)
-    return around.gather(2, which)[:, :, 0]
+    terms = (products * u.conj()[:, None]).sum(2)  # (groups, taps, places)
+    terms = terms * waves[:, :, 0]
+    turns = _waves(moves[None], taps)[0, :, 0]  # (taps, moves)
+    sums = terms.mT @ turns  # (groups, places, moves)
+    return omega + moves[sums.abs().argmax(2)]
 
 
 def _evaluated(kernel: Tensor, omega: Tensor, taps: Tensor, found: Tensor) -> float:

@@ -22,6 +22,7 @@ from lipguide.layers.symbol import CUSHION, correlation_of, filter_norm, grams_a
 __all__ = ["torus_norm"]
 
 ROUNDS = 30
+MANY = 100  # cells that fail: more of them, and the search may well have missed the maximiser
 
 Degree = tuple[float, float]
 """d₁ and d₂, of the waves in Re(uᴴ Ŵ(ω) v)."""
@@ -51,11 +52,13 @@ def torus_norm(kernel: Tensor, tolerance: float) -> float:
         target = best * (1 + tolerance)
         if easy <= target:
             return easy
-        cells = cells[~_proved(cells, correlation, _limit(target, degree, reach))]
+        limit = _limit(target, degree, reach)
+        cells = cells[~_proved(cells, correlation, limit)]
         if len(cells) == 0:
             return target * (1 + CUSHION)
-        some = cells[:: math.ceil(len(cells) / 16)]
-        best = max(best, climb(kernel, some))
+        if limit >= best or len(cells) > MANY:  # else what failed may just lie near what was found
+            some = cells[:: math.ceil(len(cells) / 16)]
+            best = max(best, climb(kernel, some))
         cells, reach = _split(cells, reach, degree)
     return easy  # never seen in practice; the loose bound is sound all the same
 
