@@ -7,12 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
-import torch
 
 from tests.forked import Forked
 
 gc.disable()  # until all tests are collected: what that makes stays to the end, and to look through it takes time
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_finish():

@@ -193,17 +193,18 @@ def stretch(fn: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
         raise ValueError(f"the two points have shapes {tuple(a.shape)} and {tuple(b.shape)}: give it two alike")
     if torch.equal(a, b):
         raise ValueError("the two points are the same: give it two that differ")
-    found = _ratio(fn, a, b)
+    with torch.no_grad():
+        found = _ratio((_same_draws(fn, a), _same_draws(fn, b)), a, b)
     if not math.isfinite(found):
         raise ValueError(NO_NUMBERS)
     return found
 
 
-@torch.no_grad()
-def _ratio(fn: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
-    distance = torch.linalg.vector_norm((a - b).double())
-    apart = _same_draws(fn, a).double() - _same_draws(fn, b).double()
-    return float(torch.linalg.vector_norm(apart) / distance)
+def _ratio(outputs: tuple[Tensor, Tensor], a: Tensor, b: Tensor) -> float:
+    """‖f(a) − f(b)‖ / ‖a − b‖ from what f gives at both points."""
+    start, end = (output.detach().double() for output in outputs)
+    distance = torch.linalg.vector_norm((a - b).detach().double())
+    return float(torch.linalg.vector_norm(start - end) / distance)
 
 
 def most_stretched_pair(
@@ -240,10 +241,11 @@ def _most_stretched(
     best = None
     for _ in range(steps + 1):
         b = a + distance * direction / torch.linalg.vector_norm(direction)
-        pair = StretchedPair(a.detach().clone(), b.detach().clone(), _ratio(fn, a.detach(), b.detach()))
+        outputs = _same_draws(fn, a), _same_draws(fn, b)
+        pair = StretchedPair(a.detach().clone(), b.detach().clone(), _ratio(outputs, a, b))
         if math.isfinite(pair.stretch):
             best = pair if best is None or pair.stretch > best.stretch else best
-        apart = torch.linalg.vector_norm(_same_draws(fn, a) - _same_draws(fn, b))
+        apart = torch.linalg.vector_norm(outputs[0] - outputs[1])
         a.grad, direction.grad = torch.autograd.grad(apart, (a, direction))
         with torch.device("cpu"):  # where Adam counts its steps, whatever device new tensors lie on
             ascent.step()

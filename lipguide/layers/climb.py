@@ -84,7 +84,7 @@ def _moves(device: torch.device) -> Tensor:
 def _uphill(omega: Tensor, products: Tensor, u: Tensor, waves: Tensor, taps: Tensor, moves: Tensor) -> Tensor:
     """Of each frequency and its eight neighbours the one where |uᴴ Ŵ(ω) v| is largest, with u = Ŵ(ω) v held fixed.
 
-    There it is a short trigonometric sum, Σ_t (uᴴ W_t v) e^{i⟨ω, t⟩}, whose waves a move by δ multiplies by e^{i⟨δ, t⟩}.
+    There it is a short trigonometric sum, Σ_t (uᴴ W_t v) e^{i⟨ω, t⟩}. A move by δ multiplies its waves by e^{i⟨δ, t⟩}.
 
     Args:
         omega: (groups, places, 2).

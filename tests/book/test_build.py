@@ -172,7 +172,7 @@ def test_build_rebuild_change_fail_and_recover(root, capsys, by_a_child):
     good = (root / "_build/html/book/one.html").read_text()
     assert "Reworded" in good and "seven and thirty" not in good and ">42<" in good
 
-    write(root, "one", code="print('seven and thirty')", title="Changed", opening=OPENED)
+    write(root, "one", code="print('seven and thirty')", title="Changed")
     assert build(Book(root), "quick", "cpu") == 0
     assert states(capsys) == {"one": "executed", "two": "unchanged", "html": "rendered"}
     good = (root / "_build/html/book/one.html").read_text()
@@ -243,7 +243,7 @@ def test_a_chapter_that_outlives_its_time_is_ended_and_named(root, capsys, monke
     monkeypatch.setattr(build_module, "_waits", lambda *arguments: "")  # also where this machine is slow
     monkeypatch.chdir(root)
     began = time.monotonic()
-    assert status("build", "--device", "cpu", "--only", "one", "--minutes", "0.1") == 75
+    assert status("build", "--device", "cpu", "--only", "one", "--minutes", "0.05") == 75
     assert time.monotonic() - began < 300
     err = capsys.readouterr().err
     assert "1 of 1 chapters left: one (it ran when the time was up, and starts over)" in err and err.count("\n") == 1
@@ -310,11 +310,11 @@ def test_seconds_on_another_device_say_nothing(root, rendered, without_kernels):
         assert build(Book(root), "quick", "cpu") == 0
 
 
-def test_a_chapter_runs_again_when_a_record_that_it_reads_changes(root, capsys, rendered):
+def test_a_chapter_runs_again_when_a_record_that_it_reads_changes(built, capsys, rendered):
+    root = built
     code = "from lipguide.book.ledger import read\nledger['was'] = read('results/run.cpu.json')['results']['was']"
     write(root, "one", code=code)
     record = root / "book" / "results" / "run.cpu.json"
-    record.parent.mkdir()
     record.write_text('{"provenance": {}, "results": {"was": 1}}')
     assert build(Book(root), "quick", "cpu") == 0
     capsys.readouterr()
