@@ -46,7 +46,9 @@ def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str
     modules = modules_behind(code)
     files = sorted(modules) + (_data_files() if modules else [])
     for path in files:
-        digest.update(f"{path.relative_to(PACKAGE)} {file_hash(path)} ".encode())
+        status = path.stat()
+        content = _hash_at(path, status.st_mtime_ns, status.st_size)
+        digest.update(f"{path.relative_to(PACKAGE)} {content} ".encode())
     for path in sorted(records):
         digest.update(f"{path.name} {file_hash(path)} ".encode())
     return digest.hexdigest()
@@ -59,6 +61,12 @@ def file_hash(path: Path) -> str:
     ''
     """
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+@cache
+def _hash_at(path: Path, changed: int, size: int) -> str:
+    """The hash of a file of the package, which every chapter asks for; time stamp and size keep the memory honest."""
+    return file_hash(path)
 
 
 def _data_files() -> list[Path]:

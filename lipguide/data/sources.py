@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 __all__ = ["hash_of", "meaning"]
 
 
+@cache  # each data set asks for its name anew
 def meaning(source: str) -> str:
     """Python code without comments, docstrings, blanks and brackets that mean nothing.
 

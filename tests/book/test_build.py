@@ -400,7 +400,7 @@ def speaks_of_its_figure(path: Path) -> None:
     path.write_text(f"{path.read_text()}\n{cell}\n\nSee {{numref}}`fig-two`.\n")
 
 
-def test_a_wrong_ledger_key_fails_the_rendering(root, capsys, without_kernels):
+def test_a_wrong_ledger_key_fails_the_rendering(root, capsys, without_kernels, by_a_child):
     write(root, "one")
     page = root / "book" / "one.md"
     page.write_text(page.read_text().replace("`answer:d`", "`question:d`"))
@@ -503,7 +503,7 @@ def test_both_chapters_end_when_the_build_is_interrupted_and_what_they_saved_is_
     assert [ledger.read_bytes() for ledger in ledgers] == before and not execution._AT_WORK
 
 
-def test_a_page_that_asks_another_host_is_refused(root, capsys, without_kernels):
+def test_a_page_that_asks_another_host_is_refused(root, capsys, without_kernels, by_a_child):
     page = root / "book" / "index.md"
     page.write_text('# Test\n\n<img src="https://example.org/x.png" alt="x">\n')
     assert build(Book(root), "quick", "cpu") == 1

@@ -230,6 +230,13 @@ def test_the_search_leaves_modules_and_random_numbers_alone():
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
+def test_the_search_for_a_pair_asks_the_function_at_its_two_points_once_a_step():
+    seen = []
+    pair = lip.most_stretched_pair(lambda x: seen.append(x) or x.sin(), torch.zeros(1, 2), steps=5)
+    assert len(seen) == 2 * 6
+    assert pair.stretch == lip.stretch(torch.sin, pair.a, pair.b)
+
+
 def test_stretch_is_a_ratio_of_distances():
     assert lip.stretch(lambda x: 3 * x, torch.zeros(2, 2), torch.ones(2, 2)) == pytest.approx(3)
     with pytest.raises(ValueError, match="two that differ"):

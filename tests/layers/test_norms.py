@@ -243,15 +243,29 @@ def test_the_proof_does_not_rely_on_the_search(monkeypatch, shape, groups, toler
         assert calls
 
 
+def rotating_wave(a, b, kernel):
+    """A convolution of two channels whose taps turn them by a from row to row and by b from column to column."""
+    taps = torch.arange(kernel).double()
+    angle = a * taps[:, None] + b * taps
+    return torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+
+
 @pytest.mark.parametrize("kernel", [2, 5, 7, 11])
 def test_a_peak_anywhere_is_found(kernel):
     """The symbol of a rotating wave reaches the number of taps at its own frequency, wherever that lies."""
-    taps = torch.arange(kernel).double()
     for seed in range(6):
         a, b = 2 * math.pi * torch.rand(2, generator=torch.Generator().manual_seed(seed)).double()
-        angle = a * taps[:, None] + b * taps
-        weight = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+        weight = rotating_wave(float(a), float(b), kernel)
         assert kernel**2 <= conv_norm(weight) <= 1.004 * kernel**2
+
+
+@pytest.mark.parametrize("kernel", [2, 5, 7, 11])
+def test_where_the_maximum_is_found_at_first_it_is_not_searched_again(kernel, monkeypatch):
+    """A search is most of the time that the norm of a small kernel takes."""
+    weight, calls = rotating_wave(1.0, 2.5, kernel), []
+    monkeypatch.setattr(torus, "climb", lambda *arguments: calls.append(arguments) or float(kernel**2))
+    assert kernel**2 <= torus.torus_norm(weight[None], 3e-3) <= 1.004 * kernel**2
+    assert len(calls) == 1
 
 
 def test_symbols_that_are_flat_or_nearly_flat_end_the_search():
