@@ -46,9 +46,7 @@ def chapter_key(code: str, source: str, parameters: dict[str, object], lock: str
     modules = modules_behind(code)
     files = sorted(modules) + (_data_files() if modules else [])
     for path in files:
-        status = path.stat()
-        content = _hash_at(path, status.st_mtime_ns, status.st_size)
-        digest.update(f"{path.relative_to(PACKAGE)} {content} ".encode())
+        digest.update(f"{path.relative_to(PACKAGE)} {_hash_of_ours(path)} ".encode())
     for path in sorted(records):
         digest.update(f"{path.name} {file_hash(path)} ".encode())
     return digest.hexdigest()
@@ -63,9 +61,17 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
+def _hash_of_ours(path: Path) -> str:
+    """`file_hash` of a file of the package, which every chapter asks for: read once, until its entry changes."""
+    try:
+        entry = path.stat()
+    except FileNotFoundError:
+        return ""
+    return _hash_at(path, entry.st_ino, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns)
+
+
 @cache
-def _hash_at(path: Path, changed: int, size: int) -> str:
-    """The hash of a file of the package, which every chapter asks for; time stamp and size keep the memory honest."""
+def _hash_at(path: Path, *entry: int) -> str:
     return file_hash(path)
 
 

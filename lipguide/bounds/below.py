@@ -255,8 +255,10 @@ def _most_stretched(
 
 
 def _same_draws(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f(x), with the same random numbers each time. The copies keep x from an f that works in place, and f(x) from one
+    that writes each answer over its last."""
     with torch.random.fork_rng(devices=[x.device.index] if x.is_cuda else []):
         torch.default_generator.manual_seed(0)
         if x.is_cuda:
             torch.cuda.default_generators[x.device.index].manual_seed(0)
-        return fn(x)
+        return fn(x.clone()).clone()

@@ -400,7 +400,7 @@ def speaks_of_its_figure(path: Path) -> None:
     path.write_text(f"{path.read_text()}\n{cell}\n\nSee {{numref}}`fig-two`.\n")
 
 
-def test_a_wrong_ledger_key_fails_the_rendering(root, capsys, without_kernels, by_a_child):
+def test_a_wrong_ledger_key_fails_the_rendering(root, capsys, without_kernels):
     write(root, "one")
     page = root / "book" / "one.md"
     page.write_text(page.read_text().replace("`answer:d`", "`question:d`"))

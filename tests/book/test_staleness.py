@@ -1,5 +1,8 @@
 """A chapter runs again when something that it depends on changes, and not otherwise."""
 
+import os
+import shutil
+
 import pytest
 
 from lipguide.book import staleness
@@ -134,6 +137,20 @@ def test_each_ingredient_changes_the_key():
     ]
     keys = {chapter_key(*v) for v in [base, *variants]}
     assert len(keys) == 5 and chapter_key(*base) == chapter_key(*base)
+
+
+def test_weights_put_in_the_place_of_others_change_the_key_though_size_and_time_are_theirs(package):
+    weights, others = package / "a.safetensors", package / "other"
+    weights.write_bytes(b"old")
+    chapter = ("from lipguide.a import VALUE", "text", {}, "lock")
+    before = chapter_key(*chapter)
+    others.write_bytes(b"new")
+    shutil.copystat(weights, others)
+    os.replace(others, weights)
+    with_others = chapter_key(*chapter)
+    weights.unlink()
+    weights.symlink_to("nowhere.safetensors")
+    assert len({before, with_others, chapter_key(*chapter)}) == 3
 
 
 IMPORT = "from lipguide.book.ledger import read\n"

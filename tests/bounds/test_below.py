@@ -243,6 +243,28 @@ def test_stretch_is_a_ratio_of_distances():
         lip.stretch(nn.Identity(), torch.ones(2), torch.ones(2))
 
 
+def clamped(x):
+    with torch.no_grad():
+        x.clamp_(-0.02, 0.02)
+    return 2 * x
+
+
+def test_a_function_that_works_in_place_is_measured_between_the_points_given():
+    a, b = torch.zeros(1, 3), torch.ones(1, 3)
+    assert lip.stretch(lambda x: x.mul_(0.5), a, b) == 0.5
+    assert torch.equal(a, torch.zeros(1, 3)) and torch.equal(b, torch.ones(1, 3))
+    assert lip.stretch(nn.ReLU(inplace=True), a - 1, b) == pytest.approx(0.5)
+
+    pair = lip.most_stretched_pair(clamped, torch.zeros(1, 3), steps=20)
+    assert torch.linalg.vector_norm(pair.a - pair.b).item() == pytest.approx(0.1, rel=1e-5)
+    assert pair.stretch == lip.stretch(clamped, pair.a, pair.b) < 2
+
+
+def test_a_function_that_writes_each_answer_over_its_last_is_measured():
+    answer = torch.empty(1, 3)
+    assert lip.stretch(lambda x: torch.mul(x, 2, out=answer), torch.zeros(1, 3), torch.ones(1, 3)) == 2
+
+
 def test_a_stretch_that_is_no_number_is_none():
     a, b = torch.zeros(1, 2), torch.ones(1, 2)
     for fn, start in ((lambda x: x * math.nan, a), (nn.Identity(), a * math.nan), (lambda x: x * math.inf, a)):

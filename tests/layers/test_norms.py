@@ -259,6 +259,26 @@ def test_a_peak_anywhere_is_found(kernel):
         assert kernel**2 <= conv_norm(weight) <= 1.004 * kernel**2
 
 
+@pytest.mark.parametrize("kernel", [2, 3])
+@pytest.mark.parametrize("share", [0.98, 0.99])
+def test_what_lies_near_the_peak_is_not_given_up_where_the_search_fell_a_little_short(monkeypatch, kernel, share):
+    """Without the cosine, or with half the radius, cells that hold the peak would count as proved."""
+    climb, calls = torus.climb, []
+
+    def poor(*arguments):
+        calls.append(arguments)
+        return climb(*arguments) * (share if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(torus, "climb", poor)
+    corners = torch.zeros(kernel, kernel)
+    corners[:: kernel - 1, :: kernel - 1] = 1.0
+    for seed in range(12):
+        a, b = 2 * math.pi * torch.rand(2, generator=torch.Generator().manual_seed(seed)).double()
+        calls.clear()
+        assert conv_norm(corners * rotating_wave(float(a), float(b), kernel)) >= 4 * (1 - 1e-12)
+        assert calls
+
+
 @pytest.mark.parametrize("kernel", [2, 5, 7, 11])
 def test_where_the_maximum_is_found_at_first_it_is_not_searched_again(kernel, monkeypatch):
     """A search is most of the time that the norm of a small kernel takes."""
