@@ -140,6 +140,7 @@ def _add_data(subparsers: Any) -> None:
     compare.add_argument("--epochs", type=int, help="how often it sees them (12)")
     compare.add_argument("--classifier-steps", type=int, help="of a classifier trained here (default: the recipe's)")
     compare.add_argument("--detector-steps", type=int, help="of a detector trained here (default: the recipe's)")
+    compare.add_argument("--seeds", type=int, help="by how many seeds the classifier learns (1)")
     compare.add_argument("--attacked", type=int, help="scenes that are attacked (250)")
     compare.add_argument("--attack-steps", type=int, help="of the attack (20)")
     compare.add_argument(

@@ -99,6 +99,7 @@ class Plan:
         epochs: how often it sees them.
         classifier_steps: of a classifier that is trained here; 0 where none is to be.
         detector_steps: of a detector, likewise.
+        seeds: by how many seeds the classifier learns from each version.
         attacked: the most scenes that are attacked.
         attack_steps: of an attack.
     """
@@ -108,6 +109,7 @@ class Plan:
     epochs: int = 12
     classifier_steps: int | None = None
     detector_steps: int | None = None
+    seeds: int = 1
     attacked: int = 250
     attack_steps: int = 20
 
@@ -139,7 +141,7 @@ def likeness(
     tests = {"svhn": digits(real)} | {name: digits(twin) for name, twin in twins.items()}
     scenes = {"svhn": load_split(split, None, seed, device, svhn)}
     scenes |= {name: load_split("test", plan.size, seed, device, version=twin.version) for name, twin in twins.items()}
-    read: dict[str, Any] = {"detector": {}, "classifier": {}, "reader": {}}
+    read: dict[str, Any] = {"detector": {}, "classifier": {}, "reader": {}, "classifiers": {}}
     for name, twin in twins.items():
         for kind, found in _networks(twin.version, plan, folder, device, seed):
             model, run = found
@@ -148,6 +150,9 @@ def likeness(
                 pictures = scenes[what] if kind == "detector" else tests[what]
                 figures[what] = _once(folder / f"{kind}-{name}-{what}.json", model, pictures, plan)
             read[kind][name] = figures
+        if name in read["classifier"]:
+            first = read["classifier"][name]["svhn"]
+            read["classifiers"][name] = _by_seeds(first, twin.version, tests["svhn"], plan, folder, device, seed)
     seen = {name: looks(data.images[:20_000]) for name, data in tests.items()}
     return {
         "data": {"name": f"SVHN, {split}, {len(real)} pictures", "hash": scenes["svhn"].hash},
@@ -194,22 +199,41 @@ def _reader(
     return _learnt(f"small-reader-{version}", setting, train, small_reader(), folder, device)
 
 
+def _by_seeds(
+    first: dict[str, float], version: int, real: Digits, plan: Plan, folder: Path, device: torch.device, seed: int
+) -> dict[str, list[float]]:
+    """What the classifiers of all seeds that have learnt from a version read of real digits, the first one's included.
+
+    Each seed has its own first weights and its own order of the same digits.
+    """
+    figures = [first]
+    for again in range(1, 1 if plan.classifier_steps == 0 else plan.seeds):
+        model, _ = _taught(CLASSIFIER, version, plan.classifier_steps, folder, device, seed, again)
+        figures.append(_once(folder / f"classifier-shn{version}-svhn-{again}.json", model, real, plan))
+    return {what: [one[what] for one in figures] for what in first}
+
+
 def _taught(
-    name: str, version: int, steps: int | None, folder: Path, device: torch.device, seed: int
+    name: str, version: int, steps: int | None, folder: Path, device: torch.device, seed: int, again: int = 0
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A network of a recipe that has learnt from a version: the one that ships, or else one that is trained here."""
+    """A network of a recipe that has learnt from a version: the one that ships, or else one that is trained here.
+
+    Args:
+        again: which training it is, each by the next seed; the first is 0.
+    """
     task, recipe = recipe_of(name)
-    if version == DEFAULT:
+    if version == DEFAULT and not again:
         model, run = trained(name, device)
         return model, _told(run, recipe)
     recipe = replace(recipe, data=_data_of(version))
     steps = recipe.steps if steps is None else steps
 
     def train(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
-        return train_by(task, recipe, device, seed, steps, checkpoint)
+        return train_by(task, recipe, device, seed + again, steps, checkpoint)
 
     plain = to_be_loaded(task.network(recipe))
-    model, run = _learnt(f"{name}-{version}", {"steps": steps}, train, plain, folder, device)
+    file = f"{name}-{version}-{again}" if again else f"{name}-{version}"
+    model, run = _learnt(file, {"steps": steps}, train, plain, folder, device)
     return model, _told(run, recipe)
 
 
@@ -298,7 +322,7 @@ def report(found: dict[str, Any]) -> str:
     >>> seen = {"map50": 70.0, "pgd_map50": 40.0}
     >>> found = {"split": "test", "digits": {"svhn": 9, "shn2": 8}, "windows": {"svhn": 4, "shn2": 3}, "reader": read,
     ...          "classifier": read, "detector": {"shn2": {"svhn": seen, "shn2": seen}}, "syn_digits": 86.9,
-    ...          "difference": {"shn2": {"grain": 0.5}}}
+    ...          "classifiers": {"shn2": {"accuracy": [80.0]}}, "difference": {"shn2": {"grain": 0.5}}}
     >>> print(report(found).splitlines()[1])
     small reader, learnt from shn2, digits read (%)                   80.00      90.00
     """
@@ -314,6 +338,10 @@ def report(found: dict[str, Any]) -> str:
         for taught, seen in found[network].items():
             values = (f"{seen[name][figure]:.2f}" for name in sets)
             lines.append(row(f"{title}, learnt from {taught}, {says}", *values))
+    for taught, seen in found["classifiers"].items():
+        read = seen["accuracy"]
+        what = f"{CLASSIFIER}, by {len(read)} seeds, from {taught}, read (%)"
+        lines += [row(what, f"{min(read):.1f}-{max(read):.1f}", *("" for _ in sets[1:]))] if len(read) > 1 else []
     for title, name in (("digits", "digits"), ("scenes of the number view", "windows")):
         lines.append(row(title, *(str(found[name][data]) for data in sets)))
     lines.append(f"a network trained on SYN DIGITS reads {found['syn_digits']:.1f} % (published, DIRT-T table 1)")

@@ -14,7 +14,7 @@ from lipguide.data import SyntheticHouseNumbers
 from lipguide.tasks.harness import recipe_of
 
 QUICKLY = ["--size", "12", "--lessons", "8", "--epochs", "1", "--attacked", "2", "--attack-steps", "1"]
-QUICKLY += ["--classifier-steps", "2", "--detector-steps", "2", "--device", "cpu"]
+QUICKLY += ["--classifier-steps", "2", "--detector-steps", "2", "--seeds", "2", "--device", "cpu"]
 
 
 def few(monkeypatch) -> None:
@@ -84,7 +84,12 @@ def test_compare_measures_a_real_folder_and_keeps_a_record(tmp_path, capsys, mon
     assert found["detector"]["shn1"]["svhn"]["attacked"] == 2
     assert found["detector"]["shn1"]["run"]["steps"] == 3788 and found["detector"]["shn2"]["run"]["steps"] == 2
     assert found["detector"]["shn2"]["run"]["data"].startswith("Synthetic House Numbers 2, train")
+    for name, seeds in found["classifiers"].items():  # the shipped network, then one of two steps; two of two steps
+        assert seeds["accuracy"][0] == found["classifier"][name]["svhn"]["accuracy"] and len(seeds["log_loss"]) == 2
+    (ships, small), (one, other) = (found["classifiers"][name]["log_loss"] for name in ("shn1", "shn2"))
+    assert ships < 1 and len({small, one, other}) == 3
     printed = capsys.readouterr().out
+    assert "by 2 seeds, from shn2" in printed
     row = next(line for line in printed.splitlines() if line.startswith("classification-ordinary, learnt from shn1"))
     read_right = (found["classifier"]["shn1"][name]["accuracy"] for name in ("svhn", "shn1", "shn2"))
     assert row.split()[-3:] == [f"{share:.2f}" for share in read_right]
@@ -99,4 +104,4 @@ def test_compare_measures_a_real_folder_and_keeps_a_record(tmp_path, capsys, mon
     assert main(["data", "compare", *arguments, "--detector-steps", "0", "--classifier-steps", "0"]) == 0
     ships = read(tmp_path / "made" / "likeness.cpu.json")["results"]
     assert list(ships["detector"]) == list(ships["classifier"]) == ["shn1"]
-    assert ships["reader"] == found["reader"]
+    assert ships["reader"] == found["reader"] and len(ships["classifiers"]["shn1"]["accuracy"]) == 1
