@@ -36,7 +36,7 @@ from lipguide.tasks.harness import recipe_of, train_by, trained
 from lipguide.tasks.task import Recipe
 from lipguide.tasks.weights import fingerprint, load, made_as, save
 
-__all__ = ["CLASSIFIER", "DETECTOR", "SHARES", "Plan", "distance", "likeness", "looks", "report"]
+__all__ = ["CLASSIFIER", "DETECTOR", "SHARES", "Plan", "distance", "gain", "likeness", "looks", "report"]
 
 logger = logging.getLogger(__name__)
 CLASSIFIER = "classification-ordinary"
@@ -142,6 +142,7 @@ def likeness(
     scenes = {"svhn": load_split(split, None, seed, device, svhn)}
     scenes |= {name: load_split("test", plan.size, seed, device, version=twin.version) for name, twin in twins.items()}
     read: dict[str, Any] = {"detector": {}, "classifier": {}, "reader": {}, "classifiers": {}}
+    right: dict[str, Tensor] = {}
     for name, twin in twins.items():
         for kind, found in _networks(twin.version, plan, folder, device, seed):
             model, run = found
@@ -150,9 +151,10 @@ def likeness(
                 pictures = scenes[what] if kind == "detector" else tests[what]
                 figures[what] = _once(folder / f"{kind}-{name}-{what}.json", model, pictures, plan)
             read[kind][name] = figures
-        if name in read["classifier"]:
-            first = read["classifier"][name]["svhn"]
-            read["classifiers"][name] = _by_seeds(first, twin.version, tests["svhn"], plan, folder, device, seed)
+            if kind == "classifier":
+                read["classifiers"][name], right[name] = _by_seeds(
+                    [model, *_further(twin.version, plan, folder, device, seed)], tests["svhn"]
+                )
     seen = {name: looks(data.images[:20_000]) for name, data in tests.items()}
     return {
         "data": {"name": f"SVHN, {split}, {len(real)} pictures", "hash": scenes["svhn"].hash},
@@ -164,6 +166,7 @@ def likeness(
         "windows": {name: len(part.images) for name, part in scenes.items()},
         "syn_digits": 100 * SYN_DIGITS,
         **read,
+        "gain": gain(right["shn1"], right["shn2"]) if "shn2" in right else {},
         "looks": seen,
         "difference": {name: {k: distance(v, seen["svhn"][k]) for k, v in seen[name].items()} for name in twins},
     }
@@ -199,18 +202,11 @@ def _reader(
     return _learnt(f"small-reader-{version}", setting, train, small_reader(), folder, device)
 
 
-def _by_seeds(
-    first: dict[str, float], version: int, real: Digits, plan: Plan, folder: Path, device: torch.device, seed: int
-) -> dict[str, list[float]]:
-    """What the classifiers of all seeds that have learnt from a version read of real digits, the first one's included.
-
-    Each seed has its own first weights and its own order of the same digits.
-    """
-    figures = [first]
-    for again in range(1, 1 if plan.classifier_steps == 0 else plan.seeds):
-        model, _ = _taught(CLASSIFIER, version, plan.classifier_steps, folder, device, seed, again)
-        figures.append(_once(folder / f"classifier-shn{version}-svhn-{again}.json", model, real, plan))
-    return {what: [one[what] for one in figures] for what in first}
+def _further(version: int, plan: Plan, folder: Path, device: torch.device, seed: int) -> list[nn.Module]:
+    """Classifiers of the next seeds: each has its own first weights and its own order of the same digits."""
+    seeds = 1 if plan.classifier_steps == 0 else plan.seeds
+    steps = plan.classifier_steps
+    return [_taught(CLASSIFIER, version, steps, folder, device, seed, again)[0] for again in range(1, seeds)]
 
 
 def _taught(
@@ -290,6 +286,31 @@ def _log_loss(logits: Tensor, labels: Tensor) -> float:
 def _read(model: nn.Module, data: Digits) -> dict[str, float]:
     logits = logits_of(model, data, next(model.parameters()).device)
     return {"accuracy": 100 * share_read(logits, data), "log_loss": _log_loss(logits, data.labels)}
+
+
+def _by_seeds(networks: list[nn.Module], data: Digits) -> tuple[dict[str, list[float]], Tensor]:
+    """The figures of some networks on the same digits, and what each reads right: (networks, digits)."""
+    logits = [logits_of(model, data, next(model.parameters()).device) for model in networks]
+    right = torch.stack([(one.argmax(dim=1) == data.labels).double() for one in logits])
+    figures = {
+        "accuracy": (100 * right.mean(1)).tolist(),
+        "log_loss": [_log_loss(one, data.labels) for one in logits],
+    }
+    return figures, right
+
+
+def gain(before: Tensor, after: Tensor) -> dict[str, float]:
+    """How many points more of the same digits are read, and the standard error of that, digits being independent.
+
+    Args:
+        before: what the networks of one version read right, (networks, digits).
+        after: the same of another.
+
+    >>> gain(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
+    {'points': 50.0, 'error': 50.0}
+    """
+    points = 100 * (after.mean(0) - before.mean(0))
+    return {"points": float(points.mean()), "error": float(points.std() / len(points) ** 0.5)}
 
 
 def _find(model: nn.Module, scenes: Split, plan: Plan) -> dict[str, float]:

@@ -88,6 +88,8 @@ def test_compare_measures_a_real_folder_and_keeps_a_record(tmp_path, capsys, mon
         assert seeds["accuracy"][0] == found["classifier"][name]["svhn"]["accuracy"] and len(seeds["log_loss"]) == 2
     (ships, small), (one, other) = (found["classifiers"][name]["log_loss"] for name in ("shn1", "shn2"))
     assert ships < 1 and len({small, one, other}) == 3
+    first, second = (sum(found["classifiers"][name]["accuracy"]) / 2 for name in ("shn1", "shn2"))
+    assert found["gain"]["points"] == pytest.approx(second - first) and found["gain"]["error"] > 0
     printed = capsys.readouterr().out
     assert "by 2 seeds, from shn2" in printed
     row = next(line for line in printed.splitlines() if line.startswith("classification-ordinary, learnt from shn1"))
@@ -105,3 +107,4 @@ def test_compare_measures_a_real_folder_and_keeps_a_record(tmp_path, capsys, mon
     ships = read(tmp_path / "made" / "likeness.cpu.json")["results"]
     assert list(ships["detector"]) == list(ships["classifier"]) == ["shn1"]
     assert ships["reader"] == found["reader"] and len(ships["classifiers"]["shn1"]["accuracy"]) == 1
+    assert ships["gain"] == {}
