@@ -1,4 +1,4 @@
-"""The built pages: what a reader would stumble over. Skipped where no book is built; `.ci/run` builds it first."""
+"""The built pages: what a reader would stumble over. `make check-pages` asks; skipped where no book is built."""
 
 import re
 from html.parser import HTMLParser
