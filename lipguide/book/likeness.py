@@ -284,18 +284,19 @@ def _log_loss(logits: Tensor, labels: Tensor) -> float:
 
 
 def _read(model: nn.Module, data: Digits) -> dict[str, float]:
-    logits = logits_of(model, data, next(model.parameters()).device)
+    return _reading(logits_of(model, data, next(model.parameters()).device), data)
+
+
+def _reading(logits: Tensor, data: Digits) -> dict[str, float]:
     return {"accuracy": 100 * share_read(logits, data), "log_loss": _log_loss(logits, data.labels)}
 
 
 def _by_seeds(networks: list[nn.Module], data: Digits) -> tuple[dict[str, list[float]], Tensor]:
     """The figures of some networks on the same digits, and what each reads right: (networks, digits)."""
     logits = [logits_of(model, data, next(model.parameters()).device) for model in networks]
+    readings = [_reading(one, data) for one in logits]
+    figures = {what: [reading[what] for reading in readings] for what in readings[0]}
     right = torch.stack([(one.argmax(dim=1) == data.labels).double() for one in logits])
-    figures = {
-        "accuracy": (100 * right.mean(1)).tolist(),
-        "log_loss": [_log_loss(one, data.labels) for one in logits],
-    }
     return figures, right
 
 
@@ -361,8 +362,9 @@ def report(found: dict[str, Any]) -> str:
             lines.append(row(f"{title}, learnt from {taught}, {says}", *values))
     for taught, seen in found["classifiers"].items():
         read = seen["accuracy"]
-        what = f"{CLASSIFIER}, by {len(read)} seeds, from {taught}, read (%)"
-        lines += [row(what, f"{min(read):.1f}-{max(read):.1f}", *("" for _ in sets[1:]))] if len(read) > 1 else []
+        if len(read) > 1:
+            what = f"{CLASSIFIER}, by {len(read)} seeds, from {taught}, read (%)"
+            lines.append(row(what, f"{min(read):.1f}-{max(read):.1f}", *("" for _ in sets[1:])))
     for title, name in (("digits", "digits"), ("scenes of the number view", "windows")):
         lines.append(row(title, *(str(found[name][data]) for data in sets)))
     lines.append(f"a network trained on SYN DIGITS reads {found['syn_digits']:.1f} % (published, DIRT-T table 1)")
