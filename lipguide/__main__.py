@@ -125,7 +125,7 @@ def _add_data(subparsers: Any) -> None:
     synthetic.add_argument("--root", help="write pictures, masks and digitStruct.mat there, as SVHN has them")
     synthetic.add_argument("--split", nargs="+", choices=("train", "test"), default=["train", "test"])
     synthetic.add_argument("--size", type=int, help="scenes a split (default: as many as SVHN has)")
-    synthetic.add_argument("--version", type=int, choices=(1, 2), default=1, help="of the twin (1)")
+    synthetic.add_argument("--version", type=int, choices=(1, 2, 3), default=1, help="of the twin (1)")
     _add_seed(synthetic)
     compare = _add(
         sets,
@@ -135,6 +135,7 @@ def _add_data(subparsers: Any) -> None:
     )
     compare.add_argument("--svhn", required=True, help="folder that holds SVHN's test/, or train/ with --split train")
     compare.add_argument("--split", choices=("train", "test"), default="test", help="of the real pictures")
+    compare.add_argument("--versions", type=int, nargs="+", help="of the twin, each measured on all (1 2 3)")
     compare.add_argument("--size", type=int, help="synthetic scenes that networks are tested on (2000)")
     compare.add_argument("--lessons", type=int, help="synthetic scenes that a small network learns from (12000)")
     compare.add_argument("--epochs", type=int, help="how often it sees them (12)")

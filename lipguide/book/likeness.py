@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class Plan:
     """How much is measured, and how long networks learn for it; None for as long as the recipes say.
 
     Args:
+        versions: of the twin; the gain is that of the latest over the earliest.
         size: the most synthetic scenes of the test that anything is measured on.
         lessons: scenes that the small reader learns from.
         epochs: how often it sees them.
@@ -104,6 +105,7 @@ class Plan:
         attack_steps: of an attack.
     """
 
+    versions: Sequence[int] = tuple(LOOKS)
     size: int | None = 2000
     lessons: int = 12_000
     epochs: int = 12
@@ -137,7 +139,9 @@ def likeness(
     real = SVHN(svhn, split)
     plan, folder, device = plan or Plan(), Path(folder), torch.device(device)
     folder.mkdir(parents=True, exist_ok=True)
-    twins = {f"shn{version}": SyntheticHouseNumbers("test", plan.size, seed, version=version) for version in LOOKS}
+    twins = {
+        f"shn{version}": SyntheticHouseNumbers("test", plan.size, seed, version=version) for version in plan.versions
+    }
     tests = {"svhn": digits(real)} | {name: digits(twin) for name, twin in twins.items()}
     scenes = {"svhn": load_split(split, None, seed, device, svhn)}
     scenes |= {name: load_split("test", plan.size, seed, device, version=twin.version) for name, twin in twins.items()}
@@ -155,6 +159,7 @@ def likeness(
                 read["classifiers"][name], right[name] = _by_seeds(
                     [model, *_further(twin.version, plan, folder, device, seed)], tests["svhn"]
                 )
+    ends = {name: right[name] for name in (min(twins), max(twins)) if name in right}
     seen = {name: looks(data.images[:20_000]) for name, data in tests.items()}
     return {
         "data": {"name": f"SVHN, {split}, {len(real)} pictures", "hash": scenes["svhn"].hash},
@@ -166,7 +171,7 @@ def likeness(
         "windows": {name: len(part.images) for name, part in scenes.items()},
         "syn_digits": 100 * SYN_DIGITS,
         **read,
-        "gain": gain(right["shn1"], right["shn2"]) if "shn2" in right else {},
+        "gain": gain(*ends.values()) if len(ends) == 2 else {},
         "looks": seen,
         "difference": {name: {k: distance(v, seen["svhn"][k]) for k, v in seen[name].items()} for name in twins},
     }

@@ -30,7 +30,7 @@ from lipguide.data.svhn.digit_struct import write_digit_struct
 
 __all__ = ["TWINS", "SyntheticHouseNumbers"]
 
-TWINS = {"house-numbers": DEFAULT, "house-numbers-2": 2}  # versions by the names that recipes have for them
+TWINS = {"house-numbers": DEFAULT, "house-numbers-2": 2, "house-numbers-3": 3}  # by the names that recipes have
 
 
 class SyntheticHouseNumbers(Dataset[Scene]):
@@ -45,7 +45,8 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         difficulty: see `Difficulty`.
         cache: keep the scenes, and what is cut out of them, under `cache_folder()` for the next time.
         workers: processes that make what is missing; None for one a core for large sets.
-        version: 1, which the weights that ship were trained on, or 2, which is more like SVHN.
+        version: 1, which the weights that ship were trained on; 2, whose looks are more like SVHN's; or 3, of which every
+            second scene is one of SHN 1, and the others are of SHN 2.
 
     >>> data = SyntheticHouseNumbers("train", size=2, seed=0, cache=False)
     >>> scene = data[0]

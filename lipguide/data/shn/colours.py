@@ -21,8 +21,8 @@ LUMA = np.array([0.299, 0.587, 0.114])
 class Palette:
     """Colours as (3,) float32 in [0, 1]; `material` names the wall, `metal` says whether the number is of metal.
 
-    >>> from lipguide.data.shn.looks import LOOKS
-    >>> sample_palette(LOOKS[2], np.random.default_rng(0)).wall.shape
+    >>> from lipguide.data.shn.looks import look_of
+    >>> sample_palette(look_of(2), np.random.default_rng(0)).wall.shape
     (3,)
     """
 

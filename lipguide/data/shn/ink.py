@@ -34,8 +34,8 @@ class Hand:
         rough: how far a brush strays, in digit heights.
         rise: of the line of digits to the right, while uprights stay upright: how a wall looks from down the street.
 
-    >>> from lipguide.data.shn.looks import LOOKS
-    >>> sample_hand("train", 0.1, LOOKS[2], np.random.default_rng(0)).face < len(FACES)
+    >>> from lipguide.data.shn.looks import look_of
+    >>> sample_hand("train", 0.1, look_of(2), np.random.default_rng(0)).face < len(FACES)
     True
     """
 
@@ -62,10 +62,10 @@ class Ink:
         height: of the digits in pixels.
 
     >>> from lipguide.data.shn.layout import sample_layout
-    >>> from lipguide.data.shn.looks import LOOKS
+    >>> from lipguide.data.shn.looks import look_of
     >>> rng = np.random.default_rng(0)
     >>> layout = sample_layout("train", rng)
-    >>> ink = draw_number(layout, sample_hand("train", layout.slope, LOOKS[2], rng), rng)
+    >>> ink = draw_number(layout, sample_hand("train", layout.slope, look_of(2), rng), rng)
     >>> bool((ink.distance > 0).any())
     True
     """

@@ -1,7 +1,7 @@
 """What the versions of Synthetic House Numbers look like: all numbers and choices in which they differ.
 
 A version that is frozen draws the same pictures for ever, for weights were trained on them. SHN 1 was drawn without a
-real picture at hand; SHN 2 follows what was seen and measured on real ones.
+real picture at hand; SHN 2 follows what was seen and measured on real ones; SHN 3 is made of both, scene by scene.
 """
 
 from __future__ import annotations
@@ -245,16 +245,17 @@ SHN_2 = Look(
     grain=(0.003, 0.010),
     loss=(4.0, 20.0),
 )
-LOOKS = {1: SHN_1, 2: SHN_2}  # by version
+LOOKS = {1: (SHN_1,), 2: (SHN_2,), 3: (SHN_1, SHN_2)}  # by version: its scenes take them in turn
 DEFAULT = 1  # that the weights were trained on which ship
 
 
-def look_of(version: int) -> Look:
-    """The look of a version, or ValueError.
+def look_of(version: int, index: int = 0) -> Look:
+    """The look of a scene of a version, or ValueError.
 
-    >>> look_of(2).plated > look_of(1).plated
-    True
+    >>> [look_of(3, index) is look_of(2) for index in range(4)]
+    [False, True, False, True]
     """
     if version not in LOOKS:
         raise ValueError(f"version must be one of {', '.join(map(str, LOOKS))}, not {version!r}")
-    return LOOKS[version]
+    turns = LOOKS[version]
+    return turns[index % len(turns)]

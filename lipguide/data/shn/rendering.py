@@ -169,7 +169,7 @@ def render(split: str, seed: int, index: int, difficulty: Difficulty, version: i
     >>> first.picture == again.picture and first.mask == again.mask
     True
     """
-    look = look_of(version)
+    look = look_of(version, index)
     rng = np.random.default_rng(np.random.SeedSequence((seed, SPLITS[split], index)))
     layout = sample_layout(split, rng)
     hand = sample_hand(split, layout.slope, look, rng)

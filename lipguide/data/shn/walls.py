@@ -188,9 +188,9 @@ def sample_wall(
 ) -> Array:
     """A wall of the named colour, in one of the makes that suit it.
 
-    >>> from lipguide.data.shn.looks import LOOKS
+    >>> from lipguide.data.shn.looks import look_of
     >>> rng, brown = np.random.default_rng(0), np.full(3, 0.4, np.float32)
-    >>> sample_wall(LOOKS[2], "red brick", (20, 40), brown, 10.0, 0.0, rng).shape
+    >>> sample_wall(look_of(2), "red brick", (20, 40), brown, 10.0, 0.0, rng).shape
     (3, 20, 40)
     """
     choices = look.makes.get(material, look.makes[""])
