@@ -13,7 +13,21 @@ from lipguide.book.likeness import SHARES, distance, looks
 from lipguide.data import SyntheticHouseNumbers
 from lipguide.tasks.harness import recipe_of
 
-QUICKLY = ["--size", "12", "--lessons", "8", "--epochs", "1", "--attacked", "2", "--attack-steps", "1"]
+QUICKLY = [
+    "--versions",
+    "1",
+    "3",
+    "--size",
+    "12",
+    "--lessons",
+    "8",
+    "--epochs",
+    "1",
+    "--attacked",
+    "2",
+    "--attack-steps",
+    "1",
+]
 QUICKLY += ["--classifier-steps", "2", "--detector-steps", "2", "--seeds", "2", "--device", "cpu"]
 
 
@@ -78,22 +92,22 @@ def test_compare_measures_a_real_folder_and_keeps_a_record(tmp_path, capsys, mon
     assert record["provenance"]["data"]["name"] == "SVHN, test, 10 pictures" and record["provenance"]["threads"] == 1
     found = record["results"]
     assert found["digits"]["svhn"] == sum(len(note.labels) for note in real.annotations())
-    assert found["pictures"] == {"svhn": 10, "shn1": 12, "shn2": 12} and found["windows"]["svhn"] <= 10
+    assert found["pictures"] == {"svhn": 10, "shn1": 12, "shn3": 12} and found["windows"]["svhn"] <= 10
     # The real folder is synthetic here, and what ships has learnt from synthetic scenes.
     assert found["classifier"]["shn1"]["svhn"]["accuracy"] > 50 and found["detector"]["shn1"]["svhn"]["map50"] > 40
     assert found["detector"]["shn1"]["svhn"]["attacked"] == 2
-    assert found["detector"]["shn1"]["run"]["steps"] == 3788 and found["detector"]["shn2"]["run"]["steps"] == 2
-    assert found["detector"]["shn2"]["run"]["data"].startswith("Synthetic House Numbers 2, train")
+    assert found["detector"]["shn1"]["run"]["steps"] == 3788 and found["detector"]["shn3"]["run"]["steps"] == 2
+    assert found["detector"]["shn3"]["run"]["data"].startswith("Synthetic House Numbers 3, train")
     for name, seeds in found["classifiers"].items():  # the shipped network, then one of two steps; two of two steps
         assert seeds["accuracy"][0] == found["classifier"][name]["svhn"]["accuracy"] and len(seeds["log_loss"]) == 2
-    (ships, small), (one, other) = (found["classifiers"][name]["log_loss"] for name in ("shn1", "shn2"))
+    (ships, small), (one, other) = (found["classifiers"][name]["log_loss"] for name in ("shn1", "shn3"))
     assert ships < 1 and len({small, one, other}) == 3
-    first, second = (sum(found["classifiers"][name]["accuracy"]) / 2 for name in ("shn1", "shn2"))
+    first, second = (sum(found["classifiers"][name]["accuracy"]) / 2 for name in ("shn1", "shn3"))
     assert found["gain"]["points"] == pytest.approx(second - first) and found["gain"]["error"] > 0
     printed = capsys.readouterr().out
-    assert "by 2 seeds, from shn2" in printed
+    assert "by 2 seeds, from shn3" in printed
     row = next(line for line in printed.splitlines() if line.startswith("classification-ordinary, learnt from shn1"))
-    read_right = (found["classifier"]["shn1"][name]["accuracy"] for name in ("svhn", "shn1", "shn2"))
+    read_right = (found["classifier"]["shn1"][name]["accuracy"] for name in ("svhn", "shn1", "shn3"))
     assert row.split()[-3:] == [f"{share:.2f}" for share in read_right]
 
     # What was trained and measured is not done again, nor taken for something else.

@@ -72,5 +72,5 @@ def test_synthetic_fills_the_cache_or_a_folder(tmp_path, capsys):
     assert (tmp_path / "out" / "train" / "3.mask.png").exists() and (tmp_path / "out" / "test" / "3.png").exists()
     assert run("synthetic", "--size", "3", "--root", str(tmp_path / "out")) == 1
     assert "exists already" in capsys.readouterr().err
-    assert run("synthetic", "--size", "2", "--split", "test", "--version", "2") == 0
-    assert capsys.readouterr().out == "Synthetic House Numbers 2, test: 2 scenes in the cache\n"
+    assert run("synthetic", "--size", "2", "--split", "test", "--version", "3") == 0
+    assert capsys.readouterr().out == "Synthetic House Numbers 3, test: 2 scenes in the cache\n"

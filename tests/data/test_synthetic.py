@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from lipguide.data.shn import cache as module
 from lipguide.data.shn import processes, typefaces
 from lipguide.data.shn.cache import PACKAGE, content_hash, load_pages, sources
 from lipguide.data.shn.glyphs import glyphs_missing, keep_drawn, take_glyphs
+from lipguide.data.shn.ink import sample_hand
 from lipguide.data.shn.layout import sample_layout
-from lipguide.data.shn.looks import LOOKS
+from lipguide.data.shn.looks import LOOKS, look_of
 from lipguide.data.shn.pages import Pages
 from lipguide.data.shn.rendering import render
 from tests.drawn import other_libraries_draw
@@ -108,6 +110,7 @@ def test_processors_without_vector_units_make_the_same_pictures():
 FROZEN = {
     1: "d134daa367355732a1b3be408d0189c8eab568a4d7c15bf429327781adfaac89",
     2: "483db2302993c3cba655b16f3028093a8348e3fea2843fad2bba832a7fb84946",
+    3: "4e713fe6e53a8c4c0f1ec27b5c9145f3890edce2a7f4bd91f9d2cf3f4b60285e",
 }
 
 
@@ -124,6 +127,30 @@ def test_a_version_draws_the_same_scenes_for_ever(version):
     assert digest.hexdigest() == FROZEN[version]
 
 
+def test_the_third_version_has_the_looks_of_the_first_and_of_the_second_in_turn():
+    for index in range(4):
+        earlier, later = look_of(1 + index % 2), look_of(3, index)
+        differ = {field.name for field in fields(earlier) if getattr(earlier, field.name) != getattr(later, field.name)}
+        assert differ == {"askew", "faces"}
+    with pytest.raises(ValueError, match="version must be one of 1, 2, 3, not 4"):
+        render("train", 0, 0, Difficulty(), 4)
+
+
+def test_digits_askew_lean_and_rise_more_and_stay_in_their_boxes():
+    split, slope, count = "train", 0.0, 400
+    for plain, skewed in ((look_of(1), look_of(3, 0)), (look_of(2), look_of(3, 1))):
+        hands = [
+            [sample_hand(split, slope, look, np.random.default_rng(k)) for k in range(count)]
+            for look in (plain, skewed)
+        ]
+        slants, rises = (
+            np.array([[getattr(hand, name) for hand in some] for some in hands]) for name in ("slant", "rise")
+        )
+        share = (slants[0] != slants[1]).mean()
+        assert 0.2 < share < 0.4 and slants[1].std() > 1.2 * slants[0].std() and rises[1].std() > 2 * rises[0].std()
+        assert np.abs(rises).max() <= 0.45
+
+
 def test_versions_differ_in_looks_and_not_in_geometry():
     first, second = (SyntheticHouseNumbers("train", 40, seed=3, cache=False, version=version) for version in (1, 2))
     for old, new in zip(first, second, strict=True):
@@ -137,7 +164,7 @@ def test_the_version_of_the_weights_that_ship_is_the_one_that_nobody_asks_for(so
     assert all(same(asked[k], some[k]) for k in range(5))
 
 
-@pytest.mark.parametrize("version", [0, 3, "2", 1.5, None])
+@pytest.mark.parametrize("version", [0, 4, "2", 1.5, None])
 def test_a_version_that_there_is_not_is_refused(version):
     with pytest.raises(ValueError, match="version"):
         SyntheticHouseNumbers("train", 1, cache=False, version=version)

@@ -104,6 +104,10 @@ def sample_hand(split: str, slope: float, look: Look, rng: np.random.Generator) 
     wide = tight[1] + 0.14 * float(rng.random())
     rough = 0.003 + 0.012 * float(rng.random()) if rng.random() < 0.35 else 0.0
     turn, rise = (0.0, turn) if u[1] < look.sheared else (turn, 0.0)
+    often, slanted, risen = look.askew
+    if often and rng.random() < often:
+        slant += slanted * float(rng.standard_normal())
+        rise += risen * float(rng.standard_normal())
     return Hand(
         face=face,
         weight=weight,

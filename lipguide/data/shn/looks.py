@@ -1,12 +1,13 @@
 """What the versions of Synthetic House Numbers look like: all numbers and choices in which they differ.
 
 A version that is frozen draws the same pictures for ever, for weights were trained on them. SHN 1 was drawn without a
-real picture at hand; SHN 2 follows what was seen and measured on real ones; SHN 3 is made of both, scene by scene.
+real picture at hand; SHN 2 follows what was seen and measured on real ones; SHN 3 takes
+both in turn, and has of what networks of either misread: threes with a flat top, and digits seen from the side.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["DEFAULT", "LOOKS", "Look", "look_of"]
 
@@ -25,6 +26,7 @@ class Look:
         faces: by how much the typefaces of each kind count.
         sheared: how often a rising line of digits is a wall seen from down the street, not a number hung askew.
         slant: deviation of the shear of digits.
+        askew: how often digits are written or seen more askew than that, and the deviations of slant and rise then.
         tight: by the split, the least share of its box's height and width that a digit takes; boxes of test are wider.
         texture: how much of a wall's texture is seen (1: all).
         plated: how often a number hangs on a plate.
@@ -50,6 +52,7 @@ class Look:
     faces: dict[str, float]
     sheared: float
     slant: float
+    askew: tuple[float, float, float]
     tight: dict[str, tuple[float, float]]
     texture: float
     plated: float
@@ -147,9 +150,10 @@ SHN_1 = Look(
             ("glass", 3),
         ),
     },
-    faces={"print": 1.0, "book": 1.0, "poster": 1.0, "italic": 1.0, "pen": 1.0, "enamel": 0.0},
+    faces={"print": 1.0, "book": 1.0, "poster": 1.0, "italic": 1.0, "pen": 1.0, "enamel": 0.0, "flat": 0.0},
     sheared=0.0,
     slant=0.05,
+    askew=(0.0, 0.0, 0.0),
     tight={"train": (0.90, 0.86), "test": (0.88, 0.76)},
     texture=1.0,
     plated=0.3,
@@ -225,9 +229,10 @@ SHN_2 = Look(
         "brown": (("wood", 4), ("boards", 2), ("sheet", 4)),
         "": (("plaster", 54), ("sheet", 24), ("boards", 8), ("stone", 6), ("brick", 4), ("tiles", 2), ("wood", 2)),
     },
-    faces={"print": 0.6, "book": 1.4, "poster": 1.3, "italic": 0.3, "pen": 0.35, "enamel": 2.0},
+    faces={"print": 0.6, "book": 1.4, "poster": 1.3, "italic": 0.3, "pen": 0.35, "enamel": 2.0, "flat": 0.0},
     sheared=0.5,
     slant=0.09,
+    askew=(0.0, 0.0, 0.0),
     tight={"train": (0.82, 0.83), "test": (0.80, 0.74)},
     texture=0.75,
     plated=0.64,
@@ -245,15 +250,20 @@ SHN_2 = Look(
     grain=(0.003, 0.010),
     loss=(4.0, 20.0),
 )
-LOOKS = {1: (SHN_1,), 2: (SHN_2,), 3: (SHN_1, SHN_2)}  # by version: its scenes take them in turn
+ASKEW = (0.3, 0.2, 0.22)
+SHN_3 = (
+    replace(SHN_1, askew=ASKEW, faces=SHN_1.faces | {"enamel": 1.0, "flat": 1.5}),
+    replace(SHN_2, askew=ASKEW, faces=SHN_2.faces | {"flat": 2.0}),
+)
+LOOKS = {1: (SHN_1,), 2: (SHN_2,), 3: SHN_3}  # by version: its scenes take them in turn
 DEFAULT = 1  # that the weights were trained on which ship
 
 
 def look_of(version: int, index: int = 0) -> Look:
     """The look of a scene of a version, or ValueError.
 
-    >>> [look_of(3, index) is look_of(2) for index in range(4)]
-    [False, True, False, True]
+    >>> [look_of(3, index).plated for index in range(4)]
+    [0.3, 0.64, 0.3, 0.64]
     """
     if version not in LOOKS:
         raise ValueError(f"version must be one of {', '.join(map(str, LOOKS))}, not {version!r}")

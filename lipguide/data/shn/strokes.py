@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["ENAMEL", "PENS", "Pen", "skeleton"]
+__all__ = ["ENAMEL", "FLAT", "PENS", "Pen", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -239,4 +239,10 @@ ENAMEL: tuple[Pen, ...] = (  # of enamelled plates: narrow and heavy, with thin 
     Pen(0.44, 0.090, square=3.0, cap="flat", one="flag", contrast=0.15, six="hooked"),
     Pen(0.36, 0.065, square=2.8, cap="flat", one="flag", contrast=0.15, six="hooked"),
     Pen(0.50, 0.080, square=2.6, cap="flat", one="flag", contrast=0.2, six="curved"),
+)
+FLAT: tuple[Pen, ...] = (  # whose 3 has a flat top
+    Pen(0.46, 0.085, 2.3, 0.6, "flat", 0.14, ball=True, one="based", three="flat"),
+    Pen(0.54, 0.075, 2.1, 0.5, "flat", 0.13, ball=True, one="based", three="flat", seven="curved"),
+    Pen(0.50, 0.055, 2.1, 0.4, "flat", ball=True, three="flat", seven="curved"),
+    Pen(0.44, 0.065, 2.6, 0.2, "flat", three="flat", four="open", six="straight"),
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lipguide.data.shn.strokes import ENAMEL, PENS, Pen, skeleton
+from lipguide.data.shn.strokes import ENAMEL, FLAT, PENS, Pen, skeleton
 
 __all__ = ["FACES", "GLYPHS", "MARGIN", "RESOLUTION", "Face", "Glyph", "draw_glyph", "glyph"]
 
@@ -92,6 +92,7 @@ FACES: tuple[Face, ...] = (
     Face("cmtt10.ttf", 0.6, thin=0.0, heavy=0.04),
     *(Face(pen, 0.5, thin=max(-0.025, 0.038 - pen.half), kind="pen") for pen in PENS),
     *(Face(pen, 1.0, thin=-0.02, kind="enamel") for pen in ENAMEL),
+    *(Face(pen, 1.0, thin=-0.02, kind="flat") for pen in FLAT),
 )
 
 
