@@ -12,7 +12,7 @@ Unsupervised Feature Learning, 2011.
 """
 
 SHN_CARD = """\
-**Synthetic House Numbers (SHN), versions 1 and 2**
+**Synthetic House Numbers (SHN), versions 1 to 3**
 
 *What it is.* Pictures of house numbers drawn by a program, with a box, a label and a mask for every digit:
 33,402 for training, 13,068 for testing, as many as SVHN has. Sizes, digits per number, label frequencies, aspect
@@ -23,9 +23,11 @@ no weight learnt from one, is in it.
 *Versions.* SHN 1 was drawn without a real picture at hand; the weights that ship were trained on it, and it comes when
 no version is asked for. SHN 2 (`version=2`) has the same numbers in the same places and other looks: its colours,
 plates, blur and grain were set by hand so that brightness, colourfulness, contrast, sharpness, grain and the share of
-dark ink come near to those of the 554 digits in 256 pictures of SVHN's training split. How like SVHN both are, by what
-networks that saw nothing else read and find on the 256 pictures, is measured by `python -m lipguide data compare`; the
-chapter `house-numbers` has the figures. Both versions are frozen: another look is another version.
+dark ink come near to those of the 554 digits in 256 pictures of SVHN's training split. SHN 3 (`version=3`) takes the
+looks of both in turn, scene by scene, and has more of what networks of both misread in the 256 pictures: threes with a
+flat top, and digits that are written or seen askew. How like SVHN each version is, by what networks that saw nothing
+else read and find on the 256 pictures, is measured by `python -m lipguide data compare`; the chapter `house-numbers`
+has the figures. All versions are frozen: another look is another version.
 
 *What it is for.* Running every chapter offline, with masks that SVHN lacks, and without its terms of use.
 

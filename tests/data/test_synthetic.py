@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import resource
 import shutil
@@ -152,11 +153,12 @@ def test_digits_askew_lean_and_rise_more_and_stay_in_their_boxes():
 
 
 def test_versions_differ_in_looks_and_not_in_geometry():
-    first, second = (SyntheticHouseNumbers("train", 40, seed=3, cache=False, version=version) for version in (1, 2))
-    for old, new in zip(first, second, strict=True):
-        assert torch.equal(old.boxes, new.boxes) and torch.equal(old.labels, new.labels)
-        assert not torch.equal(old.pixels, new.pixels)
-    assert (first.name, second.name) == ("Synthetic House Numbers 1", "Synthetic House Numbers 2")
+    sets = [SyntheticHouseNumbers("train", 40, seed=3, cache=False, version=version) for version in LOOKS]
+    for scenes in zip(*sets, strict=True):
+        for one, other in itertools.combinations(scenes, 2):
+            assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
+            assert not torch.equal(one.pixels, other.pixels)
+    assert [data.name for data in sets] == [f"Synthetic House Numbers {version}" for version in LOOKS]
 
 
 def test_the_version_of_the_weights_that_ship_is_the_one_that_nobody_asks_for(some):

@@ -13,7 +13,7 @@ class Difficulty:
     """Knobs of Synthetic House Numbers; 0 turns a nuisance off, 1 is as much as was first drawn, 2 twice that.
 
     The defaults are calibrated for SHN 1: a detector trained on it scores about as on SVHN, clean and attacked (chapter
-    `house-numbers`). SHN 2 is drawn with the same ones.
+    `house-numbers`). The later versions are drawn with the same ones.
 
     Args:
         blur: width of defocus, motion and resampling blur.
