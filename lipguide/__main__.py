@@ -135,7 +135,13 @@ def _add_data(subparsers: Any) -> None:
     )
     compare.add_argument("--svhn", required=True, help="folder that holds SVHN's test/, or train/ with --split train")
     compare.add_argument("--split", choices=("train", "test"), default="test", help="of the real pictures")
-    compare.add_argument("--versions", type=int, nargs="+", help="of the twin, each measured on all (1 2 3)")
+    compare.add_argument(
+        "--versions",
+        type=int,
+        nargs="+",
+        choices=(1, 2, 3),
+        help="of the twin, to learn from and to be tested on (all)",
+    )
     compare.add_argument("--size", type=int, help="synthetic scenes that networks are tested on (2000)")
     compare.add_argument("--lessons", type=int, help="synthetic scenes that a small network learns from (12000)")
     compare.add_argument("--epochs", type=int, help="how often it sees them (12)")

@@ -94,7 +94,7 @@ class Plan:
     """How much is measured, and how long networks learn for it; None for as long as the recipes say.
 
     Args:
-        versions: of the twin; the gain is that of the latest over the earliest.
+        versions: of the twin.
         size: the most synthetic scenes of the test that anything is measured on.
         lessons: scenes that the small reader learns from.
         epochs: how often it sees them.
@@ -146,7 +146,7 @@ def likeness(
     scenes = {"svhn": load_split(split, None, seed, device, svhn)}
     scenes |= {name: load_split("test", plan.size, seed, device, version=twin.version) for name, twin in twins.items()}
     read: dict[str, Any] = {"detector": {}, "classifier": {}, "reader": {}, "classifiers": {}}
-    right: dict[str, Tensor] = {}
+    right: dict[int, Tensor] = {}  # what classifiers read right, by version: (networks, digits)
     for name, twin in twins.items():
         for kind, found in _networks(twin.version, plan, folder, device, seed):
             model, run = found
@@ -156,10 +156,9 @@ def likeness(
                 figures[what] = _once(folder / f"{kind}-{name}-{what}.json", model, pictures, plan)
             read[kind][name] = figures
             if kind == "classifier":
-                read["classifiers"][name], right[name] = _by_seeds(
+                read["classifiers"][name], right[twin.version] = _by_seeds(
                     [model, *_further(twin.version, plan, folder, device, seed)], tests["svhn"]
                 )
-    ends = {name: right[name] for name in (min(twins), max(twins)) if name in right}
     seen = {name: looks(data.images[:20_000]) for name, data in tests.items()}
     return {
         "data": {"name": f"SVHN, {split}, {len(real)} pictures", "hash": scenes["svhn"].hash},
@@ -171,7 +170,7 @@ def likeness(
         "windows": {name: len(part.images) for name, part in scenes.items()},
         "syn_digits": 100 * SYN_DIGITS,
         **read,
-        "gain": gain(*ends.values()) if len(ends) == 2 else {},
+        "gain": {f"shn{one}": gain(right[min(right)], right[one]) for one in sorted(right)[1:]},  # over the earliest
         "looks": seen,
         "difference": {name: {k: distance(v, seen["svhn"][k]) for k, v in seen[name].items()} for name in twins},
     }

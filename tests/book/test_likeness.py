@@ -13,22 +13,19 @@ from lipguide.book.likeness import SHARES, distance, looks
 from lipguide.data import SyntheticHouseNumbers
 from lipguide.tasks.harness import recipe_of
 
-QUICKLY = [
-    "--versions",
-    "1",
-    "3",
-    "--size",
-    "12",
-    "--lessons",
-    "8",
-    "--epochs",
-    "1",
+QUICKLY = ["--versions", "1", "3", "--size", "12", "--lessons", "8", "--epochs", "1", "--device", "cpu"]
+QUICKLY += [
+    "--classifier-steps",
+    "2",
+    "--detector-steps",
+    "2",
+    "--seeds",
+    "2",
     "--attacked",
     "2",
     "--attack-steps",
     "1",
 ]
-QUICKLY += ["--classifier-steps", "2", "--detector-steps", "2", "--seeds", "2", "--device", "cpu"]
 
 
 def few(monkeypatch) -> None:
@@ -103,7 +100,8 @@ def test_compare_measures_a_real_folder_and_keeps_a_record(tmp_path, capsys, mon
     (ships, small), (one, other) = (found["classifiers"][name]["log_loss"] for name in ("shn1", "shn3"))
     assert ships < 1 and len({small, one, other}) == 3
     first, second = (sum(found["classifiers"][name]["accuracy"]) / 2 for name in ("shn1", "shn3"))
-    assert found["gain"]["points"] == pytest.approx(second - first) and found["gain"]["error"] > 0
+    assert list(found["gain"]) == ["shn3"] and found["gain"]["shn3"]["error"] > 0
+    assert found["gain"]["shn3"]["points"] == pytest.approx(second - first)
     printed = capsys.readouterr().out
     assert "by 2 seeds, from shn3" in printed
     row = next(line for line in printed.splitlines() if line.startswith("classification-ordinary, learnt from shn1"))
@@ -122,3 +120,7 @@ def test_compare_measures_a_real_folder_and_keeps_a_record(tmp_path, capsys, mon
     assert list(ships["detector"]) == list(ships["classifier"]) == ["shn1"]
     assert ships["reader"] == found["reader"] and len(ships["classifiers"]["shn1"]["accuracy"]) == 1
     assert ships["gain"] == {}
+    assert main(["data", "compare", *arguments, "--versions", "3"]) == 0
+    alone = read(tmp_path / "made" / "likeness.cpu.json")["results"]
+    assert list(alone["reader"]) == ["shn3"] and set(alone["looks"]) == {"svhn", "shn3"} and alone["gain"] == {}
+    assert alone["classifier"]["shn3"]["svhn"] == found["classifier"]["shn3"]["svhn"]

@@ -29,6 +29,8 @@ from lipguide.data.shn.layout import sample_layout
 from lipguide.data.shn.looks import LOOKS, look_of
 from lipguide.data.shn.pages import Pages
 from lipguide.data.shn.rendering import render
+from lipguide.data.shn.strokes import FLAT, skeleton
+from lipguide.data.shn.typefaces import FACES
 from tests.drawn import other_libraries_draw
 
 EASY = Difficulty(blur=0.0, contrast=0.0, noise=0.0, occlusion=0.0)
@@ -83,6 +85,8 @@ HASH = f"""
 import hashlib
 from lipguide.data.shn.difficulty import Difficulty
 from lipguide.data.shn.rendering import render
+from lipguide.data.shn.strokes import FLAT, skeleton
+from lipguide.data.shn.typefaces import FACES
 digest = hashlib.sha256()
 for index in range(8):
     scene = render("train", 11, index, Difficulty())
@@ -137,7 +141,7 @@ def test_the_third_version_has_the_looks_of_the_first_and_of_the_second_in_turn(
         render("train", 0, 0, Difficulty(), 4)
 
 
-def test_digits_askew_lean_and_rise_more_and_stay_in_their_boxes():
+def test_digits_askew_lean_and_rise_more_and_threes_have_flat_tops_more_often():
     split, slope, count = "train", 0.0, 400
     for plain, skewed in ((look_of(1), look_of(3, 0)), (look_of(2), look_of(3, 1))):
         hands = [
@@ -149,7 +153,10 @@ def test_digits_askew_lean_and_rise_more_and_stay_in_their_boxes():
         )
         share = (slants[0] != slants[1]).mean()
         assert 0.2 < share < 0.4 and slants[1].std() > 1.2 * slants[0].std() and rises[1].std() > 2 * rises[0].std()
-        assert np.abs(rises).max() <= 0.45
+        flat = [np.mean([FACES[hand.face].kind == "flat" for hand in some]) for some in hands]
+        assert flat[0] == 0 and 0.05 < flat[1] < 0.2
+    for pen in FLAT:
+        assert skeleton(3, pen)[0][:2, 1].tolist() == [0.0, 0.0]
 
 
 def test_versions_differ_in_looks_and_not_in_geometry():
@@ -173,12 +180,12 @@ def test_a_version_that_there_is_not_is_refused(version):
 
 
 def test_versions_do_not_mix_in_the_cache():
-    for version in (1, 2):
+    for version in LOOKS:
         kept = SyntheticHouseNumbers("train", 3, seed=2, version=version)
         again = SyntheticHouseNumbers("train", 3, seed=2, version=version)
         fresh = SyntheticHouseNumbers("train", 3, seed=2, version=version, cache=False)
         assert all(same(kept[k], fresh[k]) and same(again[k], fresh[k]) for k in range(3))
-    assert content_hash("train", 2, Difficulty(), 1) != content_hash("train", 2, Difficulty(), 2)
+    assert len({content_hash("train", 2, Difficulty(), version) for version in LOOKS}) == len(LOOKS)
 
 
 # What an item is

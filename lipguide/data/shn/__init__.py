@@ -46,7 +46,7 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         cache: keep the scenes, and what is cut out of them, under `cache_folder()` for the next time.
         workers: processes that make what is missing; None for one a core for large sets.
         version: 1, which the weights that ship were trained on; 2, whose looks are more like SVHN's; or 3, with the
-            looks of both in turn and more kinds of digits.
+            looks of both in turn, more threes with a flat top and more digits askew.
 
     >>> data = SyntheticHouseNumbers("train", size=2, seed=0, cache=False)
     >>> scene = data[0]

@@ -32,7 +32,8 @@ class Hand:
         fill: share of the box's (height, width) that ink takes.
         growth: relative change of the digits' height along the number.
         rough: how far a brush strays, in digit heights.
-        rise: of the line of digits to the right, while uprights stay upright: how a wall looks from down the street.
+        rise: of level strokes to the right, while uprights stay upright: as on a wall seen from down the street, or
+            whatever their line does where digits are askew.
 
     >>> from lipguide.data.shn.looks import look_of
     >>> sample_hand("train", 0.1, look_of(2), np.random.default_rng(0)).face < len(FACES)
@@ -91,7 +92,7 @@ def _shares(look: Look) -> np.ndarray:
 
 
 def sample_hand(split: str, slope: float, look: Look, rng: np.random.Generator) -> Hand:
-    """Draw a hand; a number line that rises is either turned as a whole or climbs like stairs."""
+    """Draw a hand; a number whose line rises is turned as a whole, sheared, or climbs like stairs; some are askew."""
     face = int(np.searchsorted(_shares(look), rng.random(), side="right"))
     u = rng.random(8)
     weight = FACES[face].thin + (FACES[face].heavy - FACES[face].thin) * u[0]
@@ -105,7 +106,7 @@ def sample_hand(split: str, slope: float, look: Look, rng: np.random.Generator) 
     rough = 0.003 + 0.012 * float(rng.random()) if rng.random() < 0.35 else 0.0
     turn, rise = (0.0, turn) if u[1] < look.sheared else (turn, 0.0)
     often, slanted, risen = look.askew
-    if often and rng.random() < often:
+    if often and rng.random() < often:  # no draw where it never happens: SHN 1 and 2 are frozen
         slant += slanted * float(rng.standard_normal())
         rise += risen * float(rng.standard_normal())
     return Hand(

@@ -1,8 +1,9 @@
 """What the versions of Synthetic House Numbers look like: all numbers and choices in which they differ.
 
 A version that is frozen draws the same pictures for ever, for weights were trained on them. SHN 1 was drawn without a
-real picture at hand; SHN 2 follows what was seen and measured on real ones; SHN 3 takes
-both in turn, and has of what networks of either misread: threes with a flat top, and digits seen from the side.
+real picture at hand; SHN 2 follows what was seen and measured on real ones. SHN 3 takes both in turn, those of SHN 1
+with the typefaces of enamelled plates too, and has more of what networks of both misread: threes with a flat top, and
+digits askew.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Look:
         faces: by how much the typefaces of each kind count.
         sheared: how often a rising line of digits is a wall seen from down the street, not a number hung askew.
         slant: deviation of the shear of digits.
-        askew: how often digits are written or seen more askew than that, and the deviations of slant and rise then.
+        askew: how often a number is askew, and the deviations of what is then added to slant and rise.
         tight: by the split, the least share of its box's height and width that a digit takes; boxes of test are wider.
         texture: how much of a wall's texture is seen (1: all).
         plated: how often a number hangs on a plate.
