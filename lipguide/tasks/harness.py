@@ -214,7 +214,7 @@ def train_by(
         "recipe": as_json(recipe),
         "loss": [[record["step"], round(record["loss"], 5)] for record in history],
         "data": data.facts,
-        "seconds": round(_seconds(history, recipe.batch_size), 1),
+        "seconds": round(_seconds(history, recipe.batch_size), 3),
         "processes": ranks,
     }
     return plain, run | _measured(task, recipe, plain)
