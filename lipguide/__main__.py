@@ -22,6 +22,7 @@ __all__ = ["main"]
 
 PROGRAM = "python -m lipguide"
 AGAIN = 75  # what mail programs and queues know as "not now, try again"
+VERSIONS = (1, 2, 3)  # of the twin: those of `lipguide.data.shn.looks`, which takes a second to import
 Command = Callable[[argparse.Namespace], int]  # returns 0, or 1 or 75 where it has said itself what failed or is left
 
 
@@ -125,7 +126,7 @@ def _add_data(subparsers: Any) -> None:
     synthetic.add_argument("--root", help="write pictures, masks and digitStruct.mat there, as SVHN has them")
     synthetic.add_argument("--split", nargs="+", choices=("train", "test"), default=["train", "test"])
     synthetic.add_argument("--size", type=int, help="scenes a split (default: as many as SVHN has)")
-    synthetic.add_argument("--version", type=int, choices=(1, 2, 3), default=1, help="of the twin (1)")
+    synthetic.add_argument("--version", type=int, choices=VERSIONS, default=1, help="of the twin (1)")
     _add_seed(synthetic)
     compare = _add(
         sets,
@@ -136,11 +137,7 @@ def _add_data(subparsers: Any) -> None:
     compare.add_argument("--svhn", required=True, help="folder that holds SVHN's test/, or train/ with --split train")
     compare.add_argument("--split", choices=("train", "test"), default="test", help="of the real pictures")
     compare.add_argument(
-        "--versions",
-        type=int,
-        nargs="+",
-        choices=(1, 2, 3),
-        help="of the twin, to learn from and to be tested on (all)",
+        "--versions", type=int, nargs="+", choices=VERSIONS, help="of the twin, to learn from and be tested on (all)"
     )
     compare.add_argument("--size", type=int, help="synthetic scenes that networks are tested on (2000)")
     compare.add_argument("--lessons", type=int, help="synthetic scenes that a small network learns from (12000)")

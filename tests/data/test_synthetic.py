@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from lipguide.__main__ import VERSIONS
 from lipguide.data import SVHN, Difficulty, SyntheticHouseNumbers, contact_sheet, geometry, geometry_table, svhn_facts
 from lipguide.data.shn import cache as module
 from lipguide.data.shn import processes, typefaces
@@ -85,8 +86,6 @@ HASH = f"""
 import hashlib
 from lipguide.data.shn.difficulty import Difficulty
 from lipguide.data.shn.rendering import render
-from lipguide.data.shn.strokes import FLAT, skeleton
-from lipguide.data.shn.typefaces import FACES
 digest = hashlib.sha256()
 for index in range(8):
     scene = render("train", 11, index, Difficulty())
@@ -142,15 +141,10 @@ def test_the_third_version_has_the_looks_of_the_first_and_of_the_second_in_turn(
 
 
 def test_digits_askew_lean_and_rise_more_and_threes_have_flat_tops_more_often():
-    split, slope, count = "train", 0.0, 400
-    for plain, skewed in ((look_of(1), look_of(3, 0)), (look_of(2), look_of(3, 1))):
-        hands = [
-            [sample_hand(split, slope, look, np.random.default_rng(k)) for k in range(count)]
-            for look in (plain, skewed)
-        ]
-        slants, rises = (
-            np.array([[getattr(hand, name) for hand in some] for some in hands]) for name in ("slant", "rise")
-        )
+    for pair in ((look_of(1), look_of(3, 0)), (look_of(2), look_of(3, 1))):
+        hands = [[sample_hand("train", 0.0, look, np.random.default_rng(k)) for k in range(400)] for look in pair]
+        slants = np.array([[hand.slant for hand in some] for some in hands])
+        rises = np.array([[hand.rise for hand in some] for some in hands])
         share = (slants[0] != slants[1]).mean()
         assert 0.2 < share < 0.4 and slants[1].std() > 1.2 * slants[0].std() and rises[1].std() > 2 * rises[0].std()
         flat = [np.mean([FACES[hand.face].kind == "flat" for hand in some]) for some in hands]
@@ -177,6 +171,10 @@ def test_the_version_of_the_weights_that_ship_is_the_one_that_nobody_asks_for(so
 def test_a_version_that_there_is_not_is_refused(version):
     with pytest.raises(ValueError, match="version"):
         SyntheticHouseNumbers("train", 1, cache=False, version=version)
+
+
+def test_the_command_line_offers_the_versions_that_there_are():
+    assert tuple(LOOKS) == VERSIONS
 
 
 def test_versions_do_not_mix_in_the_cache():

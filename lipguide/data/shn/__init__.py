@@ -23,14 +23,15 @@ from lipguide.data.items import Annotation, Scene, make_scene
 from lipguide.data.shn.cache import BLOCK, content_hash, load_pages
 from lipguide.data.shn.cuttings import kept_cuttings, make_rows
 from lipguide.data.shn.difficulty import Difficulty
-from lipguide.data.shn.looks import DEFAULT, look_of
+from lipguide.data.shn.looks import DEFAULT, LOOKS, look_of
 from lipguide.data.shn.pages import decode
 from lipguide.data.shn.rendering import SPLITS, Encoded
 from lipguide.data.svhn.digit_struct import write_digit_struct
 
 __all__ = ["TWINS", "SyntheticHouseNumbers"]
 
-TWINS = {"house-numbers": DEFAULT, "house-numbers-2": 2, "house-numbers-3": 3}  # by the names that recipes have
+# The versions by the names that recipes have for them.
+TWINS = {"house-numbers": DEFAULT} | {f"house-numbers-{version}": version for version in LOOKS if version != DEFAULT}
 
 
 class SyntheticHouseNumbers(Dataset[Scene]):
