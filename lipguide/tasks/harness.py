@@ -110,7 +110,7 @@ def trained(
 
     >>> model, run = trained("classification-vgg")
     >>> model.training, run["steps"]
-    (False, 5000)
+    (False, 10000)
     """
     model = network_of(name, folder)
     run = load(name, model, folder)

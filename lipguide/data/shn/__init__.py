@@ -28,10 +28,19 @@ from lipguide.data.shn.pages import decode
 from lipguide.data.shn.rendering import SPLITS, Encoded
 from lipguide.data.svhn.digit_struct import write_digit_struct
 
-__all__ = ["TWINS", "SyntheticHouseNumbers"]
+__all__ = ["TWINS", "SyntheticHouseNumbers", "name_of"]
 
 # The versions by the names that recipes have for them.
 TWINS = {"house-numbers": DEFAULT} | {f"house-numbers-{version}": version for version in LOOKS if version != DEFAULT}
+
+
+def name_of(version: int) -> str:
+    """What runs call a version.
+
+    >>> name_of(2)
+    'Synthetic House Numbers 2'
+    """
+    return f"Synthetic House Numbers {version}"
 
 
 class SyntheticHouseNumbers(Dataset[Scene]):
@@ -75,7 +84,7 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         self.split, self.seed = split, whole("seed", seed, least=0)
         self.difficulty = Difficulty() if difficulty is None else difficulty
         self._cache, self._workers = cache, workers
-        self.version, self.name = version, f"Synthetic House Numbers {version}"
+        self.version, self.name = version, name_of(version)
         self._pages = load_pages(split, size, self.seed, self.difficulty, cache, workers, version)
 
     def __len__(self) -> int:

@@ -257,7 +257,7 @@ SHN_3 = (
     replace(SHN_2, askew=ASKEW, faces=SHN_2.faces | {"flat": 2.0}),
 )
 LOOKS = {1: (SHN_1,), 2: (SHN_2,), 3: SHN_3}  # by version: its scenes take them in turn
-DEFAULT = 1  # that the weights were trained on which ship
+DEFAULT = 3
 
 
 def look_of(version: int, index: int = 0) -> Look:

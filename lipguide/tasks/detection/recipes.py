@@ -29,11 +29,10 @@ from torch import nn
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.data import folder_of
 from lipguide.data.shn import TWINS
-from lipguide.data.shn.looks import DEFAULT
 from lipguide.tasks import task
 from lipguide.tasks.detection import configurations
 from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
-from lipguide.tasks.detection.data import Split, load_split
+from lipguide.tasks.detection.data import VERSION, Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
 from lipguide.tasks.detection.reader import Detector, ReaderStep, detector
@@ -213,7 +212,8 @@ def load(recipe: Detection, split: str, seed: int) -> task.Data:
         raise ValueError(f"no data {recipe.data!r}; there are: {', '.join(known)}")
     svhn = folder_of("svhn").resolve() if recipe.data == "svhn" else None
     items = recipe.items if split == "train" else recipe.test_items
-    scenes = _scenes(split, items, seed, svhn, TWINS.get(recipe.data, DEFAULT))
+    version = VERSION if recipe.data in DATA else TWINS[recipe.data]
+    scenes = _scenes(split, items, seed, svhn, version)
     return task.Data(scenes.name, scenes.columns, scenes.hash)
 
 

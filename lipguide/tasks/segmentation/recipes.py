@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lipguide import losses
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.checks import decisions
+from lipguide.data.shn import name_of
+from lipguide.data.shn.looks import DEFAULT
 from lipguide.precision import full_precision
 from lipguide.robustness.certificates import certified_miou, certified_pixel_accuracy, checked_logits
 from lipguide.robustness.scores import check_masks, miou, pixel_accuracy, pooled_miou
@@ -54,7 +56,7 @@ def load(recipe: Recipe, split: str, seed: int) -> task.Data:
     """The pictures and masks that a recipe trains or tests on."""
     items = recipe.items if split == "train" else recipe.test_items
     images, masks = pictures(split, items, recipe.pixels, recipe.labels, seed)
-    return task.Data.named("Synthetic House Numbers", images, masks)
+    return task.Data.named(name_of(DEFAULT), images, masks)
 
 
 def step(model: nn.Module, recipe: Recipe, data: task.Data) -> nn.Module:
@@ -105,19 +107,19 @@ def _certified(logits: Tensor, masks: Tensor, trunk: float, rows: Tensor) -> dic
 
 
 RECIPES = {
-    "segmentation-unet": Recipe("unet", steps=2000, dial=(50.0,), rate=1.5e-2),
-    "segmentation-fcn": Recipe("fcn", steps=2500, dial=(50.0,), rate=1e-2),
+    "segmentation-unet": Recipe("unet", steps=3000, dial=(50.0,), rate=1.5e-2),
+    "segmentation-fcn": Recipe("fcn", steps=3000, dial=(50.0,), rate=1e-2),
     "segmentation-ordinary": Recipe("ordinary-unet", steps=1500, dial=(1.0,)),
     "segmentation-noisy": Recipe("ordinary-unet", steps=1500, dial=(1.0,), noise=0.15),
     "segmentation-ordinary-fcn": Recipe("ordinary-fcn", steps=1500, dial=(1.0,)),
-    "segmentation-digits": Recipe("unet", 4000, batch_size=32, rate=1.5e-2, dial=(100.0,), labels="digits"),
+    "segmentation-digits": Recipe("unet", 8000, batch_size=32, rate=1.5e-2, dial=(100.0,), labels="digits"),
     "segmentation-digits-ordinary": Recipe("ordinary-unet", 3000, batch_size=32, dial=(1.0,), labels="digits"),
 }
 # The profile "full": for one GPU. Not run for this book.
 LARGE = {
     f"{name}-full": replace(
-        recipe, widths=tuple(4 * w for w in recipe.widths), steps=4 * recipe.steps, batch_size=128, test_items=2000
+        recipe, widths=tuple(4 * w for w in recipe.widths), steps=2 * recipe.steps, batch_size=128, test_items=2000
     )
     for name, recipe in RECIPES.items()
 }
-TASK = task.Task(RECIPES, network, load, step, measure, LARGE)
+TASK = task.Task(RECIPES, network, load, step, measure, LARGE, precision=torch.bfloat16)
