@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lipguide.book.transfer import SYN_DIGITS, logits_of, share_read, small_reader, train_reader
 from lipguide.data.digits import Digits, digits
-from lipguide.data.shn import TWINS, SyntheticHouseNumbers
+from lipguide.data.shn import SyntheticHouseNumbers
 from lipguide.data.shn.cache import content_hash
 from lipguide.data.shn.colours import LUMA
 from lipguide.data.shn.difficulty import Difficulty
@@ -29,7 +29,7 @@ from lipguide.files import write_json
 from lipguide.layers.export import to_be_loaded
 from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
-from lipguide.tasks.detection.data import Split, load_split
+from lipguide.tasks.detection.data import VERSION, Split, load_split
 from lipguide.tasks.detection.evaluation import EPSILON
 from lipguide.tasks.detection.scores import Score, detections, score
 from lipguide.tasks.harness import recipe_of, train_by, trained
@@ -41,6 +41,7 @@ __all__ = ["CLASSIFIER", "DETECTOR", "SHARES", "Plan", "distance", "gain", "like
 logger = logging.getLogger(__name__)
 CLASSIFIER = "classification-ordinary"
 DETECTOR = "tinier-ssd-naive"
+SHIP = {CLASSIFIER: DEFAULT, DETECTOR: VERSION}  # what the weights that ship have learnt from
 SHARES = (5, 25, 50, 75, 95)  # the percentiles of `looks`
 Train = Callable[[Path], tuple[nn.Module, dict[str, Any]]]  # from where its checkpoint is kept
 
@@ -187,7 +188,7 @@ def _networks(
         ("detector", DETECTOR, plan.detector_steps),
         ("classifier", CLASSIFIER, plan.classifier_steps),
     ):
-        if version == DEFAULT or steps != 0:
+        if version == SHIP[name] or steps != 0:
             yield kind, _taught(name, version, steps, folder, device, seed)
     yield "reader", _reader(version, plan, folder, device, seed)
 
@@ -222,10 +223,10 @@ def _taught(
         again: which training it is, each by the next seed; the first is 0.
     """
     task, recipe = recipe_of(name)
-    if version == DEFAULT and not again:
+    if version == SHIP[name] and not again:
         model, run = trained(name, device)
         return model, _told(run, recipe)
-    recipe = replace(recipe, data=_data_of(version))
+    recipe = replace(recipe, data=f"house-numbers-{version}")
     steps = recipe.steps if steps is None else steps
 
     def train(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -252,11 +253,6 @@ def _learnt(
         checkpoint.unlink(missing_ok=True)
     run = load(name, plain, folder)
     return plain.eval().requires_grad_(False).to(device), run
-
-
-def _data_of(version: int) -> str:
-    """The name that recipes have for a version."""
-    return next(name for name, number in TWINS.items() if number == version)
 
 
 def _told(run: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from lipguide.data.svhn.digit_struct import write_digit_struct
 __all__ = ["TWINS", "SyntheticHouseNumbers", "name_of"]
 
 # The versions by the names that recipes have for them.
-TWINS = {"house-numbers": DEFAULT} | {f"house-numbers-{version}": version for version in LOOKS if version != DEFAULT}
+TWINS = {"house-numbers": DEFAULT} | {f"house-numbers-{version}": version for version in LOOKS}
 
 
 def name_of(version: int) -> str:
@@ -55,8 +55,8 @@ class SyntheticHouseNumbers(Dataset[Scene]):
         difficulty: see `Difficulty`.
         cache: keep the scenes, and what is cut out of them, under `cache_folder()` for the next time.
         workers: processes that make what is missing; None for one a core for large sets.
-        version: 1, which the weights that ship were trained on; 2, whose looks are more like SVHN's; or 3, with the
-            looks of both in turn, more threes with a flat top and more digits askew.
+        version: 1, drawn without a real picture at hand; 2, whose looks are more like SVHN's; or 3, with the looks of
+            both in turn, more threes with a flat top and more digits askew.
 
     >>> data = SyntheticHouseNumbers("train", size=2, seed=0, cache=False)
     >>> scene = data[0]

@@ -22,8 +22,8 @@ def pictures(
     """Pictures of 32×32 with their labels: images (N, 3, 32, 32) in [0, 1] and labels (N,).
 
     Args:
-        data: "house-numbers", made on the spot, "house-numbers-2" or "house-numbers-3", their later versions; "svhn",
-            the digits of SVHN's scenes; or "cifar10".
+        data: "house-numbers", made on the spot, or a version of them, such as "house-numbers-1"; "svhn", the digits of
+            SVHN's scenes; or "cifar10".
         split: "train" or "test".
         items: the first so many scenes of house numbers, or pictures of CIFAR-10; all of them when None.
         seed: of the house numbers.
