@@ -1,7 +1,8 @@
 """Python processes that need not import large libraries anew.
 
 Code runs here as `python -W error -c` runs it, or with another filter: in a process and a folder of its own,
-in an empty namespace, with its own standard output and errors. The process is the child of one that has imported some
+in an empty namespace, with its own standard output and errors. What libraries say to each other about names that will
+go is no error, what they say to the code or to lipguide is. The process is the child of one that has imported some
 modules and nothing else: no module of lipguide and no name of any module. So what the code does not import itself it
 does not have. What goes unnoticed: code that names a part of these modules in full without having imported it.
 """
@@ -108,6 +109,9 @@ def entered(
 
 
 if __name__ == "__main__":
+    if "error" in sys.warnoptions:
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("error", category=DeprecationWarning, module=r"(lipguide|__main__)\b")
     for module in sys.argv[1:]:
         importlib.import_module(module)
     # By torch's own, each child would take all operators apart at its end.

@@ -2,6 +2,8 @@
 
 import pytest
 
+DEPRECATED = "import warnings; warnings.warn_explicit('going', DeprecationWarning, 'a.py', 1, module={!r})"
+
 
 @pytest.mark.parametrize(
     "code, status, out, last",
@@ -10,6 +12,9 @@ import pytest
         ("nn.Linear(2, 2)", 1, "", "NameError: name 'nn' is not defined"),
         ("torch.ones(2)", 1, "", "NameError: name 'torch' is not defined"),
         ("import warnings; warnings.warn('beware')", 1, "", "UserWarning: beware"),
+        ("import warnings; warnings.warn('going', DeprecationWarning)", 1, "", "DeprecationWarning: going"),
+        (DEPRECATED.format("lipguide.layers"), 1, "", "DeprecationWarning: going"),
+        (DEPRECATED.format("matplotlib.pyplot"), 0, "", ""),
         ("import sys; sys.exit(7)", 7, "", ""),
         ("import os; os.kill(os.getpid(), 9)", -9, "", ""),
         ("import sys; print({'lipguide', 'tests', 'torchmetrics'} & set(sys.modules))", 0, "set()\n", ""),
