@@ -36,8 +36,51 @@ def _check_channels(module: nn.Module, x: Tensor, multiple: int) -> None:
         )
 
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by their bytes
+
+
+def _swapped(swap: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(b, a) where `swap` holds and (a, b) elsewhere, to the last bit.
+
+    A CPU's torch.where takes a branch for each number, and half of these it foresees wrongly: exchanging bits is five
+    to ten times as fast.
+
+    >>> _swapped(torch.tensor([True, False]), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    (tensor([3., 2.]), tensor([1., 4.]))
+    """
+    if a.device.type != "cpu":
+        return torch.where(swap, b, a), torch.where(swap, a, b)
+    integer = BITS[a.element_size()]
+    first, second = a.view(integer), b.view(integer)
+    change = (first ^ second) & swap.to(integer).neg()  # −1 is all ones
+    return (first ^ change).view(a.dtype), (second ^ change).view(b.dtype)
+
+
+class _Swap(torch.autograd.Function):
+    """`_swapped`, which is its own inverse and its own derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(swap: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return _swapped(swap, a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[None, Tensor, Tensor]:
+        return None, *_Swap.apply(*ctx.saved_tensors, a, b)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return _Swap.apply(*ctx.saved_tensors, a, b)
+
+
 class _SortPair(torch.autograd.Function):
-    """(min, max) that remembers one bit a pair: several times faster to differentiate than torch.where."""
+    """(min, max) that remembers one bit a pair."""
 
     generate_vmap_rule = True
 
@@ -54,13 +97,11 @@ class _SortPair(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, low: Tensor, high: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        (swap,) = ctx.saved_tensors
-        return torch.where(swap, high, low), torch.where(swap, low, high)
+        return _Swap.apply(*ctx.saved_tensors, low, high)
 
     @staticmethod
     def jvp(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, None]:
-        (swap,) = ctx.saved_tensors
-        return torch.where(swap, b, a), torch.where(swap, a, b), None
+        return *_Swap.apply(*ctx.saved_tensors, a, b), None
 
 
 def _sort_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

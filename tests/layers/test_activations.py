@@ -266,6 +266,30 @@ def test_sorted_pairs_pass_every_kind_of_derivative(make):
         assert torch.equal(gradient, torch.autograd.grad(layer(again).square().sum(), again)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [GroupSort2, MaxMin])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_is_permuted_to_the_last_bit(make, dtype, layout):
+    """Also where it is no number, endless, a negative zero, or one number for all channels."""
+    sorts = make is GroupSort2
+
+    def pairs(values):
+        return values.unflatten(1, (3, 2)).unbind(2) if sorts else values.chunk(2, 1)
+
+    layer, x = make(), randn(3, 6, 4, 5).to(dtype).to(memory_format=layout)
+    x[0].round_()  # with ties
+    a, b = pairs(x)
+    given = randn(3, 6, 4, 5).to(dtype)
+    given[0, :, 0], given[1, :, 0], given[2, :, 0] = torch.nan, -torch.inf, -0.0
+    for gradient in (given, given.to(memory_format=layout), given[:, :1].expand(3, 6, 4, 5)):
+        again = x.clone().requires_grad_()
+        low, high = pairs(gradient) if sorts else reversed(pairs(gradient))
+        wanted = torch.where(a > b, high, low), torch.where(a > b, low, high)
+        for side, right in zip(pairs(torch.autograd.grad(layer(again), again, gradient)[0]), wanted, strict=True):
+            assert torch.equal(side.isnan(), right.isnan()) and torch.equal(side.signbit(), right.signbit())
+            assert torch.equal(side.nan_to_num(7), right.nan_to_num(7))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_householder_in_half_precision_is_bounded_with_the_directions_that_it_has(dtype):
     torch.manual_seed(0)
