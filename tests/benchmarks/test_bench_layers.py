@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from lipguide.book.cost import Cost, compare
+from lipguide.layers.activations import GroupSort2, MaxMin
 from tests.benchmarks.candidates import OURS, blocks, exported, inference_step, layers, recorded, training_step
 from tests.benchmarks.conftest import DEVICE, PROFILE
 
@@ -50,6 +52,20 @@ def test_training_step_of_a_block(benchmark, record, device, channels, batch, si
     steps = {name: training_step(block, x) for name, block in blocks(channels, device).items()}
     costs = benchmark.pedantic(compare, args=(steps, rounds_within(8, steps)), rounds=1, iterations=1)
     record(f"training, block/channels {channels}/batch {batch}/side {side}", rows(costs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_step_of_an_activation(benchmark, record, device, dtype):
+    x, gradient = (torch.randn(64, 64, 32, 32, device=device, dtype=dtype) for _ in range(2))
+    x.requires_grad_()
+
+    def step(activation: nn.Module) -> Callable[[], None]:
+        return lambda: torch.autograd.grad(activation(x), x, gradient)
+
+    steps = {"ReLU": step(nn.ReLU()), "GroupSort2": step(GroupSort2()), "MaxMin": step(MaxMin())}
+    costs = benchmark.pedantic(compare, args=(steps, 31), rounds=1, iterations=1)
+    name = str(dtype).removeprefix("torch.")
+    record(f"training, activation/channels 64/batch 64/side 32/{name}", rows(costs))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="half precision, and batches of a GPU's size")
