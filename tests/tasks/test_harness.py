@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lipguide as lip
 from lipguide import deadline
 from lipguide.__main__ import main
+from lipguide.data import SyntheticHouseNumbers
 from lipguide.tasks import TASKS, TEST_SEED, WEIGHTS, Data, Recipe, Task, ensure, harness, network_of, train, trained
 from lipguide.tasks.weights import TRAIN_SEED, load, run_of
 from lipguide.training import Supervised
@@ -332,6 +333,12 @@ def test_each_file_that_ships_has_a_recipe_and_loads_into_its_network(path, monk
     load(path.stem, network_of(path.stem))
     made = run_of(path)
     assert made["steps"] == recipe.steps and made.get("recipe", harness.as_json(recipe)) == harness.as_json(recipe)
+
+
+@pytest.mark.parametrize("name", [name for task in ("classification", "segmentation") for name in TASKS[task].recipes])
+def test_the_weights_that_ship_have_learnt_from_the_version_that_comes_when_nobody_asks(name):
+    made = run_of(WEIGHTS / f"{name}.safetensors")
+    assert made["data"]["name"] == SyntheticHouseNumbers("train", 0).name
 
 
 def test_each_recipe_of_the_package_belongs_to_one_task_and_those_that_ship_are_there():
