@@ -10,6 +10,7 @@ Channels are dimension 1, as everywhere in torch: inputs are (N, C) or (N, C, ..
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -48,12 +49,12 @@ def _swapped(swap: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     >>> _swapped(torch.tensor([True, False]), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
     (tensor([3., 2.]), tensor([1., 4.]))
     """
-    if a.device.type not in BRANCHES:
-        return torch.where(swap, b, a), torch.where(swap, a, b)
-    integer = BITS[a.element_size()]
-    first, second = a.view(integer), b.view(integer)
-    change = (first ^ second) & swap.to(integer).neg()  # −1 is all ones
-    return (first ^ change).view(a.dtype), (second ^ change).view(b.dtype)
+    if a.device.type in BRANCHES:
+        with suppress(RuntimeError):  # batches of gradients, as torch.autograd has them, know no view of their bits
+            first, second = (part.view(BITS[part.element_size()]) for part in (a, b))
+            change = (first ^ second) & swap.to(first.dtype).neg()  # −1 is all ones
+            return (first ^ change).view(a.dtype), (second ^ change).view(b.dtype)
+    return torch.where(swap, b, a), torch.where(swap, a, b)
 
 
 class _Swap(torch.autograd.Function):

@@ -257,6 +257,7 @@ def test_sorted_pairs_pass_every_kind_of_derivative(make):
     for point in (x.detach(), torch.zeros(1, 6, dtype=x.dtype)):
         expected = torch.autograd.functional.jacobian(layer, point)
         assert torch.equal(torch.func.jacrev(layer)(point), expected)
+        assert torch.equal(torch.autograd.functional.jacobian(layer, point, vectorize=True), expected)
         rows = torch.func.vmap(torch.func.jacrev(lambda z: layer(z[None])[0]))(point)
         assert torch.equal(rows[0], expected[0, ..., 0, :, :] if point.dim() == 3 else expected[0, :, 0])
         again = point.clone().requires_grad_()
