@@ -212,5 +212,5 @@ def test_no_attack_inside_on_house_numbers():
         below = lip.lipschitz_bound(model[:-1].eval(), (3, 32, 32)).value
         everywhere = radius(model(x), y, below, model[-1].weight)
     sure = near > 0
-    assert (near[sure] / everywhere[sure]).mean() > 1.1
+    assert (near[sure] / everywhere[sure]).mean() > 1.05
     assert stands(model, x[sure], y[sure], near[sure].float(), steps=15)
