@@ -24,7 +24,7 @@ no weight learnt from one, is in it.
 SHN 2 (`version=2`) has the same numbers in the same places and other looks: its colours, plates, blur and grain were
 set by hand so that brightness, colourfulness, contrast, sharpness, grain and the share of dark ink come near to those
 of the 554 digits in 256 pictures of SVHN's training split. SHN 3 comes when no version is asked for, and the
-classifiers and segmenters that ship were trained on it. It takes the looks of both in turn, scene by scene, those of
+networks for classification and segmentation that ship were trained on it. It takes the looks of both in turn, scene by scene, those of
 SHN 1 with the typefaces of enamelled plates too, and has more of what networks of both misread in the 256 pictures:
 threes with a flat top, and digits askew. How like SVHN each version is,
 by what networks that saw nothing else read and find on the 256 pictures, is measured by
