@@ -126,7 +126,7 @@ def _add_data(subparsers: Any) -> None:
     synthetic.add_argument("--root", help="write pictures, masks and digitStruct.mat there, as SVHN has them")
     synthetic.add_argument("--split", nargs="+", choices=("train", "test"), default=["train", "test"])
     synthetic.add_argument("--size", type=int, help="scenes a split (default: as many as SVHN has)")
-    synthetic.add_argument("--version", type=int, choices=VERSIONS, default=1, help="of the twin (1)")
+    synthetic.add_argument("--version", type=int, choices=VERSIONS, default=VERSIONS[-1], help="of the twin (the last)")
     _add_seed(synthetic)
     compare = _add(
         sets,

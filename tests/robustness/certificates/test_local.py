@@ -206,11 +206,11 @@ def stands(model: nn.Sequential, x: Tensor, y: Tensor, distance: Tensor | float,
 
 def test_no_attack_inside_on_house_numbers():
     model, _ = trained("classification-sll", "cpu")
-    x, y = pictures("house-numbers", "test", 8, TEST_SEED)
+    x, y = pictures("house-numbers", "test", 40, TEST_SEED)
     near = local_radius(model, x, y)
     with torch.no_grad():
         below = lip.lipschitz_bound(model[:-1].eval(), (3, 32, 32)).value
         everywhere = radius(model(x), y, below, model[-1].weight)
     sure = near > 0
-    assert (near[sure] / everywhere[sure]).mean() > 1.05
+    assert (near[sure] / everywhere[sure]).mean() > 1.1
     assert stands(model, x[sure], y[sure], near[sure].float(), steps=15)
