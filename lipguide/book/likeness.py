@@ -29,8 +29,9 @@ from lipguide.files import write_json
 from lipguide.layers.export import to_be_loaded
 from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
-from lipguide.tasks.detection.data import VERSION, Split, load_split
+from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.evaluation import EPSILON
+from lipguide.tasks.detection.recipes import CaseStudy
 from lipguide.tasks.detection.scores import Score, detections, score
 from lipguide.tasks.harness import recipe_of, train_by, trained
 from lipguide.tasks.task import Recipe
@@ -41,7 +42,7 @@ __all__ = ["CLASSIFIER", "DETECTOR", "SHARES", "Plan", "distance", "gain", "like
 logger = logging.getLogger(__name__)
 CLASSIFIER = "classification-ordinary"
 DETECTOR = "tinier-ssd-naive"
-SHIP = {CLASSIFIER: DEFAULT, DETECTOR: VERSION}  # what the weights that ship have learnt from
+SHIP = {CLASSIFIER: DEFAULT, DETECTOR: CaseStudy.version}  # what the weights that ship have learnt from
 SHARES = (5, 25, 50, 75, 95)  # the percentiles of `looks`
 Train = Callable[[Path], tuple[nn.Module, dict[str, Any]]]  # from where its checkpoint is kept
 

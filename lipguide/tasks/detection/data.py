@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from lipguide.data import SVHN, SyntheticHouseNumbers, scenes
+from lipguide.data.shn.looks import DEFAULT
 from lipguide.tasks.detection.boxes import Targets, pad_targets
 from lipguide.tasks.detection.tinier_ssd import PICTURE
 from lipguide.tasks.weights import fingerprint
 
-__all__ = ["VERSION", "Split", "load_split"]
-
-VERSION = 1  # of the twin, that the detectors have learnt which ship
+__all__ = ["Split", "load_split"]
 
 
 class Split(NamedTuple):
@@ -48,7 +47,7 @@ def load_split(
     seed: int,
     device: torch.device,
     svhn: str | Path | None = None,
-    version: int = VERSION,
+    version: int = DEFAULT,
 ) -> Split:
     """The first scenes of a split, cut around the number: of SVHN, or of its synthetic twin.
 

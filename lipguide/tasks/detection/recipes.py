@@ -29,10 +29,11 @@ from torch import nn
 from lipguide.bounds.network import lipschitz_bound
 from lipguide.data import folder_of
 from lipguide.data.shn import TWINS
+from lipguide.data.shn.looks import DEFAULT
 from lipguide.tasks import task
 from lipguide.tasks.detection import configurations
 from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
-from lipguide.tasks.detection.data import VERSION, Split, load_split
+from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
 from lipguide.tasks.detection.reader import Detector, ReaderStep, detector
@@ -61,6 +62,7 @@ class Detection(task.Recipe, ABC):
     test_items: int | None = 400
 
     data: ClassVar[str] = "house-numbers"
+    version: ClassVar[int] = DEFAULT  # of them
     precision: ClassVar[str] = "float32"
     start: ClassVar[str | None] = None
 
@@ -117,6 +119,7 @@ class Reading(Recipe):
     tau: float = 5.0
     start: str | None = "classification-residual"
     items: int | None = None
+
     precision: ClassVar[str] = "float32"
 
     def networks(self) -> dict[str, Callable[[], Detector]]:
@@ -152,6 +155,8 @@ class CaseStudy(Detection):
     width: int = 32  # of the SLL layers
     data: str = "house-numbers"
     precision: str = "bfloat16"
+
+    version: ClassVar[int] = 1  # which the weights that ship have learnt
 
     @property
     def lipschitz(self) -> bool:
@@ -212,7 +217,7 @@ def load(recipe: Detection, split: str, seed: int) -> task.Data:
         raise ValueError(f"no data {recipe.data!r}; there are: {', '.join(known)}")
     svhn = folder_of("svhn").resolve() if recipe.data == "svhn" else None
     items = recipe.items if split == "train" else recipe.test_items
-    version = VERSION if recipe.data in DATA else TWINS[recipe.data]
+    version = recipe.version if recipe.data in DATA else TWINS[recipe.data]
     scenes = _scenes(split, items, seed, svhn, version)
     return task.Data(scenes.name, scenes.columns, scenes.hash)
 
@@ -266,7 +271,7 @@ RECIPES: dict[str, Detection] = {
         for tau in (5, 20, 80)
     },
     "detection-ordinary-fcos": Recipe("ordinary-fcos", steps=800, rate=1e-2),
-    "detection-reader": Reading("residual-reader", steps=8000),
+    "detection-reader": Reading("residual-reader", steps=13_000),
     **STUDY,
 }
 
@@ -280,6 +285,8 @@ LARGE: dict[str, Detection] = {
     ),
     "detection-ordinary-fcos-full": replace(_FULL, network="ordinary-fcos", steps=6000, rate=1e-2),
     **{f"tinier-ssd-why-{change}": Unlearnt(change) for change in CHANGES},
+    # As wide as four megabytes of weights allow.
+    "detection-wide-reader": Reading("residual-reader", steps=10_000, width=32, start=None),
     # Of orthogonal layers throughout. It is as good by constants, and there is no block to look into.
     "detection-orthogonal-reader": Reading("reader", steps=8000, width=16, start="classification-vgg"),
 }
