@@ -95,7 +95,7 @@ def test_a_training_goes_on_as_before():
 @pytest.mark.parametrize("look", [False, True])
 def test_a_detector_is_certified_as_before(look):
     torch.manual_seed(0)
-    model, x = Detector((8, 8, 8), 16, residual=look).eval(), torch.rand(2, 3, 74, 74)
+    model, x = Detector((8, 8, 8), 16, residual=look, block=look).eval(), torch.rand(2, 3, 74, 74)
     found = answers(model, x).detections(-2.0)
     targets = pad_targets([scene["boxes"][:1] for scene in found], [scene["labels"][:1] for scene in found])
     before = certify(answers(model, x, look=look), targets, 0.01, -2.0)

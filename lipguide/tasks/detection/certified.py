@@ -68,7 +68,7 @@ def certified(
 
     >>> import tempfile, torch
     >>> from lipguide.tasks.detection.data import load_split
-    >>> model = Detector((8, 8, 8), 16, residual=True).eval()
+    >>> model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
     >>> scenes = load_split("test", 2, 0, torch.device("cpu"))
     >>> plan = Plan((0.1,), (0.1,), (), attacked=1, steps=1, smoothings=())
     >>> record = certified(model, model, scenes, plan, tempfile.mkdtemp(), {})

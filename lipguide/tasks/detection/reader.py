@@ -10,7 +10,7 @@ the picture, as a function of which all norms here are taken:
 * so is each logit, a unit row of the features, and so is the *vector* of a window's four sides over `reach`: its four
   rows are orthonormal. The difference of two logits of a window moves by ‖w_k − w_j‖ at most.
 
-With linear residuals and an SLL block at the end of each window the same holds, by the bounds of those layers; and the
+With linear residuals, or an SLL block at the end of each window, the same holds by the bounds of those layers; and the
 block can be looked into (`Detector.inside`), for bounds of the logits that are closer near the picture.
 """
 
@@ -83,8 +83,8 @@ class Detector(nn.Module):
         reach: pixels of a level that one unit of the box head stands for.
         tau: temperature of the loss and of the scores.
         canvases: the levels.
-        residual: the layers of `lipguide.tasks.classification.networks.residual` instead, which are linear residuals,
-            and an SLL block at the end of a window.
+        residual: the layers of `lipguide.tasks.classification.networks.residual` instead, which are linear residuals.
+        block: an SLL block at the end of a window instead of sorted pairs.
 
     >>> output = Detector((8, 8, 8), 16)(torch.rand(2, 3, 74, 74))
     >>> [tuple(part.shape) for part in output]
@@ -100,6 +100,7 @@ class Detector(nn.Module):
         classes: int = 10,
         canvases: Sequence[Canvas] = CANVASES,
         residual: bool = False,
+        block: bool = False,
     ) -> None:
         super().__init__()
         self.reach, self.tau, self.canvases, self.least = reach, tau, tuple(canvases), LEAST
@@ -109,7 +110,7 @@ class Detector(nn.Module):
         self.trunk, self.halve, self.cells = nn.Sequential(*trunk), orthogonal(halve), nn.Sequential(*cells)
         self.read = orthogonal(nn.Conv2d(halve.out_channels, features, PATCH, PATCH))
         self.sort = GroupSort2()
-        self.end = SLLLinear(features, features) if residual else GroupSort2()
+        self.end = SLLLinear(features, features) if block else GroupSort2()
         self.class_head = unit_rows(nn.Linear(features, classes + 1))
         self.box_head = orthogonal(nn.Linear(features, 4))
 
@@ -208,7 +209,7 @@ class Detector(nn.Module):
         if not computes_as(self.end, SLLLinear):
             raise ValueError(
                 f"the windows end in {type(self.end).__name__}, into which no look is known: build the detector with "
-                "residual=True, or certify it by its constants"
+                "block=True, or certify it by its constants"
             )
         with parametrize.cached():
             given = [self.windows(part) for part in images.split(batch_size)]
@@ -394,6 +395,6 @@ def detector(width: int = 24, tau: float = 5.0, residual: bool = True) -> Detect
     """The one that the chapter trains; `width` is 24 for two cores, 48 for a GPU.
 
     Args:
-        residual: False for orthogonal layers throughout, into which no look can be taken.
+        residual: False for orthogonal convolutions throughout.
     """
-    return Detector((width, 2 * width, 4 * width), tau=tau, residual=residual)
+    return Detector((width, 2 * width, 4 * width), tau=tau, residual=residual, block=True)

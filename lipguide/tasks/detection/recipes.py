@@ -285,10 +285,8 @@ LARGE: dict[str, Detection] = {
     ),
     "detection-ordinary-fcos-full": replace(_FULL, network="ordinary-fcos", steps=6000, rate=1e-2),
     **{f"tinier-ssd-why-{change}": Unlearnt(change) for change in CHANGES},
-    # As wide as four megabytes of weights allow.
-    "detection-wide-reader": Reading("residual-reader", steps=10_000, width=32, start=None),
-    # Of orthogonal layers throughout. It is as good by constants, and there is no block to look into.
-    "detection-orthogonal-reader": Reading("reader", steps=8000, width=16, start="classification-vgg"),
+    # Of orthogonal convolutions.
+    "detection-orthogonal-reader": Reading("reader", steps=10_000, start=None),
 }
 # How often the plan "full" sees all scenes. Two configurations pay for SLL layers of 256 channels with many times the
 # arithmetic of the others, and ten minutes of a GPU are to hold all four. No learning curve has chosen these numbers

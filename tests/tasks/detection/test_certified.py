@@ -87,7 +87,7 @@ def test_a_hunt_without_prey_ends(reader, scenes):
 
 def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = Detector((8, 8, 8), 16, residual=True).eval()
+    model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
     monkeypatch.setattr(module, "PIECE", 1)
     record = certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, {"weights": "these"})
     assert record["scenes"] == 3 and record["threshold"] == model.least and record["objects"] > 0

@@ -24,7 +24,7 @@ from lipguide.tasks.detection.windows import CELL, HEIGHT, WIDTH, assign, places
 
 def small(seed=0, residual=False):
     torch.manual_seed(seed)
-    return Detector((8, 8, 8), 16, residual=residual)
+    return Detector((8, 8, 8), 16, residual=residual, block=residual)
 
 
 both_kinds = pytest.mark.parametrize("residual", [False, True])

@@ -185,7 +185,7 @@ def test_the_hunt_brings_none_of_them_down_but_those_of_a_block_that_moves_half_
 def test_a_look_is_taken_at_readers_that_end_in_a_block_alone():
     torch.manual_seed(0)
     x = torch.rand(2, 3, 74, 74)
-    given = answers(Detector((8, 8, 8), 16, residual=True).eval(), x, look=True)
+    given = answers(Detector((8, 8, 8), 16, residual=True, block=True).eval(), x, look=True)
     assert given.inside.features.shape == (2, 343, 16) and given.inside.below == given.steepness
     with pytest.raises(ValueError, match="the windows end in GroupSort2.*residual=True"):
         answers(Detector((8, 8, 8), 16).eval(), x, look=True)
