@@ -189,15 +189,22 @@ class Detector(nn.Module):
         return features, reach, together(self.class_head.weight.detach().double(), sides / of_head)
 
     def _steepness(self) -> float:
-        """How Lipschitz in the picture the features of a window are."""
-        level = max(float(level.lipschitz(1.0, None)) for level in self.levels)
-        # The trunk runs over whole canvases, all of which lie in the largest; what is behind it, over each window.
-        canvas = (max(canvas.height for canvas in self.canvases), max(canvas.width for canvas in self.canvases))
-        trunk = lipschitz_bound(self.trunk, (3, *canvas)).value
-        cells = nn.Sequential(self.halve, self.sort, *self.cells).train(self.training)
-        trunk *= lipschitz_bound(cells, (self.halve.in_channels, *(side // 4 for side in canvas))).value
+        """How Lipschitz in the picture the features of a window are.
+
+        A layer is asked for the patch alone on which the window depends, which grows from its cells downwards. What a
+        layer does to a patch is less than what it does to a picture, where a wave may be long. Whatever lies off the
+        canvas is zero, and takes nothing from a bound that allows any numbers there.
+        """
         window = nn.Sequential(self.read, nn.Flatten(), self.end).train(self.training)
-        return level * trunk * lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value
+        constant = lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value
+        side = PATCH
+        for layer in reversed([*self.trunk, self.halve, *self.cells]):
+            if not isinstance(layer, nn.Conv2d):
+                continue  # sorted pairs are 1-Lipschitz and keep places apart
+            side *= layer.stride[0]
+            constant *= lipschitz_bound(layer, (layer.in_channels, side, side)).value
+            side += 2 * layer.padding[0]
+        return constant * max(float(level.lipschitz(1.0, None)) for level in self.levels)
 
     def inside(self, images: Tensor, batch_size: int, below: float) -> tuple[list[ReaderOutput], Inside]:
         """The answers to some pictures, batch by batch, and what a look into the last block of every window rests on;
