@@ -187,7 +187,7 @@ def test_a_look_is_taken_at_readers_that_end_in_a_block_alone():
     x = torch.rand(2, 3, 74, 74)
     given = answers(Detector((8, 8, 8), 16, residual=True, block=True).eval(), x, look=True)
     assert given.inside.features.shape == (2, 343, 16) and given.inside.below == given.steepness
-    with pytest.raises(ValueError, match="the windows end in GroupSort2.*residual=True"):
+    with pytest.raises(ValueError, match="the windows end in GroupSort2.*block=True"):
         answers(Detector((8, 8, 8), 16).eval(), x, look=True)
     with pytest.raises(ValueError, match="Toy cannot be certified: it has no method inside"):
         answers(Toy().eval(), torch.rand(2, 3, PIXELS, PIXELS), look=True)
