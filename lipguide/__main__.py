@@ -182,6 +182,7 @@ def _add_certify(subparsers: Any) -> None:
         subparsers, "certify", commands.certify, "certify the detector that ships, attack it, and put it on record"
     )
     parser.add_argument("--size", type=int, help="pictures of the test split (default: all)")
+    parser.add_argument("--svhn", help="folder that holds train/ of SVHN, or some of it: certify these scenes as well")
     parser.add_argument("--folder", type=Path, default=Path("study"), help="where the record goes (default: study)")
     _add_device(parser)
 

@@ -170,7 +170,8 @@ def certify(options: argparse.Namespace) -> int:
     twin, its = tasks.trained("tinier-ssd-naive", device)
     weights = {"weights": made["commit"], "twin": its["commit"]}
     with _progress_on_stdout():
-        record = certified(model, twin, scenes, Plan(), options.folder, weights)
+        real = None if options.svhn is None else load_split("train", None, tasks.TEST_SEED, device, options.svhn)
+        record = certified(model, twin, scenes, Plan(), options.folder, weights, real)
     for what, value in (record | {"weights": {key: made[key] for key in ("commit", "steps", "seconds")}}).items():
         ledger[what] = value
     print(f"on record: {ledger.save()}")

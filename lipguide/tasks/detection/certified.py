@@ -54,7 +54,13 @@ class Plan:
 
 
 def certified(
-    model: Detector, twin: nn.Module, scenes: Split, plan: Plan, folder: str | Path, made: Mapping[str, Any]
+    model: Detector,
+    twin: nn.Module,
+    scenes: Split,
+    plan: Plan,
+    folder: str | Path,
+    made: Mapping[str, Any],
+    real: Split | None = None,
 ) -> dict[str, Any]:
     """Everything that goes on record of `model`, such as the weights "detection-reader" give it, on some scenes. It has
     to be a reader whose windows can be looked into.
@@ -65,6 +71,7 @@ def certified(
         plan: how much.
         folder: where each part is kept; parts of other scenes or of other weights there are an error.
         made: what tells the weights of both from others.
+        real: real scenes, if there are any, that are certified as well.
 
     >>> import tempfile, torch
     >>> from lipguide.tasks.detection.data import load_split
@@ -99,6 +106,9 @@ def certified(
         return _together(pieces)
 
     whole = kept("certificates", {"grid": list(plan.grid)}, partial(_whole, model, scenes, plan.grid))
+    if real is not None:
+        wanted = {"grid": list(plan.grid), "real": real.hash}
+        whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid))}
     return whole | {
         "attacked": [attacked(eps) for eps in plan.budgets],
         "smoothed": [compared(*setting) for setting in plan.smoothings],

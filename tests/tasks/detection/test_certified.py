@@ -104,6 +104,19 @@ def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_pat
         certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, {"weights": "others"})
 
 
+def test_real_scenes_are_certified_beside_the_others(scenes, tmp_path):
+    torch.manual_seed(0)
+    model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
+    plan = Plan((0.1,), (), (), smoothings=())
+    real = scenes.part(slice(2, 6))._replace(hash="real")
+    record = certified(model, model, scenes.part(slice(3)), plan, tmp_path, {}, real)
+    assert record["scenes"] == 3 and record["real"]["scenes"] == 4 and record["real"]["real"] == "real"
+    assert [row["eps"] for row in record["real"]["certificates"]] == [0.1]
+    assert "real" not in certified(model, model, scenes.part(slice(3)), plan, tmp_path, {})
+    with pytest.raises(ValueError, match="was made by another run"):
+        certified(model, model, scenes.part(slice(3)), plan, tmp_path, {}, real._replace(hash="others"))
+
+
 def test_certify_puts_it_on_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "Plan", lambda: SHORT)
     assert main(["certify", "--size", "3", "--device", "cpu", "--folder", str(tmp_path)]) == 0
