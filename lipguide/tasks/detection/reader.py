@@ -191,9 +191,9 @@ class Detector(nn.Module):
     def _steepness(self) -> float:
         """How Lipschitz in the picture the features of a window are.
 
-        A layer is asked for the patch alone on which the window depends, which grows from its cells downwards. What a
-        layer does to a patch is less than what it does to a picture, where a wave may be long. Whatever lies off the
-        canvas is zero, and takes nothing from a bound that allows any numbers there.
+        A layer is asked for the patch alone of its outputs on which the window depends, which grows from the window's
+        cells downwards. To a patch a layer does less than to a picture, where a wave may be long. What surrounds the
+        patch may be anything, and is, but for what lies off the canvas.
         """
         window = nn.Sequential(self.read, nn.Flatten(), self.end).train(self.training)
         constant = lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value
@@ -201,9 +201,8 @@ class Detector(nn.Module):
         for layer in reversed([*self.trunk, self.halve, *self.cells]):
             if not isinstance(layer, nn.Conv2d):
                 continue  # sorted pairs are 1-Lipschitz and keep places apart
-            side *= layer.stride[0]
-            constant *= lipschitz_bound(layer, (layer.in_channels, side, side)).value
-            side += 2 * layer.padding[0]
+            side = side * layer.stride[0] + 2 * layer.padding[0]
+            constant *= lipschitz_bound(_unpadded(layer), (layer.in_channels, side, side)).value
         return constant * max(float(level.lipschitz(1.0, None)) for level in self.levels)
 
     def inside(self, images: Tensor, batch_size: int, below: float) -> tuple[list[ReaderOutput], Inside]:
@@ -229,6 +228,15 @@ class Detector(nn.Module):
     def training_loss(self, reduction: str = "mean") -> ReaderLoss:
         """The loss of all windows at temperature tau."""
         return ReaderLoss(self, reduction)
+
+
+def _unpadded(layer: nn.Conv2d) -> nn.Conv2d:
+    """The same filters for a part of a picture, around which there is more of it and no zeros."""
+    weight = layer.weight.detach()
+    inputs, outputs, kernel, stride = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
+    bare = nn.Conv2d(inputs, outputs, kernel, stride, bias=False, device=weight.device, dtype=weight.dtype)
+    bare.weight = nn.Parameter(weight)
+    return bare.train(layer.training)
 
 
 def _rolled(x: Tensor, moved: Moved) -> Tensor:
