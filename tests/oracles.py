@@ -76,6 +76,16 @@ def largest_singular_value(layer: nn.Module, shape: tuple[int, ...]) -> float:
     return float(svds(operator, k=1, return_singular_vectors=False, v0=start, tol=1e-6, maxiter=5000)[0])
 
 
+def jacobian_norm(function: Callable[[Tensor], Tensor], x: Tensor, products: int = 5) -> float:
+    """A lower bound of the norm of the true Jacobian at x, by products with it and its transpose."""
+    v = torch.randn_like(x)
+    for _ in range(products):
+        v = v / v.norm()
+        _, jv = torch.autograd.functional.jvp(function, x, v)
+        _, v = torch.autograd.functional.vjp(function, x, jv)
+    return float(v.norm().sqrt())
+
+
 def _float64(layer: nn.Module) -> nn.Module:
     """The layer with the weights that it uses now, plain and in float64."""
     if isinstance(layer, nn.Linear):

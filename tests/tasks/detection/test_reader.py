@@ -20,6 +20,7 @@ from lipguide.tasks.detection.reader import Detector, ReaderStep
 from lipguide.tasks.detection.scores import score
 from lipguide.tasks.detection.start import take_over
 from lipguide.tasks.detection.windows import CELL, HEIGHT, WIDTH, assign, places
+from tests.oracles import jacobian_norm
 
 
 def small(seed=0, residual=False):
@@ -81,15 +82,6 @@ def blurred(residual):
     return model
 
 
-def norm_of(function, x, products=60):
-    """Of the Jacobian at x, from below."""
-    v = torch.ones_like(x)
-    for _ in range(products):
-        _, along = torch.autograd.functional.jvp(function, x, v / v.norm())
-        _, v = torch.autograd.functional.vjp(function, x, along)
-    return float(v.norm().sqrt())
-
-
 @both_kinds
 def test_a_window_of_blurs_is_bounded_by_what_it_sees(residual):
     """Brute force: the norm of a window's Jacobian. On 32×32 pixels blurs would lose a part of theirs to a border that
@@ -97,7 +89,7 @@ def test_a_window_of_blurs_is_bounded_by_what_it_sees(residual):
     model = blurred(residual)
     steepness, _, _ = model.constants()
     middle = 22  # of the 5×9 windows of the first level
-    reached = norm_of(lambda x: model.below(x, 0)[:, middle], torch.rand(1, 3, 74, 74).double(), 20)
+    reached = jacobian_norm(lambda x: model.below(x, 0)[:, middle], torch.rand(1, 3, 74, 74).double(), 20)
     assert 0.8 * steepness < reached <= steepness * (1 + 1e-6)
 
 
@@ -106,12 +98,12 @@ def test_around_a_patch_there_may_be_anything(residual):
     """Layer by layer, what is done to the patch that the next one reads, with all that it is made of: a bound for a
     picture of that size, which is zero around it, would be too low."""
     model = blurred(residual)
-    side, product = 4, norm_of(model.read, torch.rand(1, model.read.in_channels, 4, 4).double())
+    side, product = 4, jacobian_norm(model.read, torch.rand(1, model.read.in_channels, 4, 4).double(), 60)
     for layer in reversed([*model.trunk, model.halve, *model.cells]):
         if isinstance(layer, nn.Conv2d):
             around = side * layer.stride[0] + 2 * layer.padding[0]
             x = torch.rand(1, layer.in_channels, around, around).double()
-            product *= norm_of(lambda x, of=layer: torch.conv2d(x, of.weight, stride=of.stride), x)
+            product *= jacobian_norm(lambda x, of=layer: torch.conv2d(x, of.weight, stride=of.stride), x, 60)
             side = around
     steepness, _, _ = model.constants()
     assert product <= steepness * (1 + 1e-6) and steepness < 1.05 * product
