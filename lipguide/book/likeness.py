@@ -31,7 +31,6 @@ from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.evaluation import EPSILON
-from lipguide.tasks.detection.recipes import CaseStudy
 from lipguide.tasks.detection.scores import Score, detections, score
 from lipguide.tasks.harness import recipe_of, train_by, trained
 from lipguide.tasks.task import Recipe
@@ -42,7 +41,6 @@ __all__ = ["CLASSIFIER", "DETECTOR", "SHARES", "Plan", "distance", "gain", "like
 logger = logging.getLogger(__name__)
 CLASSIFIER = "classification-ordinary"
 DETECTOR = "tinier-ssd-naive"
-SHIP = {CLASSIFIER: DEFAULT, DETECTOR: CaseStudy.version}  # what the weights that ship have learnt from
 SHARES = (5, 25, 50, 75, 95)  # the percentiles of `looks`
 Train = Callable[[Path], tuple[nn.Module, dict[str, Any]]]  # from where its checkpoint is kept
 
@@ -189,7 +187,7 @@ def _networks(
         ("detector", DETECTOR, plan.detector_steps),
         ("classifier", CLASSIFIER, plan.classifier_steps),
     ):
-        if version == SHIP[name] or steps != 0:
+        if version == DEFAULT or steps != 0:
             yield kind, _taught(name, version, steps, folder, device, seed)
     yield "reader", _reader(version, plan, folder, device, seed)
 
@@ -224,7 +222,7 @@ def _taught(
         again: which training it is, each by the next seed; the first is 0.
     """
     task, recipe = recipe_of(name)
-    if version == SHIP[name] and not again:
+    if version == DEFAULT and not again:
         model, run = trained(name, device)
         return model, _told(run, recipe)
     recipe = replace(recipe, data=f"house-numbers-{version}")

@@ -62,7 +62,6 @@ class Detection(task.Recipe, ABC):
     test_items: int | None = 400
 
     data: ClassVar[str] = "house-numbers"
-    version: ClassVar[int] = DEFAULT  # of them
     precision: ClassVar[str] = "float32"
     start: ClassVar[str | None] = None
 
@@ -154,9 +153,7 @@ class CaseStudy(Detection):
     rate: float = 2e-3
     width: int = 32  # of the SLL layers
     data: str = "house-numbers"
-    precision: str = "bfloat16"
-
-    version: ClassVar[int] = 1  # which the weights that ship have learnt
+    precision: str = "float32"
 
     @property
     def lipschitz(self) -> bool:
@@ -188,7 +185,6 @@ class Unlearnt(CaseStudy):
     offset: float = 0.14  # and the margin beside it: what an attack of 0.1 takes from a difference of two logits
     items: int | None = 10
     test_items: int | None = 10
-    precision: str = "float32"  # half precision would round the little that some of them leave
 
     lipschitz: ClassVar[bool] = True
 
@@ -217,7 +213,7 @@ def load(recipe: Detection, split: str, seed: int) -> task.Data:
         raise ValueError(f"no data {recipe.data!r}; there are: {', '.join(known)}")
     svhn = folder_of("svhn").resolve() if recipe.data == "svhn" else None
     items = recipe.items if split == "train" else recipe.test_items
-    version = recipe.version if recipe.data in DATA else TWINS[recipe.data]
+    version = TWINS.get(recipe.data, DEFAULT)
     scenes = _scenes(split, items, seed, svhn, version)
     return task.Data(scenes.name, scenes.columns, scenes.hash)
 
@@ -295,10 +291,12 @@ SCENES = 30_311
 EPOCHS = {"naive": 20, "spectral-norm": 20, "standard-conv": 12, "l2-normalised": 12}
 for _name, _recipe in STUDY.items():
     LARGE[f"{_name}-quick"] = replace(  # twice its few scenes
-        _recipe, steps=28, batch_size=16, width=8, items=256, test_items=64, precision="float32"
+        _recipe, steps=28, batch_size=16, width=8, items=256, test_items=64
     )
     _steps = EPOCHS[_recipe.network] * SCENES // 256
-    LARGE[f"{_name}-full"] = replace(_recipe, steps=_steps, batch_size=256, rate=2 * _recipe.rate, width=256)
+    LARGE[f"{_name}-full"] = replace(
+        _recipe, steps=_steps, batch_size=256, rate=2 * _recipe.rate, width=256, precision="bfloat16"
+    )
     for _plan in ("", "-quick", "-full"):
         _synthetic = RECIPES.get(_name + _plan) or LARGE[_name + _plan]
         LARGE[f"{_name}{_plan}-svhn"] = replace(_synthetic, data="svhn")

@@ -27,7 +27,7 @@ from lipguide.files import write_json
 from lipguide.provenance import provenance
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.evaluation import BESIDE, EPSILON, Plan, evaluate, pace, stage
-from lipguide.tasks.detection.recipes import DATA, CaseStudy, build, load
+from lipguide.tasks.detection.recipes import DATA, build, load
 from lipguide.tasks.harness import ensure, recipe_of, trained
 from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED
 
@@ -111,7 +111,7 @@ def study(
     began = time.perf_counter()
     with distributed.first_rank_first():
         svhn = folder_of("svhn") if data == "svhn" else None
-        test = load_split("test", PLANS[plan].test_scenes, TEST_SEED, where, svhn, CaseStudy.version)
+        test = load_split("test", PLANS[plan].test_scenes, TEST_SEED, where, svhn)
         for name in names:  # all but the first find them where `load` keeps them
             if not (folder / f"{weights[name]}.safetensors").exists():
                 load(recipe_of(weights[name])[1], "train", TRAIN_SEED)

@@ -67,7 +67,7 @@ def why(
     weights = {change: why_weights(change) for change in only}
     where = choose_device(device)
     began = time.perf_counter()
-    scenes = load_split("train", Unlearnt.items, TRAIN_SEED, where, version=Unlearnt.version)
+    scenes = load_split("train", Unlearnt.items, TRAIN_SEED, where)
     seconds = time.perf_counter() - began
     entries = {}
     for change, name in weights.items():

@@ -61,7 +61,7 @@ def untrained(name, width=4):
 
 @pytest.fixture(scope="module")
 def test_split():
-    return load_split("test", 12, TEST_SEED, CPU, version=CaseStudy.version)
+    return load_split("test", 12, TEST_SEED, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -582,7 +582,7 @@ def test_a_recipe_is_the_one_that_made_the_weights_that_ship(name):
 @cache
 def attacked_scenes(number, seed):
     """Of those in which a window fits around the number, which are not all."""
-    return load_split("test", number + 100, seed, CPU, version=CaseStudy.version).part(slice(number))
+    return load_split("test", number + 100, seed, CPU).part(slice(number))
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -613,8 +613,7 @@ def test_the_chapter_shows_the_scenes_of_its_record(profile, real, test_split, t
     """SVHN where it lies beside the book, all through; no other cell takes scenes from elsewhere."""
     used, asked = [], []
 
-    def load(split, count, seed, device, svhn, version):
-        assert version == CaseStudy.version
+    def load(split, count, seed, device, svhn):
         used.append(svhn)
         return test_split._replace(name=f"{svhn or 'SHN'}, {split}")
 
