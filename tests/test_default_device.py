@@ -14,7 +14,8 @@ import lipguide as lip
 from lipguide.tasks.detection.attacks import mixture
 from lipguide.tasks.detection.boxes import Targets, pad_targets
 from lipguide.tasks.detection.certificates import answers, certified_ap, certify
-from lipguide.tasks.detection.reader import Detector, ReaderStep
+from lipguide.tasks.detection.reader import Detector
+from lipguide.tasks.detection.reader_step import ReaderStep
 from lipguide.tasks.detection.scores import score
 from lipguide.tasks.detection.smoothing import smoothed, surely_found
 from lipguide.tasks.detection.sure import rates

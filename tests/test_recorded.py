@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lipguide.recorded import WARM_UP, Recorded
-from lipguide.tasks.detection import reader
+from lipguide.tasks.detection import reader_step
 from lipguide.tasks.harness import recipe_of
 from lipguide.tasks.task import Data
 from lipguide.training import Shifted, Supervised, adam, fit
@@ -78,7 +78,7 @@ def test_clipped_and_in_half_precision_too(clip, precision):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_every_recipe_that_is_called_steady_is_steady(name, monkeypatch):
-    monkeypatch.setattr(reader, "ASKED", set())
+    monkeypatch.setattr(reader_step, "ASKED", set())
     task, recipe = recipe_of(name)
     columns = tuple(torch.cat([column] * 3) for column in batch_for(name, recipe))
     model = task.network(recipe)

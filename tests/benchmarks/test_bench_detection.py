@@ -17,7 +17,8 @@ from lipguide.tasks.detection.certificates import answers, certify
 from lipguide.tasks.detection.configurations import l2_normalised, naive, spectral_norm, standard_conv
 from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.losses import DetectionStep
-from lipguide.tasks.detection.reader import ReaderStep, detector
+from lipguide.tasks.detection.reader import detector
+from lipguide.tasks.detection.reader_step import ReaderStep
 from lipguide.training import adam
 from tests.benchmarks.candidates import recorded
 from tests.benchmarks.conftest import DEVICE

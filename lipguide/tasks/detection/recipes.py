@@ -36,7 +36,8 @@ from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
-from lipguide.tasks.detection.reader import Detector, ReaderStep, detector
+from lipguide.tasks.detection.reader import Detector, detector
+from lipguide.tasks.detection.reader_step import ReaderStep
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.start import take_over
 from lipguide.tasks.detection.tinier_ssd import PICTURE, TinierSSD

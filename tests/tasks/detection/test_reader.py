@@ -11,12 +11,13 @@ import lipguide as lip
 from lipguide.layers.export import without_parametrizations
 from lipguide.tasks.classification.networks import residual as residual_network
 from lipguide.tasks.classification.networks import vgg
-from lipguide.tasks.detection import reader
+from lipguide.tasks.detection import reader, reader_step
 from lipguide.tasks.detection.boxes import check_targets, pad_targets
 from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.decision import heard, radii, reported, rivals
 from lipguide.tasks.detection.pyramid import Canvas, Level, averages
-from lipguide.tasks.detection.reader import Detector, ReaderStep
+from lipguide.tasks.detection.reader import Detector
+from lipguide.tasks.detection.reader_step import ReaderStep
 from lipguide.tasks.detection.scores import score
 from lipguide.tasks.detection.start import take_over
 from lipguide.tasks.detection.windows import CELL, HEIGHT, WIDTH, assign, places
@@ -200,7 +201,7 @@ def test_the_step_learns_one_scene(residual):
 
 def test_on_a_gpu_each_level_reads_as_many_scenes_in_every_step(monkeypatch):
     """As many as rarely are too few: those with a digit for the level come first, and few of them are left out."""
-    monkeypatch.setattr(reader, "ASKED", set())
+    monkeypatch.setattr(reader_step, "ASKED", set())
     split = load_split("train", 400, 0, torch.device("cpu"))
     known = check_targets(split.targets)
     step = ReaderStep(small().training_loss(), known=known)
@@ -210,7 +211,7 @@ def test_on_a_gpu_each_level_reads_as_many_scenes_in_every_step(monkeypatch):
         chosen = step._chosen(part)
         sizes.add(tuple(map(len, chosen)))
         for own, side in zip(chosen, step.loss.levels, strict=True):
-            wanted = reader._suited(*part[:2], side)
+            wanted = reader_step._suited(*part[:2], side)
             suited += int(wanted.sum())
             missed += int(wanted.sum() - wanted[own].sum())
             assert wanted[own].long().diff().max() <= 0, "those with a digit for the level come first"

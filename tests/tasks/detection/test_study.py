@@ -23,7 +23,7 @@ from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attacked
 from lipguide.tasks.detection.boxes import Targets, unit_range
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.losses import DetectionStep
-from lipguide.tasks.detection.recipes import LARGE, RECIPES, TASK, CaseStudy, build
+from lipguide.tasks.detection.recipes import LARGE, RECIPES, TASK, build
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.study import CONFIGURATIONS, PLANS, Plan, entry_of, study, weights_of
 from lipguide.tasks.weights import TEST_SEED, WEIGHTS, run_of
