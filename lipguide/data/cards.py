@@ -20,16 +20,15 @@ ratios, gaps, slants and margins are drawn from the published statistics of SVHN
 each. Walls, plates, typefaces, shadows, occluders, blur, noise and compression are drawn by rules; no photograph, and
 no weight learnt from one, is in it.
 
-*Versions.* SHN 1 (`version=1`) was drawn without a real picture at hand; the detectors of the case study that ship
-were trained on it. SHN 2 (`version=2`) has the same numbers in the same places and other looks: its colours, plates,
-blur and grain were set by hand so that brightness, colourfulness, contrast, sharpness, grain and the share of dark
-ink come near to those of the 554 digits in 256 pictures of SVHN's training split. SHN 3 comes when no version is
-asked for, and all other networks that ship were trained on it. It takes the looks of both in turn, scene by scene,
-those of SHN 1 with the typefaces of enamelled plates too, and has more of what networks of both misread in the 256
-pictures: threes with a flat top, and digits askew. How like SVHN each version is, by what networks that saw nothing
-else read and find on the 256 pictures, is measured by `python -m lipguide data compare`; the chapter `house-numbers`
-has the figures. As choices were made by the 256 pictures, they are no test of SHN 3, and of SHN 2 only in part. All
-versions are frozen: another look is another version.
+*Versions.* SHN 1 (`version=1`) was drawn without a real picture at hand. SHN 2 (`version=2`) has the same numbers in
+the same places and other looks: its colours, plates, blur and grain were set by hand so that brightness,
+colourfulness, contrast, sharpness, grain and the share of dark ink come near to those of the 554 digits in 256
+pictures of SVHN's training split. SHN 3 comes when no version is asked for, and the networks that ship were trained
+on it. It takes the looks of both in turn, scene by scene, those of SHN 1 with the typefaces of enamelled plates too,
+and has more of what networks of both misread in the 256 pictures: threes with a flat top, and digits askew. How like
+SVHN each version is, by what networks that saw nothing else read and find on the 256 pictures, is measured by `python
+-m lipguide data compare`; the chapter `house-numbers` has the figures. As choices were made by the 256 pictures, they
+are no test of SHN 3, and of SHN 2 only in part. All versions are frozen: another look is another version.
 
 *What it is for.* Running every chapter offline, with masks that SVHN lacks, and without its terms of use.
 

@@ -59,7 +59,7 @@ def certified(
     scenes: Split,
     plan: Plan,
     folder: str | Path,
-    made: Mapping[str, Any],
+    made: Mapping[str, str],
     real: Split | None = None,
 ) -> dict[str, Any]:
     """Everything that goes on record of `model`, such as the weights "detection-reader" give it, on some scenes. It has
@@ -70,7 +70,7 @@ def certified(
         scenes: all are certified, and the first of them attacked.
         plan: how much.
         folder: where each part is kept; parts of other scenes or of other weights there are an error.
-        made: what tells the weights of both from others.
+        made: what tells the weights of both from others: "weights" those of the model, "twin" those of the twin.
         real: real scenes, if there are any, that are certified as well.
 
     >>> import tempfile, torch
@@ -78,14 +78,14 @@ def certified(
     >>> model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
     >>> scenes = load_split("test", 2, 0, torch.device("cpu"))
     >>> plan = Plan((0.1,), (0.1,), (), attacked=1, steps=1, smoothings=())
-    >>> record = certified(model, model, scenes, plan, tempfile.mkdtemp(), {})
+    >>> record = certified(model, model, scenes, plan, tempfile.mkdtemp(), {"weights": "a", "twin": "a"})
     >>> record["scenes"], [row["eps"] for row in record["certificates"]]
     (2, [0.1])
     """
 
     def kept(name: str, wanted: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        path = Path(folder, f"{name}.json")
-        return once(path, {"data": scenes.hash, **made, **wanted}, lambda: {"commit": commit(), **make()})
+        of = {"data": scenes.hash, "weights": made["weights"], **wanted}
+        return once(Path(folder, f"{name}.json"), of, lambda: {"commit": commit(), **make()})
 
     def attacked(eps: float) -> dict[str, Any]:
         few, steps = scenes.part(slice(plan.attacked)), {"eps": eps, "steps": plan.steps}
@@ -94,7 +94,7 @@ def certified(
     def compared(eps: float, sigma: float, draws: int) -> dict[str, Any]:
         few, asked = scenes.part(slice(plan.smoothed)), {"eps": eps, "sigma": sigma, "draws": draws}
         own = certify(answers(model, unit_range(few.images), look=True), few.targets, eps, model.least)
-        smooth = kept(f"smoothed-{eps:g}", asked, partial(_smoothed, twin, few, **asked))
+        smooth = kept(f"smoothed-{eps:g}", asked | {"twin": made["twin"]}, partial(_smoothed, twin, few, **asked))
         return smooth | {"reader": certified_recall(own)}
 
     def hunted(eps: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lipguide.tasks.harness import trained
 from lipguide.tasks.weights import WEIGHTS, run_of
 
 SHORT = Plan((0.05, 0.1), (0.1,), (0.05,), attacked=2, hunted=2, steps=1, smoothings=((0.1, 0.1, 40),), smoothed=1)
+THESE = {"weights": "these", "twin": "its own"}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_pat
     torch.manual_seed(0)
     model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
     monkeypatch.setattr(module, "PIECE", 1)
-    record = certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, {"weights": "these"})
+    record = certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE)
     assert record["scenes"] == 3 and record["threshold"] == model.least and record["objects"] > 0
     for kind in ("certificates", "constants"):
         assert [row["eps"] for row in record[kind]] == [0.05, 0.1] and all(row["seconds"] > 0 for row in record[kind])
@@ -99,9 +100,14 @@ def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_pat
 
     monkeypatch.setattr(module, "attack_l2", lambda *_: 1 / 0)
     monkeypatch.setattr(module, "hunt", lambda *_: 1 / 0)
-    assert certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, {"weights": "these"}) == record
+    assert certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE) == record
     with pytest.raises(ValueError, match="was made by another run"):
-        certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, {"weights": "others"})
+        certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE | {"weights": "others"})
+    with pytest.raises(ValueError, match="smoothed-0.1.json was made by another run"):
+        certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE | {"twin": "another"})
+    (tmp_path / "smoothed-0.1.json").unlink()  # no other part has to do with the twin
+    other = certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE | {"twin": "another"})
+    assert other["smoothed"][0]["twin"] == "another" and other["certificates"] == record["certificates"]
 
 
 def test_real_scenes_are_certified_beside_the_others(scenes, tmp_path):
@@ -109,12 +115,12 @@ def test_real_scenes_are_certified_beside_the_others(scenes, tmp_path):
     model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
     plan = Plan((0.1,), (), (), smoothings=())
     real = scenes.part(slice(2, 6))._replace(hash="real")
-    record = certified(model, model, scenes.part(slice(3)), plan, tmp_path, {}, real)
+    record = certified(model, model, scenes.part(slice(3)), plan, tmp_path, THESE, real)
     assert record["scenes"] == 3 and record["real"]["scenes"] == 4 and record["real"]["real"] == "real"
     assert [row["eps"] for row in record["real"]["certificates"]] == [0.1]
-    assert "real" not in certified(model, model, scenes.part(slice(3)), plan, tmp_path, {})
+    assert "real" not in certified(model, model, scenes.part(slice(3)), plan, tmp_path, THESE)
     with pytest.raises(ValueError, match="was made by another run"):
-        certified(model, model, scenes.part(slice(3)), plan, tmp_path, {}, real._replace(hash="others"))
+        certified(model, model, scenes.part(slice(3)), plan, tmp_path, THESE, real._replace(hash="others"))
 
 
 def test_certify_puts_it_on_record(tmp_path, monkeypatch, capsys):
