@@ -26,9 +26,10 @@ colourfulness, contrast, sharpness, grain and the share of dark ink come near to
 pictures of SVHN's training split. SHN 3 comes when no version is asked for, and the networks that ship were trained
 on it. It takes the looks of both in turn, scene by scene, those of SHN 1 with the typefaces of enamelled plates too,
 and has more of what networks of both misread in the 256 pictures: threes with a flat top, and digits askew. How like
-SVHN each version is, by what networks that saw nothing else read and find on the 256 pictures, is measured by `python
--m lipguide data compare`; the chapter `house-numbers` has the figures. As choices were made by the 256 pictures, they
-are no test of SHN 3, and of SHN 2 only in part. All versions are frozen: another look is another version.
+SVHN each version is, by what networks that saw nothing else read and find on the 256 pictures, is measured by
+`python -m lipguide data compare`; the chapter `house-numbers` has the figures. As choices were made by the 256
+pictures, they are no test of SHN 3, and of SHN 2 only in part. All versions are frozen: another look is another
+version.
 
 *What it is for.* Running every chapter offline, with masks that SVHN lacks, and without its terms of use.
 
