@@ -16,6 +16,7 @@ block can be looked into (`Detector.inside`), for bounds of the logits that are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from lipguide.robustness.certificates.block import Block
 from lipguide.tasks.detection.boxes import Targets, single
 from lipguide.tasks.detection.certificates.inside import Inside
 from lipguide.tasks.detection.certificates.overlap import overlap
+from lipguide.tasks.detection.certificates.underneath import Underneath
 from lipguide.tasks.detection.decision import radii, reported, rivals, together
 from lipguide.tasks.detection.fcos import Brightless
 from lipguide.tasks.detection.losses import check_output
@@ -60,6 +62,7 @@ __all__ = ["CANVASES", "Detector", "ReaderLoss", "ReaderOutput", "detector"]
 # on a level, a third of the height, and at most one level.
 RIVALS = (0.36, 0.5, 0.6)
 LEAST = -0.2  # a digit counts as seen where "nothing" is ahead of it by no more than this
+DENSE = 2  # places of a map between two of a window's cells, if there is a window at every fourth pixel
 CANVASES = (Canvas(34, 48, 64, 7, 15), Canvas(48, 56, 72, 4, 12), Canvas(68, 80, 96, 6, 14))
 
 
@@ -118,8 +121,16 @@ class Detector(nn.Module):
 
     def windows(self, x: Tensor) -> Tensor:
         """What the last layer of every window of a picture is given, (N, P, features)."""
+        return self._windows_of(self._last_maps(x))
+
+    def _last_maps(self, x: Tensor) -> list[Tensor]:
+        """What is sorted last, (N, C, rows, columns) of each level of a picture."""
         x = self.brightless(x)
-        return torch.cat([self.below(x, level) for level in range(len(self.levels))], 1)
+        return [self._last_map(x, level, DENSE) for level in range(len(self.levels))]
+
+    def _windows_of(self, maps: list[Tensor]) -> Tensor:
+        """`windows` from these."""
+        return torch.cat([self._read(each, DENSE) for each in maps], 1)
 
     def answer(self, below: Tensor) -> ReaderOutput:
         """What the windows say that are given this, (..., features)."""
@@ -133,14 +144,26 @@ class Detector(nn.Module):
             dense: a window at every fourth pixel, not at every eighth.
             moved: pixels by which the picture is moved down and right on its canvas of zeros.
         """
-        x = self.trunk(_rolled(self.levels[level](x), moved))
         # The same layers at every place: between two windows a stride of 8 pixels, or of 4.
-        apart = 2 if dense else 1
-        x = self.sort(F.conv2d(x, self.halve.weight, self.halve.bias, stride=2 // apart))
-        for layer in self.cells:
+        apart = DENSE if dense else 1
+        return self._read(self._last_map(x, level, apart, moved), apart)
+
+    def _read(self, x: Tensor, apart: int) -> Tensor:
+        return F.conv2d(self._ends[-1](x), self.read.weight, self.read.bias, dilation=apart).flatten(2).mT
+
+    @property
+    def _ends(self) -> list[nn.Module]:
+        """The layers between the halving and the reading of a window; the last one sorts pairs."""
+        return [self.sort, *self.cells]
+
+    def _last_map(self, x: Tensor, level: int, apart: int, moved: Moved = (0, 0)) -> Tensor:
+        """What the last layer of these is given."""
+        x = self.trunk(_rolled(self.levels[level](x), moved))
+        x = F.conv2d(x, self.halve.weight, self.halve.bias, stride=2 // apart)
+        for layer in self._ends[:-1]:
             square = isinstance(layer, nn.Conv2d)
             x = F.conv2d(x, layer.weight, layer.bias, padding=apart, dilation=apart) if square else layer(x)
-        return F.conv2d(x, self.read.weight, self.read.bias, dilation=apart).flatten(2).mT
+        return x
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Centres (P, 2) of the windows, x and y in pictures, and (P,) pixels of the level that a picture has."""
@@ -180,35 +203,38 @@ class Detector(nn.Module):
     def constants(self) -> tuple[float, Tensor, Tensor]:
         """How Lipschitz in the picture each score is, (P,) the box of each window as one vector, and (C,) a score and
         the box as one vector, each over its own constant."""
-        features = self._steepness()
+        features = math.prod(self._norms())
         sides = self.box_head.weight.detach().double()
         of_head = float(torch.linalg.matrix_norm(sides, 2))
         reach = features * of_head * self.reach / self.places()[1]
         return features, reach, together(self.class_head.weight.detach().double(), sides / of_head)
 
-    def _steepness(self) -> float:
-        """How Lipschitz in the picture the features of a window are.
+    def _norms(self) -> list[float]:
+        """Of which the product is how Lipschitz in the picture the features of a window are: of the window, of each
+        layer below it, the last one first, and of the levels.
 
         A layer is asked for the patch alone of its outputs on which the window depends, which grows from the window's
         cells downwards. To a patch a layer does less than to a picture, where a wave may be long. What surrounds the
         patch may be anything, and is, but for what lies off the canvas.
         """
         window = nn.Sequential(self.read, nn.Flatten(), self.end).train(self.training)
-        constant = lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value
-        side = PATCH
+        norms, side = [lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value], PATCH
         for layer in reversed([*self.trunk, self.halve, *self.cells]):
             if not isinstance(layer, nn.Conv2d):
                 continue  # sorted pairs are 1-Lipschitz and keep places apart
             side = side * layer.stride[0] + 2 * layer.padding[0]
-            constant *= lipschitz_bound(_unpadded(layer), (layer.in_channels, side, side)).value
-        return constant * max(float(level.lipschitz(1.0, None)) for level in self.levels)
+            norms.append(lipschitz_bound(_unpadded(layer), (layer.in_channels, side, side)).value)
+        return [*norms, max(float(level.lipschitz(1.0, None)) for level in self.levels)]
 
-    def inside(self, images: Tensor, batch_size: int, below: float) -> tuple[list[ReaderOutput], Inside]:
+    def inside(
+        self, images: Tensor, batch_size: int, below: float, deep: bool = False
+    ) -> tuple[list[ReaderOutput], Inside]:
         """The answers to some pictures, batch by batch, and what a look into the last block of every window rests on;
         ValueError if there is no such block.
 
         Args:
             below: how Lipschitz in the picture is what the block is given.
+            deep: with the pairs below the block, if there are some with linear residuals below them.
         """
         if not computes_as(self.end, SLLLinear):
             raise ValueError(
@@ -216,12 +242,23 @@ class Detector(nn.Module):
                 "block=True, or certify it by its constants"
             )
         with parametrize.cached():
-            given = [self.windows(part) for part in images.split(batch_size)]
+            maps = [self._last_maps(part) for part in images.split(batch_size)]
+            given = [self._windows_of(part) for part in maps]
             outputs = [self.answer(part) for part in given]
         parts = (self.end.weight, self.end.bias, self.class_head.weight, self.class_head.bias)
         filters, bias, rows, shift = (each.detach().double().cpu() for each in parts)
         block = Block(filters, bias)
-        return outputs, Inside(torch.cat(given).detach().cpu(), block, rows, shift, below)
+        underneath = self._underneath(maps) if deep else None
+        return outputs, Inside(torch.cat(given).detach().cpu(), block, rows, shift, below, underneath)
+
+    def _underneath(self, maps: list[list[Tensor]]) -> Underneath | None:
+        """What the last block's look goes on to, from `_last_maps` of each batch; None where the pairs sorted last are
+        those of the halving, whose layer shrinks nothing."""
+        if not self.cells:
+            return None
+        levels = [torch.cat(level).detach() for level in zip(*maps, strict=True)]
+        below = math.prod(self._norms()[2:])  # without the window and the layer that makes the pairs
+        return Underneath.of(levels, self._ends[-2].weight, self.read.weight, self.read.bias, DENSE, below)
 
     def training_loss(self, reduction: str = "mean") -> ReaderLoss:
         """The loss of all windows at temperature tau."""

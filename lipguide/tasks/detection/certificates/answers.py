@@ -12,7 +12,7 @@ from lipguide.bounds.walk import check_untouched
 from lipguide.layers.brick import overtaken, own_rule
 from lipguide.precision import full_precision
 from lipguide.tasks.detection.boxes import check_finite, check_number
-from lipguide.tasks.detection.certificates.inside import Entries, Inside
+from lipguide.tasks.detection.certificates.inside import Entries, Inside, Look
 from lipguide.tasks.detection.decision import reported
 from lipguide.tasks.detection.scores import check_call
 
@@ -75,22 +75,22 @@ class Answers(NamedTuple):
         low, up = self.scores - drift, self.scores + drift
         if self.inside is None:
             return low, up
-        return self.lifted(eps, low, self.scores > least, False), self.lowered(eps, up, up > least, False)
+        return self.lifted(eps, low, self.scores > least, "box"), self.lowered(eps, up, up > least, "box")
 
-    def lifted(self, eps: float, low: Tensor, asked: Tensor, closely: bool = True) -> Tensor:
+    def lifted(self, eps: float, low: Tensor, asked: Tensor, look: Look) -> Tensor:
         """These lower bounds (N, P, C), with those that are asked for, (N, P, C), by a look. `inside` has to be there.
 
         Args:
-            closely: as `lipguide.tasks.detection.certificates.inside.Inside` takes it.
+            look: as `lipguide.tasks.detection.certificates.inside.Inside` takes it.
         """
         drift, _ = self.moves(eps)
         entries = asked.nonzero(as_tuple=True)
-        return _lifted(low, entries, self.inside.falls(entries, eps, drift, closely))
+        return _lifted(low, entries, self.inside.falls(entries, eps, drift, look))
 
-    def lowered(self, eps: float, up: Tensor, asked: Tensor, closely: bool = True) -> Tensor:
+    def lowered(self, eps: float, up: Tensor, asked: Tensor, look: Look) -> Tensor:
         """As `lifted`, for upper bounds."""
         entries = asked.nonzero(as_tuple=True)
-        return -_lifted(-up, entries, -self.inside.rises(entries, eps, closely))
+        return -_lifted(-up, entries, -self.inside.rises(entries, eps, look))
 
     def rises(self, eps: float, room: Tensor, labels: Tensor) -> Tensor:
         """(n, P): by how much each window's score for labels (n,) must have risen for its box to be within `room`
@@ -114,7 +114,7 @@ def _lifted(low: Tensor, entries: Entries, values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool = False) -> Answers:
+def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool = False, deep: bool = False) -> Answers:
     """What `model`, such as `lipguide.tasks.detection.reader.detector`, answers to pictures (N, 3, 74, 74) in [0, 1].
 
     It answers in float32 whatever the precision around, and what it says is handed over on the CPU, for a certificate
@@ -123,6 +123,7 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool =
     Args:
         look: take a look into the last block of each window, which has to be an SLL block. Certificates are closer then
             and cost more: see `lipguide.tasks.detection.certificates.inside`.
+        deep: let the look go on to the pairs below the block, for what is in doubt without; far dearer.
 
     >>> from lipguide.tasks.detection.reader import Detector
     >>> given = answers(Detector((8, 8, 8), 16).eval(), torch.rand(2, 3, 74, 74))
@@ -130,12 +131,13 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool =
     ((2, 343, 10), 1.0)
     """
     check_call(model, images, batch_size)
-    if not look:
+    if not (look or deep):
         return Answers(*said_of(model, images, batch_size), *_constants(model))
     opened = _ruled(model, "inside")
     steepness, *others = _constants(model)
     with full_precision():
-        outputs, inside = opened(images, batch_size, steepness)  # what the block is given is no steeper than the scores
+        # What the block is given is no steeper than the scores.
+        outputs, inside = opened(images, batch_size, steepness, *([True] if deep else []))
         said = _said(model, outputs)
     return Answers(*said, steepness, *others, inside)
 

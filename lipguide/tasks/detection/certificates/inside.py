@@ -3,7 +3,8 @@ r"""Between what a score moves, by a look into the last block of its window.
 A score is the least of quotients q_cj = (z_c − z_j) / ‖w_c − w_j‖. By constants alone each moves by Lε. If the window's
 last layer is an SLL block, a bound of each that holds near the picture is often closer: that of the box of units which
 may switch (`lipguide.robustness.certificates.local`), for all that may speak; or the one of the dual (`…dual`), which
-is closer still and dearer, for those on which an object or an alarm depends (`…scene`).
+is closer still and dearer, for those on which an object or an alarm depends (`…scene`); or, for those of them that are
+still in doubt, one that looks into the sorted pairs below the block as well (`lipguide.robustness.certificates.pairs`).
 
 *Lemma.* If q_cj stays within [a_j, b_j] then r_c stays within [min_j a_j, min_j b_j], and for the upper end some of the
 j are enough. Those with q_cj ≥ r_c + Lε need not be asked: such a q_cj does not fall below r_c, which the lower end of
@@ -13,7 +14,7 @@ the least quotient does not exceed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,22 +22,27 @@ from torch import Tensor
 from lipguide.robustness.certificates.block import Block
 from lipguide.robustness.certificates.dual import least_gap
 from lipguide.robustness.certificates.local import farthest
+from lipguide.robustness.certificates.pairs import least_gap_below
 from lipguide.robustness.certificates.radii import slopes
+from lipguide.tasks.detection.certificates.underneath import Underneath
 
-__all__ = ["Entries", "Inside"]
+__all__ = ["Entries", "Inside", "Look"]
 
 Entries = tuple[Tensor, ...]  # scenes, windows and labels, (E,) each
+Look = Literal["box", "dual", "pairs"]  # each closer than the one before, and dearer
 PART = 2048  # quotients at a time
 
 
 class _Asked(NamedTuple):
     """Quotients of some entries, K in all. entry: (K,), whose; q: (K,); w: (K, D), their directions behind the block,
-    of norm 1; u: (K, D), before it."""
+    of norm 1; u: (K, D), before it; scene, window: (K,), where."""
 
     entry: Tensor
     q: Tensor
     w: Tensor
     u: Tensor
+    scene: Tensor
+    window: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Inside:
         block: in float64.
         rows, shift: weight (C + 1, D) and bias (C + 1,) of the head, in float64.
         below: u is so Lipschitz in the picture.
+        underneath: what the features are read from; None where that is not known.
     """
 
     features: Tensor
@@ -55,35 +62,54 @@ class Inside:
     rows: Tensor
     shift: Tensor
     below: float
+    underneath: Underneath | None = None
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """The closer looks that can be taken."""
+        return ("dual",) if self.underneath is None else ("dual", "pairs")
 
     def part(self, where: slice) -> Inside:
         """For some of the pictures."""
-        return replace(self, features=self.features[where])
+        underneath = None if self.underneath is None else self.underneath.part(where)
+        return replace(self, features=self.features[where], underneath=underneath)
 
-    def falls(self, entries: Entries, eps: float, drift: float, closely: bool) -> Tensor:
+    def falls(self, entries: Entries, eps: float, drift: float, look: Look) -> Tensor:
         """Below which some scores do not fall, (E,).
 
         Args:
             entries: scenes, windows and labels, (E,) each.
             eps: how far the picture moves.
             drift: how far a score moves at most, by constants.
-            closely: by the dual, and not by the box.
+            look: how closely.
         """
         asked = self._asked(entries, drift)
-        return _least(self._sunk(asked, eps, closely), asked.entry, len(entries[0]))
+        return _least(self._sunk(asked, eps, look), asked.entry, len(entries[0]))
 
-    def rises(self, entries: Entries, eps: float, closely: bool) -> Tensor:
+    def rises(self, entries: Entries, eps: float, look: Look) -> Tensor:
         """Above which they do not rise, (E,): nor does the least of the quotients."""
         asked = self._asked(entries, 0.0)
-        risen = -self._sunk(asked._replace(q=-asked.q, w=-asked.w), eps, closely)
+        risen = -self._sunk(asked._replace(q=-asked.q, w=-asked.w), eps, look)
         return _least(risen, asked.entry, len(entries[0]))
 
-    def _sunk(self, asked: _Asked, eps: float, closely: bool) -> Tensor:
+    def _sunk(self, asked: _Asked, eps: float, look: Look) -> Tensor:
         """Below which the quotients (K,) do not fall."""
-        reach, sunk = self.below * eps, [asked.q[:0]]
-        for q, w, u in zip(*(part.split(PART) for part in (asked.q, asked.w, asked.u)), strict=True):
-            sunk.append(least_gap(q, w, u, self.block, reach) if closely else q - farthest(w, u, self.block, reach))
+        sunk = [asked.q[:0]]
+        for part in zip(*(column.split(PART) for column in asked), strict=True):
+            sunk.append(self._sunk_by(_Asked(*part), eps, look))
         return torch.cat(sunk).nan_to_num(nan=-torch.inf)  # what is no number bounds nothing
+
+    def _sunk_by(self, asked: _Asked, eps: float, look: Look) -> Tensor:
+        _, q, w, u, scene, window = asked
+        reach = self.below * eps
+        if look == "box":
+            return q - farthest(w, u, self.block, reach)
+        if look == "dual":
+            return least_gap(q, w, u, self.block, reach)
+        if self.underneath is None:
+            raise ValueError("what lies below the last block is not known: look by box or dual")
+        h, moved = self.underneath.patches(scene, window), self.underneath.below * eps
+        return least_gap_below(q, w, h, self.block, self.underneath.layer, moved, reach)
 
     def _asked(self, entries: Entries, drift: float) -> _Asked:
         """The quotients that are no more than `drift` above the least."""
@@ -96,7 +122,7 @@ class Inside:
         entry, other = (q <= q.amin(1, keepdim=True) + drift).nonzero(as_tuple=True)
         mine = label[entry]
         w = (self.rows[mine] - self.rows[other]) / apart[mine, other][:, None]
-        return _Asked(entry, q[entry, other], w, u[entry])
+        return _Asked(entry, q[entry, other], w, u[entry], scene[entry], window[entry])
 
 
 def _least(values: Tensor, entry: Tensor, entries: int) -> Tensor:

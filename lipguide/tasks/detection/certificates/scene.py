@@ -68,13 +68,14 @@ class Scene(NamedTuple):
 def moved(given: Answers, scenes: Sequence[Scene], eps: float, least: float) -> Bounds:
     """Between what the scores of some scenes move, (N, P, C) each.
 
-    Where a look is taken, a closer one asks those scores on which an object depends, and of those that bound the alarms
+    Where a look is taken, closer ones ask those scores on which an object depends, and of those that bound the alarms
     the highest: first how far they fall, then, of what is left, how far others rise.
     """
     low, up = given.bounds(eps, least)
     if given.inside is not None and scenes:
-        asked = [scene.falls(*bounds) for scene, *bounds in zip(scenes, low, up, strict=True)]
-        low = given.lifted(eps, low, torch.stack(asked) | (low > HIGH))
-        asked = [scene.rises(*bounds) for scene, *bounds in zip(scenes, low, up, strict=True)]
-        up = given.lowered(eps, up, torch.stack(asked) | (up > HIGH))
+        for look in given.inside.looks:
+            asked = [scene.falls(*bounds) for scene, *bounds in zip(scenes, low, up, strict=True)]
+            low = given.lifted(eps, low, torch.stack(asked) | (low > HIGH), look)
+            asked = [scene.rises(*bounds) for scene, *bounds in zip(scenes, low, up, strict=True)]
+            up = given.lowered(eps, up, torch.stack(asked) | (up > HIGH), look)
     return low, up
