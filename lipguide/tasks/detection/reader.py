@@ -17,7 +17,7 @@ block can be looked into (`Detector.inside`), for bounds of the logits that are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -193,15 +193,34 @@ class Detector(nn.Module):
         cells downwards. To a patch a layer does less than to a picture, where a wave may be long. What surrounds the
         patch may be anything, and is, but for what lies off the canvas.
         """
+        self._check_parts()
         window = nn.Sequential(self.read, nn.Flatten(), self.end).train(self.training)
         constant = lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value
         side = PATCH
         for layer in reversed([*self.trunk, self.halve, *self.cells]):
             if not isinstance(layer, nn.Conv2d):
                 continue  # sorted pairs are 1-Lipschitz and keep places apart
-            side = side * layer.stride[0] + 2 * layer.padding[0]
-            constant *= lipschitz_bound(_unpadded(layer), (layer.in_channels, side, side)).value
+            bare = _unpadded(layer)
+            side = (side - 1) * bare.stride[0] + bare.kernel_size[0]
+            constant *= lipschitz_bound(bare, (bare.in_channels, side, side)).value
         return constant * max(float(level.lipschitz(1.0, None)) for level in self.levels)
+
+    def _check_parts(self) -> None:
+        """Raise ValueError for a part that is not of the kind that the constants speak of: another one may do anything,
+        and the forward takes some convolutions by their weights alone."""
+        kinds = {"brightless": Brightless, "levels": nn.ModuleList, "trunk": nn.Sequential, "cells": nn.Sequential}
+        kinds |= {"sort": GroupSort2, "class_head": nn.Linear, "box_head": nn.Linear}
+        for name, kind in kinds.items():
+            _check_kind(name, getattr(self, name), kind)
+        for number, level in enumerate(self.levels):
+            _check_kind(f"levels.{number}", level, Level)
+        for number, layer in enumerate(self.trunk):
+            _check_layer(f"trunk.{number}", layer)
+        for number, layer in enumerate(self.cells):
+            _check_layer(f"cells.{number}", layer, stride=(1, 1))
+        for name, settings in (("halve", {"stride": (2, 2)}), ("read", {"kernel_size": (PATCH, PATCH)})):
+            _check_kind(name, getattr(self, name), nn.Conv2d)
+            _check_layer(name, getattr(self, name), **settings)
 
     def inside(self, images: Tensor, batch_size: int, below: float) -> tuple[list[ReaderOutput], Inside]:
         """The answers to some pictures, batch by batch, and what a look into the last block of every window rests on;
@@ -228,11 +247,36 @@ class Detector(nn.Module):
         return ReaderLoss(self, reduction)
 
 
+def _check_kind(name: str, part: nn.Module, *kinds: type[nn.Module]) -> None:
+    if not computes_as(part, *kinds):
+        known = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(
+            f"{name} ({parametrize.type_before_parametrizations(part).__name__}) is no {known}, or changes what one "
+            f"computes: the constants of the detector are not known with it. Take {known}, or give a subclass of "
+            "Detector a method constants of its own"
+        )
+
+
+def _check_layer(name: str, layer: nn.Module, **settings: Any) -> None:
+    """Sorted pairs, or a convolution of squares with these settings."""
+    _check_kind(name, layer, nn.Conv2d, GroupSort2)
+    if not isinstance(layer, nn.Conv2d):
+        return
+    squares = {"kernel_size": layer.kernel_size[:1] * 2, "stride": layer.stride[:1] * 2}
+    settings = {"padding_mode": "zeros", "dilation": (1, 1), "groups": 1} | squares | settings
+    for what, known in settings.items():
+        if getattr(layer, what) != known:
+            raise ValueError(
+                f"{name} has {what}={getattr(layer, what)}, with which the constants of the detector are not known: "
+                f"build it with {what}={known}"
+            )
+
+
 def _unpadded(layer: nn.Conv2d) -> nn.Conv2d:
     """The same filters for a part of a picture, around which there is more of it and no zeros."""
     weight = layer.weight.detach()
-    inputs, outputs, kernel, stride = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
-    bare = nn.Conv2d(inputs, outputs, kernel, stride, bias=False, device=weight.device, dtype=weight.dtype)
+    outputs, inputs, *kernel = weight.shape
+    bare = nn.Conv2d(inputs, outputs, kernel, layer.stride, bias=False, device=weight.device, dtype=weight.dtype)
     bare.weight = nn.Parameter(weight)
     return bare.train(layer.training)
 
