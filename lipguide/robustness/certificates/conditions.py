@@ -123,7 +123,7 @@ def _check_head(model: nn.Module, images: Tensor, logits: Tensor, rows: Tensor) 
         reason = _why_not(head, logits, rows)
         if reason:
             raise ValueError(f"the head {heads[head]!r} ({type(head).__name__}) {reason}")
-    named = [repr(name) for head, name in heads.items() if _has_rows(head, rows)]
+    named = [repr(name) for head, name in heads.items() if _as_far_apart(head.weight, rows)]
     if named and not given:
         raise ValueError(
             f"the logits are not what the head {', '.join(named)} gives: something behind it changes the gaps between "
@@ -146,10 +146,6 @@ def _that_give(logits: Tensor, model: nn.Module, images: Tensor, parts: list[nn.
         for hook in hooks:
             hook.remove()
     return found
-
-
-def _has_rows(head: nn.Module, rows: Tensor) -> bool:
-    return torch.equal(head.weight.flatten(1).to(rows), rows.flatten(1))
 
 
 def _are_the_logits(output: Tensor, logits: Tensor) -> bool:
