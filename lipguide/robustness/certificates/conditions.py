@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import SupportsFloat
 
 import torch
@@ -13,9 +14,9 @@ from lipguide.bounds.walk import check_untouched
 from lipguide.checks import HALF, check_eval, check_numbers, lipschitz_constant
 from lipguide.layers.brick import computes_as
 from lipguide.layers.export import uncached, without_parametrizations
-from lipguide.robustness.certificates.radii import slopes
+from lipguide.robustness.certificates.radii import check_precision, slopes
 
-__all__ = ["checked_logits", "in_float64"]
+__all__ = ["check_full_precision", "checked_logits", "in_float64"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 HEADS = (nn.Linear, *CONVOLUTIONS)
@@ -86,6 +87,21 @@ def in_float64(model: nn.Module) -> nn.Module:
     True
     """
     return without_parametrizations(model).double()
+
+
+def check_full_precision(model: nn.Module, images: Tensor | None = None) -> None:
+    """Raise ValueError for weights of a model, or pictures, in another precision than float32 or float64.
+
+    >>> check_full_precision(nn.Linear(2, 2).half())
+    Traceback (most recent call last):
+    ...
+    ValueError: certify in float32 or float64: weights (weight) of torch.float16 are too coarse for a certificate
+    """
+    if images is not None:
+        check_precision(images, "pictures")
+    for name, part in chain(model.named_parameters(), model.named_buffers()):
+        if part.is_floating_point():
+            check_precision(part, f"weights ({name})")
 
 
 @torch.no_grad()
