@@ -224,8 +224,8 @@ class Spectral(Constraint):
     gradient flows through it.
 
     *Eval*: `norms.conv_norm`, a proved upper bound, of the weight as it is now. The proof is kept together with the
-    weight that it was made for, and made anew once any entry of that weight has changed; it is derived data and
-    therefore not in the `state_dict`.
+    weight and the geometry that it was made for, and made anew once any entry of that weight, or the geometry, has
+    changed; it is derived data and therefore not in the `state_dict`.
 
     Args:
         weight: the first one, from which the power iteration starts.
@@ -237,7 +237,7 @@ class Spectral(Constraint):
     def __init__(self, weight: Tensor, geometry: Geometry | None) -> None:
         super().__init__()
         self.geometry = geometry
-        self.proof: tuple[Tensor, float] | None = None
+        self.proof: tuple[Tensor, Geometry | None, float] | None = None
         kernel = self._kernel(exact(weight.detach()))
         waves = _waves(kernel)  # (taps, frequencies)
         v = normal((len(kernel), kernel.shape[2], waves.shape[1], 2))  # (groups, inputs, frequencies, 2)
@@ -275,8 +275,8 @@ class Spectral(Constraint):
         """Is this very weight the one that its proof has made? Another may come out of a cache, or of training."""
         if self.proof is None or self.proof[0].device != weight.device:
             return False
-        proved, sigma = self.proof
-        return torch.equal(self._divided(proved, sigma).to(weight.dtype), weight)
+        proved, geometry, sigma = self.proof
+        return geometry == self.geometry and torch.equal(self._divided(proved, sigma).to(weight.dtype), weight)
 
     def _kernel(self, weight: Tensor) -> Tensor:
         """The same map as a convolution of stride 1: taps (groups, outputs, inputs, k₁, k₂). Dense layers have one."""
@@ -334,13 +334,13 @@ class Spectral(Constraint):
         return torch.view_as_complex(self.waves.to(kernel.dtype))
 
     def _proved_norm(self, weight: Tensor) -> float:
-        known = self.proof is not None and self.proof[0].device == weight.device
+        known = self.proof is not None and self.proof[0].device == weight.device and self.proof[1] == self.geometry
         if not known or not torch.equal(self.proof[0], weight):
             # Nothing here is worth compiling; without the compiler loaded there is nothing to keep out, and loading it
             # would take a second.
             prove = torch.compiler.disable(self._prove) if "torch._dynamo" in sys.modules else self._prove
-            self.proof = (weight.clone(), prove(weight))
-        return self.proof[1]
+            self.proof = (weight.clone(), self.geometry, prove(weight))
+        return self.proof[2]
 
     def _prove(self, weight: Tensor) -> float:
         if self.geometry is None:

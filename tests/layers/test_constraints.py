@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from lipguide.layers.affine import clip, constrain_, l2_normalized, orthogonal, spectral, unit_rows
+from lipguide.layers.affine import clip, constrain_, geometry, l2_normalized, orthogonal, spectral, unit_rows
 from lipguide.layers.constraints import Constraint, _working_dtype
 from lipguide.layers.norms import conv_norm
 from lipguide.layers.sll import SLL, SLLLinear
@@ -416,6 +416,19 @@ def test_proof_follows_the_weight(how):
         twin(torch.randn(1, 2, 6, 6, dtype=twin.weight.dtype))
         assert singular_values(twin, (2, 12, 12))[0] <= 1 + 1e-5 and conv_norm(twin.weight) >= 0.995
     layer.train()(torch.randn(1, 2, 6, 6, dtype=layer.weight.dtype)).sum().backward()
+
+
+def test_proof_follows_the_geometry():
+    """Blurs of stride 1 have twice the norm that they have at stride 2."""
+    layer = spectral(nn.Conv2d(1, 1, 2, stride=2)).eval()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.fill_(1.0)
+    weight = layer.weight
+    assert conv_norm(weight, (2, 2)) > 0.99 and layer.parametrizations.weight[0].vouches_for(weight)
+    layer.stride = (1, 1)
+    layer.parametrizations.weight[0].geometry = geometry(layer)
+    assert not layer.parametrizations.weight[0].vouches_for(weight)
+    assert conv_norm(layer.weight) <= 1 + 1e-6
 
 
 def test_compiled_and_functional_calls_see_the_new_weight():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import SupportsFloat
 
 import torch
@@ -13,9 +14,9 @@ from lipguide.bounds.walk import check_untouched
 from lipguide.checks import HALF, check_eval, check_numbers, lipschitz_constant
 from lipguide.layers.brick import computes_as
 from lipguide.layers.export import uncached, without_parametrizations
-from lipguide.robustness.certificates.radii import slopes
+from lipguide.robustness.certificates.radii import check_precision, slopes
 
-__all__ = ["checked_logits", "in_float64"]
+__all__ = ["check_full_precision", "checked_logits", "in_float64"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 HEADS = (nn.Linear, *CONVOLUTIONS)
@@ -88,6 +89,21 @@ def in_float64(model: nn.Module) -> nn.Module:
     return without_parametrizations(model).double()
 
 
+def check_full_precision(model: nn.Module, images: Tensor | None = None) -> None:
+    """Raise ValueError for weights of a model, or pictures, in another precision than float32 or float64.
+
+    >>> check_full_precision(nn.Linear(2, 2).half())
+    Traceback (most recent call last):
+    ...
+    ValueError: certify in float32 or float64: weights (weight) of torch.float16 are too coarse for a certificate
+    """
+    if images is not None:
+        check_precision(images, "pictures")
+    for name, part in chain(model.named_parameters(), model.named_buffers()):
+        if part.is_floating_point():
+            check_precision(part, f"weights ({name})")
+
+
 @torch.no_grad()
 def _own_logits(model: nn.Module, images: Tensor) -> Tensor:
     """What the caller's model answers, with the weights that are cached if any are; the cache is left as it was."""
@@ -123,7 +139,7 @@ def _check_head(model: nn.Module, images: Tensor, logits: Tensor, rows: Tensor) 
         reason = _why_not(head, logits, rows)
         if reason:
             raise ValueError(f"the head {heads[head]!r} ({type(head).__name__}) {reason}")
-    named = [repr(name) for head, name in heads.items() if _has_rows(head, rows)]
+    named = [repr(name) for head, name in heads.items() if _as_far_apart(head.weight, rows)]
     if named and not given:
         raise ValueError(
             f"the logits are not what the head {', '.join(named)} gives: something behind it changes the gaps between "
@@ -146,10 +162,6 @@ def _that_give(logits: Tensor, model: nn.Module, images: Tensor, parts: list[nn.
         for hook in hooks:
             hook.remove()
     return found
-
-
-def _has_rows(head: nn.Module, rows: Tensor) -> bool:
-    return torch.equal(head.weight.flatten(1).to(rows), rows.flatten(1))
 
 
 def _are_the_logits(output: Tensor, logits: Tensor) -> bool:

@@ -148,13 +148,13 @@ def budgets(epsilon: float | Sequence[float] | Tensor, device: torch.device) -> 
     return epsilons
 
 
-def check_precision(logits: Tensor) -> None:
-    """Raise ValueError for logits in half precision: what they lost in rounding is not small.
+def check_precision(values: Tensor, what: str = "logits") -> None:
+    """Raise ValueError for logits, or other numbers, in half precision: what they lost in rounding is not small.
 
     >>> check_precision(torch.zeros(1, 2))
     """
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"certify in float32 or float64: logits of {logits.dtype} are too coarse for a certificate")
+    if values.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"certify in float32 or float64: {what} of {values.dtype} are too coarse for a certificate")
 
 
 def check_logits(logits: Tensor, labels: Tensor, rows: Tensor | None) -> Tensor:

@@ -40,7 +40,8 @@ class Plan:
         budgets: of eps, at which the first `attacked` scenes are attacked in every way.
         hunts: of eps, at which each certified object of the first `hunted` scenes is hunted.
         steps: of every attack.
-        smoothings: eps, σ and draws, at which the first `smoothed` scenes are certified by median smoothing as well.
+        smoothings: eps, σ and draws, at which the first `smoothed` scenes are certified by median smoothing as well:
+            each bound with probability 1 − α by itself, not all of them together.
     """
 
     grid: tuple[float, ...] = (0.1, 0.25, 0.5)
@@ -178,7 +179,11 @@ def _together(pieces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _smoothed(twin: nn.Module, scenes: Split, eps: float, sigma: float, draws: int) -> dict[str, Any]:
-    """How many objects the smoothed twin is sure of, and at what price."""
+    """How many objects the smoothed twin is sure of, and at what price.
+
+    Each bound of a coordinate holds with probability 1 − α by itself. That all that "found" rests on hold together is
+    less probable, so this share is in favour of smoothing.
+    """
     images, (boxes, labels) = unit_range(scenes.images), scenes.targets
     began, sure = time.perf_counter(), []
     for image, truth, classes in zip(images, boxes, labels, strict=True):

@@ -40,6 +40,7 @@ from lipguide.tasks.detection.decision import radii, reported, rivals, together
 from lipguide.tasks.detection.fcos import Brightless
 from lipguide.tasks.detection.losses import check_output
 from lipguide.tasks.detection.pyramid import Canvas, Level
+from lipguide.tasks.detection.reader_layers import check_kind, check_layer, residual_layers, sorted_layers, unpadded
 from lipguide.tasks.detection.tinier_ssd import PICTURE
 from lipguide.tasks.detection.windows import (
     BOXED,
@@ -53,7 +54,6 @@ from lipguide.tasks.detection.windows import (
     expected,
     places,
 )
-from lipguide.tasks.twins import Lipschitz
 
 __all__ = ["CANVASES", "Detector", "ReaderLoss", "ReaderOutput", "detector"]
 
@@ -107,7 +107,7 @@ class Detector(nn.Module):
         self.reach, self.tau, self.canvases, self.least = reach, tau, tuple(canvases), LEAST
         self.brightless = Brightless()
         self.levels = nn.ModuleList(Level(PICTURE, canvas) for canvas in canvases)
-        trunk, halve, cells = _residual_layers(*widths) if residual else _sorted_layers(*widths)
+        trunk, halve, cells = residual_layers(*widths) if residual else sorted_layers(*widths)
         self.trunk, self.halve, self.cells = nn.Sequential(*trunk), orthogonal(halve), nn.Sequential(*cells)
         self.read = orthogonal(nn.Conv2d(halve.out_channels, features, PATCH, PATCH))
         self.sort = GroupSort2()
@@ -217,14 +217,36 @@ class Detector(nn.Module):
         cells downwards. To a patch a layer does less than to a picture, where a wave may be long. What surrounds the
         patch may be anything, and is, but for what lies off the canvas.
         """
+        self._check_parts()
         window = nn.Sequential(self.read, nn.Flatten(), self.end).train(self.training)
         norms, side = [lipschitz_bound(window, (self.read.in_channels, PATCH, PATCH)).value], PATCH
         for layer in reversed([*self.trunk, self.halve, *self.cells]):
             if not isinstance(layer, nn.Conv2d):
                 continue  # sorted pairs are 1-Lipschitz and keep places apart
-            side = side * layer.stride[0] + 2 * layer.padding[0]
-            norms.append(lipschitz_bound(_unpadded(layer), (layer.in_channels, side, side)).value)
+            bare = unpadded(layer)
+            side = (side - 1) * bare.stride[0] + bare.kernel_size[0]
+            norms.append(lipschitz_bound(bare, (bare.in_channels, side, side)).value)
         return [*norms, max(float(level.lipschitz(1.0, None)) for level in self.levels)]
+
+    def _check_parts(self) -> None:
+        """Raise ValueError for a part that is not of the kind that the constants speak of: another one may do anything,
+        and the forward takes some convolutions by their weights alone."""
+        kinds = {"brightless": Brightless, "levels": nn.ModuleList, "trunk": nn.Sequential, "cells": nn.Sequential}
+        kinds |= {"sort": GroupSort2, "class_head": nn.Linear, "box_head": nn.Linear}
+        for name, kind in kinds.items():
+            check_kind(name, getattr(self, name), kind)
+        for number, level in enumerate(self.levels):
+            check_kind(f"levels.{number}", level, Level)
+        for number, layer in enumerate(self.trunk):
+            check_layer(f"trunk.{number}", layer)
+        for number, layer in enumerate(self.cells):
+            check_layer(f"cells.{number}", layer, stride=(1, 1))
+        if self.cells:
+            check_kind(f"cells.{len(self.cells) - 1}", self.cells[-1], GroupSort2)
+            check_kind(f"cells.{len(self.cells) - 2}", self.cells[-2], nn.Conv2d)
+        for name, settings in (("halve", {"stride": (2, 2)}), ("read", {"kernel_size": (PATCH, PATCH)})):
+            check_kind(name, getattr(self, name), nn.Conv2d)
+            check_layer(name, getattr(self, name), **settings)
 
     def inside(
         self, images: Tensor, batch_size: int, below: float, deep: bool = False
@@ -265,49 +287,12 @@ class Detector(nn.Module):
         return ReaderLoss(self, reduction)
 
 
-def _unpadded(layer: nn.Conv2d) -> nn.Conv2d:
-    """The same filters for a part of a picture, around which there is more of it and no zeros."""
-    weight = layer.weight.detach()
-    inputs, outputs, kernel, stride = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
-    bare = nn.Conv2d(inputs, outputs, kernel, stride, bias=False, device=weight.device, dtype=weight.dtype)
-    bare.weight = nn.Parameter(weight)
-    return bare.train(layer.training)
-
-
 def _rolled(x: Tensor, moved: Moved) -> Tensor:
     """(N, C, H, W), moved down and right; what leaves at one edge comes in at the other. It waits for no number."""
     for axis, by in zip((2, 3), moved, strict=True):
         size = x.shape[axis]
         x = x.index_select(axis, (torch.arange(size, device=x.device) - by) % size)
     return x
-
-
-Layers = tuple[list[nn.Module], nn.Conv2d, list[nn.Module]]  # of a level, the halving, of its cells
-
-
-def _sorted_layers(first: int, second: int, third: int) -> Layers:
-    """Those of `vgg`."""
-    trunk = [
-        *Lipschitz.layer(nn.Conv2d(3, first, 3, padding=1)),
-        *Lipschitz.layer(nn.Conv2d(first, 2 * first, 2, 2)),
-        *Lipschitz.layer(nn.Conv2d(2 * first, second, 3, padding=1)),
-        *Lipschitz.layer(nn.Conv2d(second, 2 * second, 2, 2)),
-        *Lipschitz.layer(nn.Conv2d(2 * second, third, 3, padding=1)),
-    ]
-    return trunk, nn.Conv2d(third, 2 * third, 2, 2), []
-
-
-def _residual_layers(first: int, second: int, third: int) -> Layers:
-    """Those of `residual`, two linear residuals at each size."""
-    residuals = [[*Lipschitz.linear_residual(width), *Lipschitz.linear_residual(width)] for width in (first, second)]
-    trunk = [
-        *Lipschitz.layer(nn.Conv2d(3, first, 2, 2)),
-        *residuals[0],
-        *Lipschitz.layer(nn.Conv2d(first, second, 2, 2)),
-        *residuals[1],
-    ]
-    cells = [*Lipschitz.linear_residual(third), *Lipschitz.linear_residual(third)]
-    return trunk, nn.Conv2d(second, third, 2, 2), cells
 
 
 class ReaderLoss(nn.Module):

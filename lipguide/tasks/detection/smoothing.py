@@ -7,7 +7,9 @@ p-th percentile of one coordinate of one slot of f(x + N(0, σ²)). Then for eve
    \le h_{\Phi(\Phi^{-1}(p) + \varepsilon/\sigma)}(x).
 
 The smoothed detector reports medians, p = 1/2. The two outer percentiles are not known: order statistics of n draws
-bound them, each with probability 1 − α. The certificate is of the smoothed detector, not of the one that it asks.
+bound them, each with probability 1 − α: of one coordinate of one slot, from one side. That all bounds of a picture hold
+together is less probable; so is that the eight hold on which the box of one slot rests, of which one may be wrong with
+probability 8 α. The certificate is of the smoothed detector, not of the one that it asks.
 
 A slot belongs to one class and one part of the picture; in it boxes stand from left to right. Where a copy has no box
 in a slot its coordinates are infinite.
@@ -36,7 +38,8 @@ PARTS, DEEP = 3, 2  # parts of the picture from left to right, and boxes of one 
 
 class Smoothed(NamedTuple):
     """Boxes of one picture's slots: (classes, slots, 4) each, infinite where there is none. middle: the medians, which
-    the smoothed detector reports; low, high: between them it stays within ε."""
+    the smoothed detector reports; low, high: between them it stays within ε. Each number of low and high bounds with
+    probability 1 − α by itself, not all of them together."""
 
     low: Tensor
     middle: Tensor
@@ -46,7 +49,7 @@ class Smoothed(NamedTuple):
 def order_statistics(draws: int, eps: float, sigma: float, alpha: float = 1e-3) -> tuple[int, int] | None:
     """Which of n sorted draws, from 0, bound the two outer percentiles from below and above, or None: too few draws.
 
-    Each holds with probability 1 − alpha.
+    Each holds with probability 1 − alpha, by itself: both of them do with 1 − 2 alpha at least.
 
     >>> order_statistics(1000, eps=0.1, sigma=0.25)
     (298, 701)
@@ -88,7 +91,8 @@ def smoothed(
         detect: pictures (N, 3, H, W) to detections, suppression included; noisy pixels leave [0, 1].
         eps: L2 norm within which the medians stay between `low` and `high`.
         sigma: standard deviation of the noise a pixel.
-        alpha: probability that one bound of one coordinate is wrong.
+        alpha: probability that one bound of one coordinate is wrong. That any of a picture's is wrong may be as many
+            times as probable as there are bounds.
     """
     between = order_statistics(draws, eps, sigma, alpha)
     if between is None:
@@ -118,6 +122,9 @@ def _slots(found: dict[str, Tensor], classes: int) -> Tensor:
 
 def surely_found(bounds: Smoothed, truth: Tensor, labels: Tensor, least: float = 0.5) -> Tensor:
     """(n,): which objects a slot of their class surely overlaps by `least`, wherever its box is between low and high.
+
+    "Surely" holds where the bounds do, and each of them does with probability 1 − α by itself: an object rests on the
+    eight of a slot, and all objects together on more. No correction is made for that.
 
     Each slot serves one object, the first that it suits.
 

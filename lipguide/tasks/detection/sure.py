@@ -26,9 +26,11 @@ from lipguide.bounds.network import lipschitz_bound
 from lipguide.bounds.walk import check_untouched
 from lipguide.layers.brick import computes_as
 from lipguide.layers.export import without_parametrizations
+from lipguide.losses.base import check_range
 from lipguide.precision import full_precision
+from lipguide.robustness.certificates.conditions import check_full_precision
 from lipguide.robustness.certificates.radii import slopes
-from lipguide.tasks.detection.boxes import CENTRE, NOTHING, SIZE, Targets, check_targets
+from lipguide.tasks.detection.boxes import CENTRE, NOTHING, SIZE, Targets, check_finite, check_number, check_targets
 from lipguide.tasks.detection.certificates.answers import ROUNDING
 from lipguide.tasks.detection.certificates.objects import right
 from lipguide.tasks.detection.suppression import KEPT, MIN_SCORE, SILENCES
@@ -59,6 +61,7 @@ def rates(model: TinierSSD) -> Rates:
             f"{type(model).__name__} is no TinierSSD, or changes what one computes: its rates are not known"
         )
     check_untouched(model)
+    check_full_precision(model)
     plain = without_parametrizations(model).cpu()
     gaps, offsets = [], []
     trunk, shape = 1.0, (3, PICTURE, PICTURE)
@@ -91,7 +94,11 @@ def surely_found(model: TinierSSD, speeds: Rates, images: Tensor, targets: Targe
     Args:
         speeds: the model's `rates`.
         images: (N, 3, 74, 74) in [0, 1].
+        eps: 0 or more, of the L2 norm.
     """
+    check_number("eps", eps, 0)
+    check_range(tau=model.tau)  # a negative one would turn the bounds around
+    check_full_precision(model, images)
     boxes, labels = (part.cpu() for part in check_targets(targets, classes=model.classes))
     model, images = without_parametrizations(model).cpu(), images.cpu()
     before, after = [], []
@@ -99,6 +106,7 @@ def surely_found(model: TinierSSD, speeds: Rates, images: Tensor, targets: Targe
         there = things != NOTHING
         with full_precision():
             output = model(images[scene : scene + 1])
+        check_finite(output[0], model.boxes(output), scene)  # NaN would be nobody's rival
         found = _found(model, output, speeds, own[there], things[there], eps)
         before.append(found[0])
         after.append(found[1])

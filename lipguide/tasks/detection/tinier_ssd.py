@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lipguide.losses import OffsetCrossEntropy
+from lipguide.losses.base import check_range
 from lipguide.tasks.detection.boxes import decode, prior_boxes
 from lipguide.tasks.detection.losses import Multibox
 
@@ -48,7 +49,7 @@ class TinierSSD(nn.Module):
     """The macro-architecture over given parts.
 
     Args:
-        tau: what a logit is multiplied by, in the loss and in the scores.
+        tau: what a logit is multiplied by, in the loss and in the scores; above 0.
         offset: the margin that the loss asks of the right class, of logits before `tau`.
 
     >>> def layer(inputs, outputs):
@@ -69,6 +70,7 @@ class TinierSSD(nn.Module):
         offset: float = 0.0,
     ) -> None:
         super().__init__()
+        check_range(tau=tau)
         self.classes = classes
         self.tau, self.offset = tau, offset
         self.stages, self.class_heads, self.box_heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()

@@ -245,6 +245,19 @@ def test_shared_budget_beats_counting_pixels_one_by_one():
     assert certified_pixel_accuracy(logits, labels, 1.5).item() == pytest.approx(0.98)
 
 
+def test_what_pays_for_a_million_pixels_buys_them_all():
+    """A running sum of a million equal squares in float64 comes out too large, by more than 1e-12 of it."""
+    logits = torch.zeros(1, 2, 1000, 1000, dtype=torch.float64)
+    logits[:, 0] = (2 * 0.1) ** 0.5  # a radius whose square is 0.1
+    labels = torch.zeros(1, 1000, 1000, dtype=torch.long)
+    cost = radius(logits[..., :1, :1]).item() ** 2
+    epsilon = math.sqrt(1e6 * cost) * (1 + 1e-15)
+    assert torch.full((10**6,), cost, dtype=torch.float64).cumsum(0)[-1] > epsilon**2 * (1 + 1e-12)
+    for bound in ("shared", "both"):
+        assert certified_pixel_accuracy(logits, labels, epsilon, bound=bound) == 0
+    assert certified_miou(logits, labels, epsilon) == 0
+
+
 def test_undefined_scores_are_errors():
     logits, labels = torch.randn(2, 3, 2, 2), torch.zeros(2, 2, 2, dtype=torch.long)
     labels[1] = -100

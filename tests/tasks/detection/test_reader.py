@@ -110,6 +110,62 @@ def test_around_a_patch_there_may_be_anything(residual):
     assert product <= steepness * (1 + 1e-6) and steepness < 1.05 * product
 
 
+class FiveTimes(nn.Conv2d):
+    def forward(self, x):
+        return 5 * super().forward(x)
+
+
+class Hundredfold(nn.Sequential):
+    def forward(self, x):
+        return 100 * super().forward(x)
+
+
+class LouderLevel(Level):
+    def forward(self, x):
+        return 5 * super().forward(x)
+
+
+class LouderHead(nn.Linear):
+    def forward(self, x):
+        return 5 * super().forward(x)
+
+
+PUT_IN = {
+    "brightless": nn.InstanceNorm2d(3),
+    "sort": nn.BatchNorm2d(16),
+    "trunk": Hundredfold(),
+    "trunk.0": FiveTimes(3, 8, 3, padding=1),
+    "trunk.1": nn.BatchNorm2d(8),
+    "trunk.2": nn.Conv2d(8, 8, 2, 2, dilation=2, padding=1),
+    "cells.0": nn.Conv2d(8, 8, 3, padding=1, groups=2),
+    "cells.1": nn.LayerNorm([8, 1, 1]),
+    "cells.2": nn.Conv2d(8, 8, 3, 2, padding=1),
+    "levels.1": LouderLevel(74, reader.CANVASES[1]),
+    "halve": nn.Conv2d(8, 8, 2, 1),
+    "read": nn.Conv2d(8, 16, 5, padding=1),
+    "class_head": LouderHead(16, 11),
+    "box_head": nn.Conv1d(16, 4, 1),
+}
+
+
+@pytest.mark.parametrize("name", PUT_IN)
+def test_constants_are_not_those_of_another_part_that_is_put_in(name):
+    model = small(residual=True).eval()
+    model.constants()
+    home, _, last = name.rpartition(".")
+    setattr(model.get_submodule(home), last, PUT_IN[name].eval())
+    with pytest.raises(ValueError, match=rf"^{name} (\(\w+\) is no|has (dilation|groups|stride|kernel_size)=)"):
+        model.constants()
+
+
+@pytest.mark.parametrize("mode", ["circular", "replicate"])
+def test_constants_are_of_zeros_around_the_picture(mode):
+    model = small().eval()
+    model.trunk[4].padding_mode = mode
+    with pytest.raises(ValueError, match=f"trunk.4 has padding_mode={mode}"):
+        model.constants()
+
+
 @both_kinds
 def test_no_bound_is_far_above_what_a_window_reaches(residual):
     """A gain that is forgotten on either side would show: random heads reach 0.45 of the bound."""

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from lipguide.tasks.detection.boxes import Targets, decode
+from lipguide.tasks.detection.configurations import naive
 from lipguide.tasks.detection.scores import hits
 from lipguide.tasks.detection.suppression import _overlaps, detect
-from lipguide.tasks.detection.sure import Rates, _found, _most_overlap, _radius, _scores, rates
+from lipguide.tasks.detection.sure import Rates, _found, _most_overlap, _radius, _scores, rates, surely_found
 from lipguide.tasks.detection.tinier_ssd import TinierSSD
 from lipguide.tasks.detection.unlearnt import unlearnt
 
@@ -110,3 +111,41 @@ def test_rates_of_a_model_that_was_changed_are_not_known(change, message):
     change(model)
     with pytest.raises(ValueError, match=message):
         rates(model)
+
+
+def asked(eps=0.1, dtype=torch.float32, tau=1.0):
+    model = naive().eval()
+    model.tau = tau
+    return surely_found(model.to(dtype), STILL, torch.rand(1, 3, 74, 74).to(dtype), SCENE, eps)
+
+
+STILL = Rates(torch.zeros(1700, 11, 11, dtype=torch.float64), torch.zeros(1700, dtype=torch.float64))
+SCENE = Targets(OBJECTS[None], torch.tensor([[0, 1]]))
+WRONG = [
+    ({"eps": -0.1}, "eps is -0.1"),
+    ({"eps": float("nan")}, "eps is nan"),
+    ({"dtype": torch.float16}, "pictures of torch.float16"),
+    ({"dtype": torch.bfloat16}, "pictures of torch.bfloat16"),
+    ({"tau": -1.0}, "tau must lie strictly between"),
+]
+
+
+@pytest.mark.parametrize("wrong, message", WRONG)
+def test_what_bounds_do_not_speak_of_is_refused(wrong, message):
+    assert asked()[1] <= asked()[0] <= 100
+    with pytest.raises(ValueError, match=message):
+        asked(**wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rates_are_of_single_precision(dtype):
+    with pytest.raises(ValueError, match="weights .* are too coarse"):
+        rates(unlearnt("spectral-norm", width=4).eval().to(dtype))
+
+
+def test_answers_that_are_no_numbers_find_nothing_surely():
+    model = naive().eval()
+    with torch.no_grad():
+        model.priors[0] = torch.nan
+    with pytest.raises(ValueError, match="scene 0: the detector's scores or boxes are not finite"):
+        surely_found(model, STILL, torch.rand(1, 3, 74, 74), SCENE, 0.1)

@@ -12,6 +12,7 @@ from lipguide.tasks.detection.boxes import pad_targets
 from lipguide.tasks.detection.configurations import l2_normalised, naive, spectral_norm, standard_conv
 from lipguide.tasks.detection.losses import DetectionStep
 from lipguide.tasks.detection.scores import detections, score
+from lipguide.tasks.detection.unlearnt import unlearnt
 from lipguide.training import fit
 
 SMALL = {
@@ -37,6 +38,12 @@ def test_wide_configuration_has_seven_million_parameters():
     widths = np.array([8, 16, 24])
     counts = [sum(p.numel() for p in standard_conv(int(w)).parameters()) for w in widths]
     assert round(np.polyval(np.polyfit(widths, counts, 2), 256)) == 7_054_064
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, math.nan, math.inf])
+def test_a_temperature_is_a_positive_number(tau):
+    with pytest.raises(ValueError, match="tau must lie strictly between 0 and inf"):
+        unlearnt("together", tau=tau, width=4)
 
 
 @pytest.mark.parametrize("name", SMALL)

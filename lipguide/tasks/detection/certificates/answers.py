@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lipguide.bounds.walk import check_untouched
 from lipguide.layers.brick import overtaken, own_rule
 from lipguide.precision import full_precision
+from lipguide.robustness.certificates.conditions import check_full_precision, in_float64
+from lipguide.robustness.certificates.radii import check_precision
 from lipguide.tasks.detection.boxes import check_finite, check_number
 from lipguide.tasks.detection.certificates.inside import Entries, Inside, Look
 from lipguide.tasks.detection.decision import reported
@@ -20,6 +22,10 @@ __all__ = ["ROUNDING", "Answers", "Bounds", "answers", "said_of"]
 
 Bounds = tuple[Tensor, Tensor]  # low, up: (N, P, C) each
 ROUNDING = 1e-4  # of scores, in float32: so much is added to how far an attack moves them
+PROBED, SHARE = (
+    2,
+    0.2,
+)  # pictures that are answered in float64 as well, and how much of the room rounding may take there
 
 
 class Answers(NamedTuple):
@@ -54,9 +60,10 @@ class Answers(NamedTuple):
         return reported(self.scores, self.boxes, self.graph, least)
 
     def check(self) -> None:
-        """Raise ValueError for what no certificate can rest on: answers that are no numbers, and constants that are
-        not finite or negative; and for rivals of which only one is the other's, for only one of them gives way."""
-        check_finite(self.scores, self.boxes)
+        """Raise ValueError for what no certificate can rest on: answers that are no numbers or of half precision, and
+        constants that are not finite or negative; and for rivals of which only one is the other's, for only one of them
+        gives way."""
+        _check_said(self.scores, self.boxes)
         check_number("steepness", self.steepness, 0)
         for what, bounds in (("the reach of a window's box", self.reach), ("what bounds both together", self.together)):
             if not ((bounds >= 0) & bounds.isfinite()).all():
@@ -118,7 +125,8 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool =
     """What `model`, such as `lipguide.tasks.detection.reader.detector`, answers to pictures (N, 3, 74, 74) in [0, 1].
 
     It answers in float32 whatever the precision around, and what it says is handed over on the CPU, for a certificate
-    of a scene is many small steps with a question after each.
+    of a scene is many small steps with a question after each. ValueError for a model in half precision, and for one
+    whose answers to the first two pictures are so far from those in float64 that the room for rounding may not do.
 
     Args:
         look: take a look into the last block of each window, which has to be an SLL block. Certificates are closer then
@@ -131,20 +139,24 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool =
     ((2, 343, 10), 1.0)
     """
     check_call(model, images, batch_size)
-    if not (look or deep):
-        return Answers(*said_of(model, images, batch_size), *_constants(model))
-    opened = _ruled(model, "inside")
-    steepness, *others = _constants(model)
-    with full_precision():
-        # What the block is given is no steeper than the scores.
-        outputs, inside = opened(images, batch_size, steepness, *([True] if deep else []))
-        said = _said(model, outputs)
-    return Answers(*said, steepness, *others, inside)
+    check_full_precision(model, images)
+    if look or deep:
+        opened = _ruled(model, "inside")
+        constants = _constants(model)
+        with full_precision():
+            # What the block is given is no steeper than the scores.
+            outputs, inside = opened(images, batch_size, constants[0], *([True] if deep else []))
+            said = _said(model, outputs)
+    else:
+        said, constants, inside = said_of(model, images, batch_size), _constants(model), None
+    _check_rounding(model, images[:PROBED], *said[:2])
+    return Answers(*said, *constants, inside)
 
 
 @torch.no_grad()
 def said_of(model: nn.Module, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, boxes and rivals of `answers`, without the constants, which take longer than to read some pictures."""
+    check_full_precision(model, images)
     with full_precision():
         return _said(model, [model(part) for part in images.split(batch_size)])
 
@@ -152,8 +164,33 @@ def said_of(model: nn.Module, images: Tensor, batch_size: int = 64) -> tuple[Ten
 def _said(model: nn.Module, outputs: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
     scores = torch.cat([model.scores(output) for output in outputs])
     boxes = torch.cat([model.boxes(output) for output in outputs])
-    check_finite(scores, boxes)
+    _check_said(scores, boxes)
     return scores.cpu(), boxes.cpu(), model.rivals().cpu()
+
+
+def _check_said(scores: Tensor, boxes: Tensor) -> None:
+    check_precision(scores, "scores")
+    check_precision(boxes, "boxes")
+    check_finite(scores, boxes)
+
+
+def _check_rounding(model: nn.Module, images: Tensor, *said: Tensor) -> None:
+    """Raise ValueError where the scores or the boxes that are said of these pictures, and of others behind them, are
+    not as near those in float64 as `ROUNDING` takes for granted."""
+    if not len(images):
+        return
+    with torch.inference_mode(False), full_precision():
+        twin = in_float64(model)
+        output = twin(images.double())
+        exact = twin.scores(output), twin.boxes(output)
+    for what, room, given, there in zip(("scores", "boxes"), (ROUNDING, ROUNDING / 10), said, exact, strict=True):
+        error = float((given[: len(images)] - there.cpu()).abs().max())
+        if not error <= SHARE * room:
+            raise ValueError(
+                f"the detector's {what} are up to {error:.2g} from those in float64, and a certificate leaves "
+                f"{SHARE * room:.2g} for that: rows of the class head that nearly agree, or large weights and biases, "
+                "are too much for float32. Certify model.double() on images.double()"
+            )
 
 
 def _constants(model: nn.Module) -> tuple[float, Tensor, Tensor]:
