@@ -1,9 +1,9 @@
 """Certificates: how far a picture may move before its label can change, from one forward pass.
 
 `radii` has the formula and its proof, `local` a larger radius where the last block allows one, `dual` proves more balls
-of such networks, one distance at a time, `pixels` what the formula says of all pixels at once, `conditions` looks after
-what the proof takes for granted, and `hunt` attacks what it says. Every certificate is about exact arithmetic: see
-`radius`.
+of such networks, one distance at a time, `pairs` looks through the sorted pairs below the block as well, `pixels` has
+what the formula says of all pixels at once, `conditions` looks after what the proof takes for granted, and `hunt`
+attacks what it says. Every certificate is about exact arithmetic: see `radius`.
 """
 
 from lipguide.robustness.certificates.conditions import checked_logits
