@@ -139,13 +139,13 @@ def test_configurations_that_train_one_after_the_other_share_their_scenes(monkey
 
 def test_both_kinds_of_recipes_answer_the_same_questions():
     """Nothing asks which kind it has before it; what they say is not in the file of weights, but what they are is."""
-    for recipe, network, fact in (
-        (SHORT, FCOS, "trunk"),
-        (training.CaseStudy("spectral-norm"), TinierSSD, "lipschitz_bound"),
+    for recipe, network, fact, precision in (
+        (SHORT, FCOS, "trunk", torch.bfloat16),
+        (training.CaseStudy("spectral-norm"), TinierSSD, "lipschitz_bound", torch.float32),
     ):
         model = build(recipe).eval()
         assert isinstance(model, network) and list(recipe.bound(model)) == [fact]
-        assert recipe.data in training.DATA and TASK.precision_of(recipe) == torch.bfloat16
+        assert recipe.data in training.DATA and TASK.precision_of(recipe) == precision
     assert not {"data", "precision"} & set(asdict(SHORT)) and "start" not in asdict(training.CaseStudy("naive"))
 
 
