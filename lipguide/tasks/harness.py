@@ -27,7 +27,7 @@ from lipguide.files import write_json
 from lipguide.layers.export import to_be_loaded, without_parametrizations
 from lipguide.provenance import provenance
 from lipguide.tasks.task import Recipe, Task, as_json
-from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, halved, holds_constraints, load, made_as, save
+from lipguide.tasks.weights import TEST_SEED, TRAIN_SEED, WEIGHTS, halved, load, made_as, save
 from lipguide.training import adam, fit
 
 __all__ = ["FULL", "TASKS", "ensure", "network_of", "recipe_of", "train", "train_by", "trained"]
@@ -80,23 +80,14 @@ def recipe_of(name: str) -> tuple[Task, Recipe]:
     raise ValueError(f"no weights {name!r} among the {len(known)} that there are; the nearest names: {', '.join(near)}")
 
 
-def network_of(name: str, folder: str | Path = WEIGHTS) -> nn.Module:
-    """The untrained network that the weights `name` belong to, in eval mode.
-
-    Its weights are plain, unless the file holds them as their constraints do.
-
-    Args:
-        name, folder: as `trained` takes them; the file need not be there.
+def network_of(name: str) -> nn.Module:
+    """The untrained network that the weights `name` belong to, in eval mode and with plain weights.
 
     >>> len(network_of("classification-vgg"))
     17
     """
     task, recipe = recipe_of(name)
-    model = task.network(recipe).eval()
-    path = Path(folder) / f"{name}.safetensors"
-    if holds_constraints(path):
-        return model
-    return to_be_loaded(model)
+    return to_be_loaded(task.network(recipe).eval())
 
 
 def trained(
@@ -112,7 +103,7 @@ def trained(
     >>> model.training, run["steps"]
     (False, 10000)
     """
-    model = network_of(name, folder)
+    model = network_of(name)
     run = load(name, model, folder)
     return without_parametrizations(model).requires_grad_(False).to(device), run
 

@@ -31,7 +31,6 @@ __all__ = [
     "give",
     "halved",
     "go_on_from",
-    "holds_constraints",
     "load",
     "made_as",
     "run_of",
@@ -178,18 +177,6 @@ def run_of(path: str | Path) -> dict[str, Any]:
     """
     with _opened(Path(path)) as file:
         return _run_in(file)
-
-
-def holds_constraints(path: str | Path) -> bool:
-    """Whether a file holds weights as they are before their constraints: those of earlier versions do.
-
-    >>> holds_constraints(WEIGHTS / "tinier-ssd-spectral-norm.safetensors")
-    False
-    """
-    if not Path(path).exists():
-        return False
-    with _opened(Path(path)) as file:
-        return any(".parametrizations." in f".{key}" for key in file.keys())  # noqa: SIM118 (it is no dict)
 
 
 def _run_in(file: Any) -> dict[str, Any]:
