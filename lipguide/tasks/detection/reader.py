@@ -264,8 +264,11 @@ class Detector(nn.Module):
                 "block=True, or certify it by its constants"
             )
         with parametrize.cached():
-            maps = [self._last_maps(part) for part in images.split(batch_size)]
-            given = [self._windows_of(part) for part in maps]
+            maps, given = [], []
+            for part in images.split(batch_size):
+                last = self._last_maps(part)
+                given.append(self._windows_of(last))
+                maps += [last] if deep else []  # they are as large as the windows
             outputs = [self.answer(part) for part in given]
         parts = (self.end.weight, self.end.bias, self.class_head.weight, self.class_head.bias)
         filters, bias, rows, shift = (each.detach().double().cpu() for each in parts)

@@ -23,10 +23,8 @@ __all__ = ["ROUNDING", "Answers", "Bounds", "answers", "said_of"]
 
 Bounds = tuple[Tensor, Tensor]  # low, up: (N, P, C) each
 ROUNDING = 1e-4  # of scores, in float32: so much is added to how far an attack moves them
-PROBED, SHARE = (
-    2,
-    0.2,
-)  # pictures that are answered in float64 as well, and how much of the room rounding may take there
+PROBED = 2  # pictures that are answered in float64 as well
+SHARE = 0.2  # of the room that rounding may take there
 
 
 class Answers(NamedTuple):
@@ -146,7 +144,7 @@ def answers(model: nn.Module, images: Tensor, batch_size: int = 64, look: bool =
         constants = _constants(model)
         with full_precision():
             # What the block is given is no steeper than the scores.
-            outputs, inside = opened(images, batch_size, constants[0], *([True] if deep else []))
+            outputs, inside = opened(images, batch_size, constants[0], deep)
             said = _said(model, outputs)
     else:
         said, constants, inside = said_of(model, images, batch_size), _constants(model), None

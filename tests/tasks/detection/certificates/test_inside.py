@@ -131,7 +131,7 @@ class Bent(Toy):
     def constants(self):
         return super().constants()  # the block stretches nothing
 
-    def inside(self, images, batch_size, below):
+    def inside(self, images, batch_size, below, deep):
         ends = (self.filters, self.kinks, self.rows, torch.zeros(len(self.rows)))
         filters, bias, rows, shift = (end.double() for end in ends)
         return [self(images)], Inside(self.features(images), Block(filters, bias), rows, shift, below)
