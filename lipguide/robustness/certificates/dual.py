@@ -21,6 +21,7 @@ anywhere. The right side is concave in both; some steps of Adam come near its to
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -30,7 +31,7 @@ from lipguide.robustness.certificates.block import Block
 from lipguide.robustness.certificates.local import Opened, opened
 from lipguide.robustness.certificates.radii import ATTACKERS_FAVOUR, SMALLEST
 
-__all__ = ["holds_within", "least_gap"]
+__all__ = ["better", "holds_within", "least_gap"]
 
 STEPS = 100  # of the search; wherever it ends, the bound is sound
 RATE = 0.2  # over √K, for g: an entry of c is about 2 / √K
@@ -166,9 +167,7 @@ def _highest(dual: _Dual) -> tuple[Tensor, Tensor]:
     most, best = torch.full_like(dual.there, -math.inf), [v.clone() for v in variables]
     for step in range(1, STEPS + 1):
         value, *slopes = dual.bound(*variables)
-        higher = value > most
-        most = torch.where(higher, value, most)
-        best = [torch.where(_beside(higher, v), v, b) for v, b in zip(variables, best, strict=True)]
+        most, best = better(value, variables, most, best)
         for v, slope, rate, (mean, square) in zip(variables, slopes, rates, moments, strict=True):
             mean.lerp_(slope, 0.1)
             square.lerp_(slope.square(), 1e-3)
@@ -180,6 +179,19 @@ def _highest(dual: _Dual) -> tuple[Tensor, Tensor]:
 def _start(dual: _Dual) -> tuple[Tensor, Tensor]:
     """The best g and λ for units that stay as they are and a gap of slope 1."""
     return dual.c * (dual.x > 0), torch.full_like(dual.there, -math.log(max(dual.reach, 1e-12)))
+
+
+def better(
+    value: Tensor, variables: Sequence[Tensor], most: Tensor, best: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Of a search, each row by itself: the larger of a new value (M,) and the largest so far, and where it was.
+
+    >>> better(torch.tensor([2.0]), [torch.tensor([[5.0]])], torch.tensor([1.0]), [torch.tensor([[4.0]])])
+    (tensor([2.]), [tensor([[5.]])])
+    """
+    higher = value > most
+    best = [torch.where(_beside(higher, new), new, old) for new, old in zip(variables, best, strict=True)]
+    return torch.where(higher, value, most), best
 
 
 def _beside(rows: Tensor, values: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from lipguide.robustness.certificates.block import Block
+from lipguide.robustness.certificates.dual import better
 
 __all__ = ["Sorted", "least_gap_below"]
 
@@ -94,12 +95,9 @@ class _Dual:
     def terms(self, g: Tensor, m: Tensor, log_n: Tensor) -> tuple[Tensor, ...]:
         """What is summed up: of units, of pairs, of the slope and of the length, (M,) each."""
         n, o = log_n.exp()[:, None], self.open
-        own = self.r[:, None] * n
-        falls = torch.minimum(o.c - g - own * o.x, g + own * o.x).clamp(max=0)
-        phi = g * o.x - o.c * o.x.relu() + own * o.x.square() / 2 - falls.square() / (2 * own)
-        q, own = o.q + (g[:, None] @ o.turns)[:, 0], self.left[:, None] * n
-        falls = torch.minimum(q - m - own * o.size, q + m + own * o.size).clamp(max=0)
-        psi = (m - q) * o.size + own * o.size.square() / 2 - falls.square() / (2 * own)
+        phi = _kinked(o.x, o.c, 0.0, g, self.r[:, None] * n)
+        q = o.q + (g[:, None] @ o.turns)[:, 0]
+        psi = _kinked(o.size, q, q, m, self.left[:, None] * n)
         y = torch.cat([g * o.units, m * o.here], 1)
         z = (self.form @ y[:, :, None])[:, :, 0] + self.linear
         slope = (y * (z + self.linear)).sum(1) + self.alone + (z[:, None] @ self.inverse @ z[:, :, None])[:, 0, 0]
@@ -118,6 +116,13 @@ class _Dual:
         return self.gap + sum(terms) - CUSHION * (self.gap.abs() + units + pairs + sum(term.abs() for term in terms))
 
 
+def _kinked(at: Tensor, right: Tensor, left: Tensor | float, line: Tensor, price: Tensor) -> Tensor:
+    """The largest that can be added to line · s − price · s² / 2 to stay below f(at + s) − f(at) for every s, where f
+    rises by `right` to the right of 0 and by `left` to the left of it: φ and ψ."""
+    falls = torch.minimum(right - line - price * at, left + line + price * at).clamp(max=0)
+    return line * at - right * at.relu() - left * (-at).relu() + price * at.square() / 2 - falls.square() / (2 * price)
+
+
 def _single(value: Any) -> Any:
     if isinstance(value, tuple):
         parts = [_single(part) for part in value]
@@ -125,6 +130,8 @@ def _single(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def least_gap_below(
     gap: Tensor, w: Tensor, h: Tensor, block: Block, below: Sorted, reach: float, inner: float
 ) -> Tensor:
@@ -138,18 +145,13 @@ def least_gap_below(
     """
     if not len(gap):
         return gap
-    parts = zip(*(every.split(PART) for every in (gap, w, h)), strict=True)
-    return torch.cat([_least(*part, block, below, reach, inner) for part in parts])
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _least(gap: Tensor, w: Tensor, h: Tensor, block: Block, below: Sorted, reach: float, inner: float) -> Tensor:
-    open_ = _opened(w.clone(), h.clone(), block, below, reach, inner)
-    dual, proved = _posed(gap.clone(), open_, below, reach, (len(block.filters), h.shape[1] // 2))
-    point = _highest(dual.single())
-    least = dual.surely(*(part.double() for part in point))
-    return torch.where(proved, least, -torch.inf).nan_to_num(nan=-torch.inf)
+    least, through = [], block.filters @ below.read
+    for some, its_w, its_h in zip(*(every.clone().split(PART) for every in (gap, w, h)), strict=True):
+        open_ = _opened(its_w, its_h, block, below, through, reach, inner)
+        dual, proved = _posed(some, open_, below, reach, (len(block.filters), h.shape[1] // 2))
+        point = _highest(dual.single())
+        least.append(torch.where(proved, dual.surely(*(part.double() for part in point)), -torch.inf))
+    return torch.cat(least).nan_to_num(nan=-torch.inf)
 
 
 class _Open(NamedTuple):
@@ -169,7 +171,12 @@ class _Open(NamedTuple):
     rows: Tensor  # A, what g adds to that, (M, U, H)
 
 
-def _opened(w: Tensor, h: Tensor, block: Block, below: Sorted, reach: float, inner: float) -> _Open:
+def _opened(w: Tensor, h: Tensor, block: Block, below: Sorted, through: Tensor, reach: float, inner: float) -> _Open:
+    """What may switch while the layer is given a move of `reach`, and the block one of `inner`.
+
+    Args:
+        through: VᵀR, (K, H), the part of each unit in the slope in s(h).
+    """
     half = h.shape[1] // 2
     sums, tau = h.split(half, 1)
     size, sign = tau.abs(), torch.where(tau < 0, -1.0, 1.0).to(tau)
@@ -179,7 +186,7 @@ def _opened(w: Tensor, h: Tensor, block: Block, below: Sorted, reach: float, inn
     tangent = c * (x > 0)
     (unit, units), (pair, here) = _padded(may_switch), _padded(may_swap)
     slope = (w + (tangent * ~may_switch) @ block.filters) @ below.read  # in s(h), (M, H)
-    rows = (block.filters @ below.read)[unit] * units[:, :, None]  # (M, U, H), the part of each unit of U in it
+    rows = through[unit] * units[:, :, None]  # (M, U, H)
     sure = torch.cat([torch.ones_like(sums), sign * ~may_swap], 1)  # how s(h) goes with h where that is sure
     of_unit = (part.gather(1, unit) * units for part in (c, x, tangent))
     of_pair = (part.gather(1, pair) * here for part in (size, sign))
@@ -262,12 +269,7 @@ def _highest(dual: _Dual) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             value = dual.bound(*variables)
             slopes = torch.autograd.grad(value.sum(), variables)
-        higher = value.detach() > most
-        most = torch.where(higher, value.detach(), most)
-        best = [
-            torch.where(higher.reshape(-1, *[1] * (old.ndim - 1)), new.detach(), old)
-            for new, old in zip(variables, best, strict=True)
-        ]
+        most, best = better(value, variables, most, best)
         for variable, slope in zip(variables, slopes, strict=True):
             variable.grad = -slope
         adam.step()

@@ -15,6 +15,7 @@ from lipguide.robustness.certificates.pairs import Sorted, least_gap_below
 from tests.robustness.common import generator
 
 MANY, INPUTS, PAIRS, FEATURES, UNITS = 6, 12, 5, 6, 7
+STILL = torch.zeros(1, MANY, INPUTS, dtype=torch.float64)  # no move
 
 
 class Problem(NamedTuple):
@@ -29,12 +30,15 @@ class Problem(NamedTuple):
 
     def gaps(self, moves: Tensor) -> Tensor:
         """Of moves (S, MANY, INPUTS), (S, MANY)."""
+        return (self.block(self.features(moves)) * self.w).sum(-1)
+
+    def features(self, moves: Tensor) -> Tensor:
+        """What the block is given, (S, MANY, FEATURES)."""
         sums, tau = (self.h + moves @ self.c.mT).split(PAIRS, -1)
-        u = torch.cat([sums, tau.abs()], -1) @ self.read.mT + self.bias
-        return (self.block(u) * self.w).sum(-1)
+        return torch.cat([sums, tau.abs()], -1) @ self.read.mT + self.bias
 
     def now(self) -> Tensor:
-        return self.gaps(torch.zeros(1, MANY, INPUTS, dtype=torch.float64))[0]
+        return self.gaps(STILL)[0]
 
     @property
     def sorted(self) -> Sorted:
@@ -139,8 +143,7 @@ def test_it_is_closer_than_the_dual_where_the_layer_shrinks_and_near_the_truth_w
     fallen = {"true": 0.0, "pairs": 0.0, "dual": 0.0}
     for seed in range(6):
         problem, reach = some(seed, spread=2.0), 0.05
-        now, (sums, tau) = problem.now(), problem.h.split(PAIRS, 1)
-        u = torch.cat([sums, tau.abs()], 1) @ problem.read.mT + problem.bias
+        now, u = problem.now(), problem.features(STILL)[0]
         fallen["true"] += float((now - lowest(problem, reach)).sum())
         fallen["pairs"] += float((now - problem.bounds(reach)).sum())
         fallen["dual"] += float((now - least_gap(now, problem.w, u, problem.block, problem.inner(reach))).sum())
