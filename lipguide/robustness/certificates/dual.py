@@ -21,21 +21,22 @@ anywhere. The right side is concave in both; some steps of Adam come near its to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from lipguide.robustness.certificates.block import Block
+from lipguide.robustness.certificates.climb import highest
 from lipguide.robustness.certificates.local import Opened, opened
 from lipguide.robustness.certificates.radii import ATTACKERS_FAVOUR, SMALLEST
 
-__all__ = ["better", "holds_within", "least_gap"]
+__all__ = ["holds_within", "least_gap"]
 
 STEPS = 100  # of the search; wherever it ends, the bound is sound
 RATE = 0.2  # over √K, for g: an entry of c is about 2 / √K
 PRICE_RATE = 0.1  # for log λ
+MEMORY = 0.999  # of squared slopes
 CUSHION = 1e-9  # of a gap in units of ‖w‖, for its own rounding in float64
 ROUNDING = 4  # of a sum of K numbers, in units of K ε times the sum of their sizes
 
@@ -111,7 +112,8 @@ def least_gap(gap: Tensor, w: Tensor, u: Tensor, block: Block, reach: float) -> 
     )
     with torch.inference_mode(False), torch.no_grad():
         # Wherever the search ends the bound holds, so it may go by single precision; what it ends with may not.
-        g, log_price = _highest(dual.single())
+        start, rates = _start(dual), (RATE / math.sqrt(c.shape[1]), PRICE_RATE)
+        g, log_price = highest(dual.single().bound, start, rates, STEPS, MEMORY)
         least = dual.surely(g.double(), log_price.double())
     return torch.fmax(least, gap - block.steepest * reach)  # the search may miss what constants know
 
@@ -159,41 +161,7 @@ class _Dual:
         return value, in_g, price * in_price + a / (2 * price) - price * self.reach**2 / 2
 
 
-def _highest(dual: _Dual) -> tuple[Tensor, Tensor]:
-    """g (M, K) and log λ (M,) of the largest values that Adam meets, each row by itself."""
-    variables = _start(dual)
-    rates = RATE / math.sqrt(dual.c.shape[1]), PRICE_RATE
-    moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in variables]
-    most, best = torch.full_like(dual.there, -math.inf), [v.clone() for v in variables]
-    for step in range(1, STEPS + 1):
-        value, *slopes = dual.bound(*variables)
-        most, best = better(value, variables, most, best)
-        for v, slope, rate, (mean, square) in zip(variables, slopes, rates, moments, strict=True):
-            mean.lerp_(slope, 0.1)
-            square.lerp_(slope.square(), 1e-3)
-            spread = (square / (1 - 0.999**step)).sqrt() + 1e-12
-            v += rate * mean / (1 - 0.9**step) / spread
-    return best[0], best[1]
-
-
 def _start(dual: _Dual) -> tuple[Tensor, Tensor]:
-    """The best g and λ for units that stay as they are and a gap of slope 1."""
-    return dual.c * (dual.x > 0), torch.full_like(dual.there, -math.log(max(dual.reach, 1e-12)))
-
-
-def better(
-    value: Tensor, variables: Sequence[Tensor], most: Tensor, best: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Of a search, each row by itself: the larger of a new value (M,) and the largest so far, and where it was.
-
-    >>> better(torch.tensor([2.0]), [torch.tensor([[5.0]])], torch.tensor([1.0]), [torch.tensor([[4.0]])])
-    (tensor([2.]), [tensor([[5.]])])
-    """
-    higher = value > most
-    best = [torch.where(_beside(higher, new), new, old) for new, old in zip(variables, best, strict=True)]
-    return torch.where(higher, value, most), best
-
-
-def _beside(rows: Tensor, values: Tensor) -> Tensor:
-    """Rows (M,), so that they go with values (M, ...)."""
-    return rows.reshape(-1, *[1] * (values.ndim - 1))
+    """The best g and λ, in single precision, for units that stay as they are and a gap of slope 1."""
+    g, log_price = dual.c * (dual.x > 0), torch.full_like(dual.there, -math.log(max(dual.reach, 1e-12)))
+    return g.float(), log_price.float()

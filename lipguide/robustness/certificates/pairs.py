@@ -22,33 +22,42 @@ and a > ‖K‖, the least over δ is
 
     gap(δ) ≥ gap(0) + Σ φ + Σ ψ − [lᵀGl + zᵀ(a − K)⁻¹z] / 2an − anρ² / 2,   z = FGl.
 
-Any g, m and n will do, so the search for the best of them may stop anywhere. All that depends on them is of the size of
-U and P: l is the slope of what is sure, plus g A, plus m.
+Any g, m and n will do, so the search for the best of them may stop anywhere, and go by single precision. All that it
+needs there is of the size of U and P: with y = (g, m) and F = S [A; P],
+
+    lᵀGl + zᵀ(a − K)⁻¹z = yᵀTy + 2yᵀt + t₀,   T = S⁻¹ [a²(a − K)⁻¹ − a] S⁻¹,   t = a S⁻¹(a − K)⁻¹ S [A; P] G l₀,
+
+where l₀ is the slope of what is sure. What it ends with is put into the bound in double precision: for any x and
+ζ > 0 with a − K ≥ ζ, and the remainder ϱ = z − (a − K)x, no more is needed than zᵀ(a − K)⁻¹z ≤ xᵀ(z + ϱ) + ‖ϱ‖²/ζ.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lipguide.robustness.certificates.block import Block
-from lipguide.robustness.certificates.dual import better
+from lipguide.robustness.certificates.climb import highest
 
 __all__ = ["Sorted", "least_gap_below"]
 
 STEPS = 30  # of the search; wherever it ends, the bound is sound
 RATES = 0.2, 0.1  # for g over √K, for m over the root of the number of all pairs
 PRICE_RATE = 0.05  # for log n
+MEMORY = 0.99  # of squared slopes
 ROOM = 1.05  # a over ‖K‖, as far as a power iteration knows it
 TURNS = 20  # of the power iteration
 TRIES, MORE = 4, 1.2  # where it has not found the norm, a is raised so often, and by so much
+FLOOR = 0.01  # ζ over a
 SHARE = 0.5  # 2r‖B‖² at most
 CUSHION = 1e-9  # of all that is summed up, for the rounding of float64
-PART = 8  # gaps at a time
+HALF_UNIT = 2.0**-24  # of the rounding of one operation in float32
+PART = 16  # gaps at a time
 
 
 @dataclass(frozen=True)
@@ -65,69 +74,70 @@ class Sorted:
     read: Tensor
     bias: Tensor
 
-    @property
+    @cached_property
     def lengths(self) -> Tensor:
         """(H/2,), ‖C_p‖ of the differences."""
         return self.gram.diagonal()[len(self.gram) // 2 :].clamp(min=0).sqrt()
 
+    @cached_property
+    def single(self) -> Tensor:
+        """The gram in single precision."""
+        return self.gram.float()
 
-@dataclass(frozen=True)
-class _Dual:
-    """The right side above, for M gaps."""
 
-    gap: Tensor  # (M,)
-    open: _Open
-    form: Tensor  # [A; P] G [A; P]ᵀ, (M, U + P, U + P)
-    linear: Tensor  # [A; P] G l₀, (M, U + P)
-    alone: Tensor  # l₀ᵀ G l₀, (M,)
-    inverse: Tensor  # S (a − K)⁻¹ S with F = S [A; P], (M, U + P, U + P)
+class _Open(NamedTuple):
+    """Of M gaps the units U and the pairs P that may switch, padded with what counts for nothing, and what is sure."""
+
+    c: Tensor  # (M, U)
+    x: Tensor  # (M, U)
+    tangent: Tensor  # c where a unit is on, (M, U)
+    units: Tensor  # which of U are no padding, (M, U)
+    size: Tensor  # |τ|, (M, P)
+    sign: Tensor  # of τ, (M, P), 0 for padding
+    pair: Tensor  # where in all, (M, P)
+    here: Tensor  # which of P are no padding, (M, P)
+    q: Tensor  # the slope in |τ| of P without the units of U, (M, P)
+    turns: Tensor  # B, what g adds to q, (M, U, P)
+    l_0: Tensor  # the slope in h of what is sure without them, (M, H)
+    rows: Tensor  # A, what g adds to that, (M, U, H)
+
+    def single(self) -> _Open:
+        """In single precision."""
+        return _Open(*(part.float() if part.is_floating_point() else part for part in self))
+
+    def slope(self, of_units: Tensor, of_pairs: Tensor) -> Tensor:
+        """[A; P]ᵀ y, (M, H), of y in two parts."""
+        half = self.l_0.shape[1] // 2
+        of_rows = (of_units[:, None] @ self.rows)[:, 0]
+        return of_rows.scatter_add(1, half + self.pair, of_pairs * self.sign)
+
+    def along(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """[A; P] v, of vectors (M, H)."""
+        half = self.l_0.shape[1] // 2
+        return (self.rows @ v[:, :, None])[:, :, 0], v[:, half:].gather(1, self.pair) * self.sign
+
+
+class _Charge(NamedTuple):
+    """What the moves of M gaps are charged."""
+
     a: Tensor  # (M,)
     r: Tensor  # (M,)
     left: Tensor  # 1 − 2r‖B‖², (M,)
-    start: tuple[Tensor, Tensor, Tensor]  # g (M, U), m (M, P) and log n (M,) of the search
-    rates: tuple[float, float, float]  # of it, for each
-    reach: float
+    inverse: Tensor  # about (a − K)⁻¹, (M, U + P, U + P), in single precision
+    proved: Tensor  # whether a − K ≥ ζ, (M,)
 
-    def single(self) -> _Dual:
-        """In single precision."""
-        return _Dual(*(_single(getattr(self, field.name)) for field in fields(self)))
-
-    def terms(self, g: Tensor, m: Tensor, log_n: Tensor) -> tuple[Tensor, ...]:
-        """What is summed up: of units, of pairs, of the slope and of the length, (M,) each."""
-        n, o = log_n.exp()[:, None], self.open
-        phi = _kinked(o.x, o.c, 0.0, g, self.r[:, None] * n)
-        q = o.q + (g[:, None] @ o.turns)[:, 0]
-        psi = _kinked(o.size, q, q, m, self.left[:, None] * n)
-        y = torch.cat([g * o.units, m * o.here], 1)
-        z = (self.form @ y[:, :, None])[:, :, 0] + self.linear
-        slope = (y * (z + self.linear)).sum(1) + self.alone + (z[:, None] @ self.inverse @ z[:, :, None])[:, 0, 0]
-        price = self.a * n[:, 0]
-        return (phi * o.units).sum(1), (psi * o.here).sum(1), -slope / (2 * price), -price * self.reach**2 / 2
-
-    def bound(self, g: Tensor, m: Tensor, log_n: Tensor) -> Tensor:
-        """(M,), for the search."""
-        return self.gap + sum(self.terms(g, m, log_n))
-
-    def surely(self, g: Tensor, m: Tensor, log_n: Tensor) -> Tensor:
-        """The bound, less what rounding may have added."""
-        terms, n, o = self.terms(g, m, log_n), log_n.exp(), self.open
-        units = ((g.abs() + o.c.abs()) * o.x.abs()).sum(1) + n * self.r * o.x.square().sum(1)
-        pairs = ((m.abs() + o.q.abs()) * o.size).sum(1) + n * o.size.square().sum(1)
-        return self.gap + sum(terms) - CUSHION * (self.gap.abs() + units + pairs + sum(term.abs() for term in terms))
+    @property
+    def scale(self) -> Tensor:
+        """√(2r) of the rows of A in F, (M, 1)."""
+        return (2 * self.r).sqrt()[:, None]
 
 
-def _kinked(at: Tensor, right: Tensor, left: Tensor | float, line: Tensor, price: Tensor) -> Tensor:
-    """The largest that can be added to line · s − price · s² / 2 to stay below f(at + s) − f(at) for every s, where f
-    rises by `right` to the right of 0 and by `left` to the left of it: φ and ψ."""
-    falls = torch.minimum(right - line - price * at, left + line + price * at).clamp(max=0)
-    return line * at - right * at.relu() - left * (-at).relu() + price * at.square() / 2 - falls.square() / (2 * price)
+class _Point(NamedTuple):
+    """g (M, U), m (M, P) and log n (M,)."""
 
-
-def _single(value: Any) -> Any:
-    if isinstance(value, tuple):
-        parts = [_single(part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+    g: Tensor
+    m: Tensor
+    log_n: Tensor
 
 
 @torch.inference_mode(False)
@@ -145,30 +155,14 @@ def least_gap_below(
     """
     if not len(gap):
         return gap
-    least, through = [], block.filters @ below.read
-    for some, its_w, its_h in zip(*(every.clone().split(PART) for every in (gap, w, h)), strict=True):
-        open_ = _opened(its_w, its_h, block, below, through, reach, inner)
-        dual, proved = _posed(some, open_, below, reach, (len(block.filters), h.shape[1] // 2))
-        point = _highest(dual.single())
-        least.append(torch.where(proved, dual.surely(*(part.double() for part in point)), -torch.inf))
-    return torch.cat(least).nan_to_num(nan=-torch.inf)
-
-
-class _Open(NamedTuple):
-    """Of M gaps the units U and the pairs P that may switch, padded with what counts for nothing, and what is sure."""
-
-    c: Tensor  # (M, U)
-    x: Tensor  # (M, U)
-    tangent: Tensor  # c where a unit is on, (M, U)
-    units: Tensor  # which of U are no padding, (M, U)
-    size: Tensor  # |τ|, (M, P)
-    sign: Tensor  # of τ, (M, P)
-    pair: Tensor  # where in all, (M, P)
-    here: Tensor  # which of P are no padding, (M, P)
-    q: Tensor  # the slope in |τ| of P without the units of U, (M, P)
-    turns: Tensor  # B, what g adds to q, (M, U, P)
-    l_0: Tensor  # the slope in h of what is sure without them, (M, H)
-    rows: Tensor  # A, what g adds to that, (M, U, H)
+    gap, w, h = (every.clone() for every in (gap, w, h))
+    half, through = h.shape[1] // 2, block.filters @ below.read
+    many = (h[:, half:].abs() <= reach * below.lengths).sum(1)  # pairs that may swap: like are solved with like
+    least = torch.full_like(gap, -torch.inf)
+    for part in many.argsort().split(PART):
+        open_ = _opened(w[part], h[part], block, below, through, reach, inner)
+        least[part] = _least(gap[part], open_, below, reach, (len(block.filters), half))
+    return least.nan_to_num(nan=-torch.inf)
 
 
 def _opened(w: Tensor, h: Tensor, block: Block, below: Sorted, through: Tensor, reach: float, inner: float) -> _Open:
@@ -195,34 +189,24 @@ def _opened(w: Tensor, h: Tensor, block: Block, below: Sorted, through: Tensor, 
     return _Open(*of_unit, units, *of_pair, pair, here, q, turns, slope * sure, rows * sure[:, None])
 
 
-def _posed(gap: Tensor, open_: _Open, below: Sorted, reach: float, many: tuple[int, int]) -> tuple[_Dual, Tensor]:
-    """The dual, and for which gaps its matrix is proved to be positive.
+def _least(gap: Tensor, open_: _Open, below: Sorted, reach: float, many: tuple[int, int]) -> Tensor:
+    """The bounds (M,) of some gaps.
 
     Args:
         many: how many units and pairs there are.
     """
-    form, linear, alone = _products(open_, below.gram)
-    turned = torch.linalg.eigvalsh(open_.turns @ open_.turns.mT)[:, -1].clamp(min=CUSHION) * (1 + CUSHION)  # ‖B‖²
-    r = (SHARE / (2 * turned)).clamp(max=1.0)
-    scale = torch.cat([(2 * r).sqrt()[:, None].expand_as(open_.c), torch.ones_like(open_.q)], 1)
+    single = open_.single()
+    form, linear, alone = _products(single, below.single)
     m = open_.q + (open_.tangent[:, None] @ open_.turns)[:, 0]
-    y = torch.cat([open_.tangent, m], 1)  # if all stay as they are
+    start = _Point(open_.tangent, m, torch.zeros_like(gap))  # if all stay as they are
+    y = torch.cat([start.g, start.m], 1).float()
     steep = (_squared(y, form, linear) + alone).clamp(min=CUSHION).sqrt()
-    a, inverse, proved = _charged(form * scale[:, :, None] * scale[:, None], steep)
-    return _Dual(
-        gap=gap,
-        open=open_,
-        form=form,
-        linear=linear,
-        alone=alone,
-        inverse=inverse * scale[:, :, None] * scale[:, None],
-        a=a,
-        r=r,
-        left=1 - 2 * r * turned,
-        start=(open_.tangent, m, (steep / a).log() - math.log(max(reach, 1e-12))),
-        rates=(RATES[0] / math.sqrt(many[0]), RATES[1] / math.sqrt(many[1]), PRICE_RATE),
-        reach=reach,
-    ), proved
+    charge = _charged(open_, form, steep, below)
+    start = start._replace(log_n=(steep / charge.a).log().double() - math.log(max(reach, 1e-12)))
+    rates = RATES[0] / math.sqrt(many[0]), RATES[1] / math.sqrt(many[1]), PRICE_RATE
+    search = _Search.of(single, charge, linear, alone, reach)
+    point = _Point(*(part.double() for part in highest(search.value, [p.float() for p in start], rates, STEPS, MEMORY)))
+    return torch.where(charge.proved, _surely(gap, open_, charge, below, reach, point), -torch.inf)
 
 
 def _products(open_: _Open, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,48 +216,163 @@ def _products(open_: _Open, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     corner = g_rows[:, :, half:].gather(2, _across(pair, rows)) * sign[:, None]
     last = gram[half:, half:][pair[:, :, None], pair[:, None]] * sign[:, :, None] * sign[:, None]
     form = torch.cat([torch.cat([g_rows @ rows.mT, corner], 2), torch.cat([corner.mT, last], 2)], 1)
-    linear = torch.cat([(rows @ g_l[:, :, None])[:, :, 0], g_l[:, half:].gather(1, pair) * sign], 1)
-    return form, linear, (l_0 * g_l).sum(1)
+    return form, torch.cat(open_.along(g_l), 1), (l_0 * g_l).sum(1)
+
+
+def _charged(open_: _Open, form: Tensor, least: Tensor, below: Sorted) -> _Charge:
+    """With a that is a little more than ‖K‖ and no less than `least`.
+
+    Single precision does, for what it may have done is known: K is not as computed by more than its terms' sizes
+    allow, and a Cholesky factor that is found proves more than −(n + 2) n u times the largest entry of the diagonal.
+    """
+    turned = torch.linalg.eigvalsh(open_.turns @ open_.turns.mT)[:, -1].clamp(min=CUSHION) * (1 + CUSHION)  # ‖B‖²
+    r = (SHARE / (2 * turned)).clamp(max=1.0)
+    rooted = torch.cat([(2 * r).sqrt()[:, None].expand_as(open_.c), torch.ones_like(open_.q)], 1).float()
+    k = form * rooted[:, :, None] * rooted[:, None]
+    n, vector = k.shape[1], torch.ones_like(k[:, 0])
+    for _ in range(TURNS):
+        vector = torch.nn.functional.normalize(_times(vector, k), dim=1, eps=1e-30)
+    wrong = _rounded(open_, rooted, below)
+    share = FLOOR + (n + 2) * n * HALF_UNIT
+    a = torch.maximum(ROOM * (_times(vector, k).norm(dim=1) + wrong) / (1 - share), least) + CUSHION
+    for _ in range(TRIES):  # the iteration may not have found the largest
+        _, failed = _factor(a * (1 - share) - wrong, k)
+        if not failed.any():
+            break
+        a = torch.where(failed, MORE * a, a)
+    factor, worse = _factor(a, k)
+    proved = ~(failed | worse)
+    factor[~proved] = torch.eye(n, dtype=k.dtype, device=k.device)
+    return _Charge(a.double(), r, 1 - 2 * r * turned, torch.cholesky_inverse(factor), proved)
+
+
+def _factor(a: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors of a − K, (M, n, n), and for which there is none."""
+    rest = -k
+    rest.diagonal(dim1=1, dim2=2).add_(a[:, None])
+    factor, failed = torch.linalg.cholesky_ex(rest)
+    return factor, failed > 0
+
+
+def _rounded(open_: _Open, rooted: Tensor, below: Sorted) -> Tensor:
+    """By how much the norm of K may be wrong in single precision, (M,): no more than the largest row of |F||G||F|ᵀ
+    times what a sum so long may lose."""
+    rows, half = open_.rows.abs().float(), len(below.gram) // 2
+    of_units, of_pairs = rooted.split([open_.c.shape[1], open_.q.shape[1]], 1)
+    along = (of_units[:, None] @ rows)[:, 0].scatter_add(1, half + open_.pair, of_pairs * open_.sign.abs().float())
+    back = along @ below.single.abs()
+    largest = torch.cat([of_units * (rows @ back[:, :, None])[:, :, 0], back[:, half:].gather(1, open_.pair)], 1)
+    return 2 * (len(below.gram) + 8) * HALF_UNIT * largest.amax(1)
+
+
+class _Search(NamedTuple):
+    """What is searched, in single precision: the right side above without the gap."""
+
+    open: _Open
+    a: Tensor  # (M,)
+    r: Tensor  # (M,)
+    left: Tensor  # (M,)
+    bent: Tensor  # T, (M, U + P, U + P)
+    tilt: Tensor  # t, (M, U + P)
+    alone: Tensor  # t₀, (M,)
+    reach: float
+
+    @classmethod
+    def of(cls, open_: _Open, charge: _Charge, linear: Tensor, alone: Tensor, reach: float) -> _Search:
+        a, r, left = charge.a.float(), charge.r.float(), charge.left.float()
+        rooted = torch.cat([charge.scale.float().expand_as(open_.c), torch.ones_like(open_.q)], 1)
+        solved, rooted = _times(rooted * linear, charge.inverse), a[:, None] / rooted
+        bent = charge.inverse * rooted[:, :, None]
+        bent *= rooted[:, None]
+        bent.diagonal(dim1=1, dim2=2).sub_(rooted.square() / a[:, None])
+        more = (linear * solved * a[:, None] / rooted).sum(1)
+        return cls(open_, a, r, left, bent, rooted * solved, alone + more, reach)
+
+    def value(self, g: Tensor, m: Tensor, log_n: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(M,), and its slopes in all three."""
+        o, n = self.open, log_n.exp()[:, None]
+        y = torch.cat([g, m], 1)
+        half = _times(y, self.bent) + self.tilt  # of the slope of yᵀTy + 2yᵀt
+        steep = (y * (half + self.tilt)).sum(1) + self.alone
+        q = o.q + (g[:, None] @ o.turns)[:, 0]
+        phi, in_g, in_c, of_units = _kinked(o.x, o.c, 0.0, g, self.r[:, None] * n)
+        psi, in_m, in_q, of_pairs = _kinked(o.size, q, q, m, self.left[:, None] * n)
+        spent, length = 1 / (self.a[:, None] * n), self.a * n[:, 0] * self.reach**2 / 2
+        slope = steep * spent[:, 0] / 2
+        of_g, of_m = (half * spent).split([g.shape[1], m.shape[1]], 1)
+        turned = (o.turns @ in_q[:, :, None])[:, :, 0]
+        in_n = self.r * n[:, 0] * of_units.sum(1) + self.left * n[:, 0] * of_pairs.sum(1)
+        value = phi.sum(1) + psi.sum(1) - slope - length
+        return value, (in_g + turned - of_g) * o.units, (in_m - of_m) * o.here, in_n + slope - length
+
+
+def _surely(gap: Tensor, open_: _Open, charge: _Charge, below: Sorted, reach: float, point: _Point) -> Tensor:
+    """The bound at a point, less what rounding may have added, in double precision."""
+    o, (g, m, log_n), (a, r, left) = open_, point, charge[:3]
+    n = log_n.exp()
+    l = o.l_0 + o.slope(g * o.units, m * o.here)  # noqa: E741
+    g_l = l @ below.gram
+    slope = (l * g_l).sum(1) + _solved(o.along(g_l), open_, charge, below)
+    phi, psi = _kinks(o, r, left, point)
+    terms = phi, psi, -slope / (2 * a * n), -a * n * reach**2 / 2
+    units = ((g.abs() + o.c.abs()) * o.x.abs()).sum(1) + n * r * o.x.square().sum(1)
+    pairs = ((m.abs() + o.q.abs()) * o.size).sum(1) + n * o.size.square().sum(1)
+    return gap + sum(terms) - CUSHION * (gap.abs() + units + pairs + sum(term.abs() for term in terms))
+
+
+def _solved(along: tuple[Tensor, Tensor], open_: _Open, charge: _Charge, below: Sorted) -> Tensor:
+    """No less than zᵀ(a − K)⁻¹z, (M,), where z = F G l, from [A; P] G l: the remainder of a solution in single
+    precision is solved once more, and what is left is charged."""
+    units, a, scale = open_.c.shape[1], charge.a[:, None], charge.scale
+
+    def scaled(parts: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.cat([scale * parts[0], parts[1]], 1)
+
+    def nearly(right: Tensor) -> Tensor:
+        size = right.abs().amax(1, keepdim=True).clamp(min=1e-300)
+        return size * _times((right / size).float(), charge.inverse).double()
+
+    def remainder(x: Tensor) -> Tensor:
+        moved = open_.slope(scale * x[:, :units], x[:, units:]) @ below.gram
+        return z - a * x + scaled(open_.along(moved))
+
+    z = scaled(along)
+    x = nearly(z)
+    x = x + nearly(remainder(x))
+    rest = remainder(x)
+    return (x * (z + rest)).sum(1) + rest.square().sum(1) / (FLOOR * charge.a)
+
+
+def _kinks(open_: _Open, r: Tensor, left: Tensor, point: _Point) -> tuple[Tensor, Tensor]:
+    """Σ φ and Σ ψ, (M,) each."""
+    o, n = open_, point.log_n.exp()[:, None]
+    phi = _kinked(o.x, o.c, 0.0, point.g, r[:, None] * n)[0]
+    q = o.q + (point.g[:, None] @ o.turns)[:, 0]
+    psi = _kinked(o.size, q, q, point.m, left[:, None] * n)[0]
+    return (phi * o.units).sum(1), (psi * o.here).sum(1)
+
+
+def _kinked(
+    at: Tensor, right: Tensor, left: Tensor | float, line: Tensor, price: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The largest that can be added to line · s − price · s² / 2 to stay below f(at + s) − f(at) for every s, where f
+    rises by `right` to the right of 0 and by `left` to the left of it: φ and ψ. With its slopes in `line`, in `right`
+    and `left` together, and in `price`."""
+    over, under = right - line - price * at, left + line + price * at
+    rate = torch.minimum(over, under).clamp(max=0) / price
+    signed = torch.where(over < under, rate, -rate)
+    value = line * at - right * at.relu() - left * (-at).relu() + price * (at.square() - rate.square()) / 2
+    return value, at + signed, -at.abs() - rate, (at.square() + rate.square()) / 2 + signed * at
+
+
+def _times(vectors: Tensor, matrices: Tensor) -> Tensor:
+    """Symmetric matrices (M, n, n) times vectors (M, n); from this side it is twice as fast."""
+    return (vectors[:, None] @ matrices)[:, 0]
 
 
 def _squared(y: Tensor, form: Tensor, linear: Tensor) -> Tensor:
     """yᵀ form y + 2 yᵀ linear, (M,)."""
-    return (y * ((form @ y[:, :, None])[:, :, 0] + 2 * linear)).sum(1)
-
-
-def _charged(charges: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For matrices K (M, n, n): a, a little more than the norm and no less than `least`, (M,), the inverse of a − K,
-    and whether this is proved to be positive."""
-    vector = torch.ones_like(charges[:, :, :1])
-    for _ in range(TURNS):
-        vector = torch.nn.functional.normalize(charges @ vector, dim=1, eps=1e-30)
-    a = torch.maximum(ROOM * (charges @ vector).norm(dim=(1, 2)), least) + CUSHION
-    eye = torch.eye(charges.shape[1], dtype=charges.dtype, device=charges.device)
-    for _ in range(TRIES):  # the iteration may not have found the largest
-        factor, failed = torch.linalg.cholesky_ex((a[:, None, None] - CUSHION) * eye - charges)
-        if not failed.any():
-            break
-        a = torch.where(failed == 0, a, MORE * a)
-    proved = failed == 0
-    inverse = torch.cholesky_inverse(torch.where(proved[:, None, None], factor, eye))
-    return a, inverse, proved
-
-
-def _highest(dual: _Dual) -> tuple[Tensor, Tensor, Tensor]:
-    """g, m and log n of the largest values that Adam meets, each row by itself."""
-    variables = [value.clone().requires_grad_() for value in dual.start]
-    most, best = torch.full_like(dual.gap, -math.inf), [value.detach().clone() for value in variables]
-    groups = [{"params": [v], "lr": rate} for v, rate in zip(variables, dual.rates, strict=True)]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    for _ in range(STEPS):
-        with torch.enable_grad():
-            value = dual.bound(*variables)
-            slopes = torch.autograd.grad(value.sum(), variables)
-        most, best = better(value, variables, most, best)
-        for variable, slope in zip(variables, slopes, strict=True):
-            variable.grad = -slope
-        adam.step()
-    return best[0], best[1], best[2]
+    return (y * (_times(y, form) + 2 * linear)).sum(1)
 
 
 def _padded(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Each part is made once and kept, with the commit that made it, so what is interr
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lipguide.provenance import commit
 from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, mixture
 from lipguide.tasks.detection.boxes import NOTHING, unit_range
-from lipguide.tasks.detection.certificates import Answers, answers, certified_recall, certify, curve, hunt
+from lipguide.tasks.detection.certificates import Answers, Certificate, answers, certified_recall, certify, curve, hunt
+from lipguide.tasks.detection.certificates.curve import row
+from lipguide.tasks.detection.certificates.summary import joined
 from lipguide.tasks.detection.data import Split
 from lipguide.tasks.detection.reader import Detector
 from lipguide.tasks.detection.scores import detections, score
@@ -29,6 +33,7 @@ __all__ = ["Plan", "certified"]
 
 logger = logging.getLogger(__name__)
 PIECE = 50  # scenes that are hunted at a time
+DEEP = 500  # scenes that are certified at a time by the look that goes deepest
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Plan:
     """How much is certified, attacked and hunted.
 
     Args:
-        grid: of eps, at which everything is certified.
+        grid: of eps, at which everything is certified by a look into the last block of every window.
+        deep: eps and how many scenes, None: all, of what is certified by a look into what lies below as well.
         budgets: of eps, at which the first `attacked` scenes are attacked in every way.
         hunts: of eps, at which each certified object of the first `hunted` scenes is hunted.
         steps: of every attack.
@@ -45,6 +51,7 @@ class Plan:
     """
 
     grid: tuple[float, ...] = (0.1, 0.25, 0.5)
+    deep: tuple[tuple[float, int | None], ...] = ((0.1, None), (0.25, None), (0.5, 500))
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
     hunts: tuple[float, ...] = (0.1, 0.25)
     attacked: int = 300
@@ -78,7 +85,7 @@ def certified(
     >>> from lipguide.tasks.detection.data import load_split
     >>> model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
     >>> scenes = load_split("test", 2, 0, torch.device("cpu"))
-    >>> plan = Plan((0.1,), (0.1,), (), attacked=1, steps=1, smoothings=())
+    >>> plan = Plan((0.1,), ((0.1, 1),), (0.1,), (), attacked=1, steps=1, smoothings=())
     >>> record = certified(model, model, scenes, plan, tempfile.mkdtemp(), {"weights": "a", "twin": "a"})
     >>> record["scenes"], [row["eps"] for row in record["certificates"]]
     (2, [0.1])
@@ -94,9 +101,17 @@ def certified(
 
     def compared(eps: float, sigma: float, draws: int) -> dict[str, Any]:
         few, asked = scenes.part(slice(plan.smoothed)), {"eps": eps, "sigma": sigma, "draws": draws}
-        own = certify(answers(model, unit_range(few.images), look=True), few.targets, eps, model.least)
+        own = certify(answers(model, unit_range(few.images), deep=True), few.targets, eps, model.least)
         smooth = kept(f"smoothed-{eps:g}", asked | {"twin": made["twin"]}, partial(_smoothed, twin, few, **asked))
         return smooth | {"reader": certified_recall(own)}
+
+    def deeply(scenes: Split, eps: float, many: int | None, name: str = "deep") -> dict[str, Any]:
+        pieces, wanted = [], {"eps": eps} | ({"real": scenes.hash} if name == "real-deep" else {})
+        last = min(many or len(scenes.images), len(scenes.images))
+        for first in range(0, last, DEEP):
+            few = scenes.part(slice(first, min(first + DEEP, last)))
+            pieces.append(kept(f"{name}-{eps:g}-{first}", wanted, partial(_deep, model, few, eps)))
+        return _row_of(pieces, eps, model.least)
 
     def hunted(eps: float) -> dict[str, Any]:
         pieces, steps = [], {"eps": eps, "steps": plan.steps}
@@ -109,8 +124,10 @@ def certified(
     whole = kept("certificates", {"grid": list(plan.grid)}, partial(_whole, model, scenes, plan.grid))
     if real is not None:
         wanted = {"grid": list(plan.grid), "real": real.hash}
-        whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid))}
+        deep = [deeply(real, eps, many, "real-deep") for eps, many in plan.deep]
+        whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid)) | {"deep": deep}}
     return whole | {
+        "deep": [deeply(scenes, eps, many) for eps, many in plan.deep],
         "attacked": [attacked(eps) for eps in plan.budgets],
         "smoothed": [compared(*setting) for setting in plan.smoothings],
         "hunted": [hunted(eps) for eps in plan.hunts],
@@ -125,7 +142,7 @@ def _whole(model: Detector, scenes: Split, grid: Sequence[float]) -> dict[str, A
     clean = score(given.detections(model.least), targets)
     logger.info("clean %.1f mAP", clean.map50)
 
-    def row(given: Answers, eps: float) -> dict[str, float]:
+    def timed(given: Answers, eps: float) -> dict[str, float]:
         (certified,), seconds = _timed(lambda: curve(given, targets, [eps], model.least))
         logger.info("certified %s", certified)
         return certified | {"seconds": seconds / len(images)}
@@ -136,10 +153,37 @@ def _whole(model: Detector, scenes: Split, grid: Sequence[float]) -> dict[str, A
         "threshold": model.least,
         "steepness": given.steepness,
         "clean": clean._asdict(),
-        "certificates": [row(given, eps) for eps in grid],
-        "constants": [row(given._replace(inside=None), eps) for eps in grid],
+        "certificates": [timed(given, eps) for eps in grid],
+        "constants": [timed(given._replace(inside=None), eps) for eps in grid],
         "seconds": {"forward": forward / len(images)},
     }
+
+
+def _deep(model: Detector, scenes: Split, eps: float) -> dict[str, Any]:
+    """The certificate of some scenes by the look that goes deepest, as JSON has it."""
+    given = answers(model, unit_range(scenes.images), deep=True)
+    certificate, seconds = _timed(lambda: certify(given, scenes.targets, eps, model.least))
+    logger.info("certified %s", row(certificate, len(scenes.images)))
+    columns = {name: values.tolist() for name, values in certificate._asdict().items() if name not in ("eps", "least")}
+    for name in ("before", "heights"):  # None: −∞
+        columns[name] = [value if math.isfinite(value) else None for value in columns[name]]
+    return {"scenes": len(scenes.images), "seconds": seconds, "certificate": columns}
+
+
+def _row_of(pieces: Sequence[Mapping[str, Any]], eps: float, least: float) -> dict[str, Any]:
+    """What the certificates of several pieces say together."""
+    parts = []
+    for piece in pieces:
+        columns = dict(piece["certificate"])
+        for name in ("before", "heights"):
+            columns[name] = [-math.inf if value is None else value for value in columns[name]]
+        whole = {name: torch.long for name in columns if name not in ("before", "heights", "births")}
+        numbers = {name: torch.tensor(values, dtype=whole.get(name)) for name, values in columns.items()}
+        parts.append(Certificate(eps=eps, least=least, **numbers))
+    many = [piece["scenes"] for piece in pieces]
+    seconds = sum(piece["seconds"] for piece in pieces) / max(sum(many), 1)
+    commits = sorted({piece["commit"] for piece in pieces})
+    return {"scenes": sum(many), "commits": commits, **row(joined(parts, many), sum(many)), "seconds": seconds}
 
 
 def _timed(function: Any) -> tuple[Any, float]:
@@ -164,7 +208,7 @@ def _attacked(model: Detector, scenes: Split, eps: float, steps: int) -> dict[st
 def _hunted(model: Detector, scenes: Split, eps: float, steps: int) -> dict[str, Any]:
     """How many certified objects each aimed attack brings down: none, or the certificates are wrong."""
     images = unit_range(scenes.images)
-    certificate = certify(answers(model, images, look=True), scenes.targets, eps, model.least)
+    certificate = certify(answers(model, images, deep=True), scenes.targets, eps, model.least)
     found, seconds = _timed(lambda: hunt(model, images, scenes.targets, certificate, steps))
     logger.info("hunted at %g: %s", eps, found)
     return {"scenes": len(images), "seconds": seconds} | found._asdict()

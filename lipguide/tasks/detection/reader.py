@@ -33,7 +33,7 @@ from lipguide.layers.brick import computes_as
 from lipguide.layers.sll import SLLLinear
 from lipguide.robustness.certificates.block import Block
 from lipguide.tasks.detection.boxes import Targets, single
-from lipguide.tasks.detection.certificates.inside import Inside
+from lipguide.tasks.detection.certificates.inside import BoxHead, Inside
 from lipguide.tasks.detection.certificates.overlap import overlap
 from lipguide.tasks.detection.certificates.underneath import Underneath
 from lipguide.tasks.detection.decision import radii, reported, rivals, together
@@ -274,7 +274,9 @@ class Detector(nn.Module):
         filters, bias, rows, shift = (each.detach().double().cpu() for each in parts)
         block = Block(filters, bias)
         underneath = self._underneath(maps) if deep else None
-        return outputs, Inside(torch.cat(given).detach().cpu(), block, rows, shift, below, underneath)
+        scale = (self.reach / self.places()[1]).double().cpu()
+        boxes = BoxHead(self.box_head.weight.detach().double().cpu(), scale)
+        return outputs, Inside(torch.cat(given).detach().cpu(), block, rows, shift, below, underneath, boxes)
 
     def _underneath(self, maps: list[list[Tensor]]) -> Underneath | None:
         """What the last block's look goes on to, from `_last_maps` of each batch; None where the pairs sorted last are

@@ -126,17 +126,68 @@ def test_planted_errors_are_caught(lie):
 
 @pytest.mark.parametrize("charge", ["pairs", "units"])
 def test_what_is_charged_is_needed(charge, monkeypatch):
-    """Without the charge for the moves of pairs, or of units, the bound would be none."""
-    posed = module._posed
+    """With a hundredth of the price for the moves of pairs, or of units, the bound would be none."""
+    kinked = module._kinked
 
-    def without(*arguments):
-        dual, proved = posed(*arguments)
-        free = {"pairs": {"left": 1e3 * dual.left}, "units": {"r": 1e3 * dual.r}}[charge]
-        return replace(dual, **free), proved
+    def cheap(at, right, left, line, price):
+        of_units = isinstance(left, float)
+        return kinked(at, right, left, line, price * (100 if of_units == (charge == "units") else 1))
 
-    monkeypatch.setattr(module, "_posed", without)
+    monkeypatch.setattr(module, "_kinked", cheap)
     caught = sum(int((some(k).bounds(0.5) > lowest(some(k), 0.5) + 1e-9).sum()) for k in range(8))
     assert caught > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_goes_along_the_slopes_of_what_it_climbs(seed, monkeypatch):
+    """Against finite differences in double precision, and the end of it against the bound that is proved."""
+    ends, values = [], []
+    searched, surely = module.highest, module._surely
+
+    def checked(function, start, rates, steps, memory):
+        search = function.__self__
+        double = [part.double() if part.is_floating_point() else part for part in search.open]
+        search = search._replace(
+            open=module._Open(*double), **{k: getattr(search, k).double() for k in search._fields[1:-1]}
+        )
+        point = [part.double() + 0.01 for part in start]
+        for number, there in enumerate((search.open.units, search.open.here)):  # padding counts for nothing
+            point[number] = point[number] * there
+        for number, slope in enumerate(search.value(*point)[1:]):
+            toward = torch.randn(slope.shape, generator=generator(number), dtype=torch.float64)
+            if number < 2:
+                toward *= (search.open.units, search.open.here)[number]
+            ahead, behind = (
+                search.value(*(part + sign * 1e-6 * toward if k == number else part for k, part in enumerate(point)))[0]
+                for sign in (1, -1)
+            )
+            along = (slope * toward).reshape(len(ahead), -1).sum(1)
+            assert torch.allclose((ahead - behind) / 2e-6, along, rtol=1e-4, atol=1e-6)
+        found = searched(function, start, rates, steps, memory)
+        ends.append(function(*found)[0])
+        return found
+
+    def kept(gap, *rest):
+        values.append((gap, surely(gap, *rest)))
+        return values[-1][1]
+
+    monkeypatch.setattr(module, "highest", checked)
+    monkeypatch.setattr(module, "_surely", kept)
+    some(seed).bounds(0.3)
+    for end, (gap, proved) in zip(ends, values, strict=True):
+        assert torch.allclose(gap + end, proved, atol=1e-4)
+
+
+def test_a_norm_that_is_missed_is_raised_or_bounds_nothing(monkeypatch):
+    problem = some(1)
+    wanted = problem.bounds(0.3)
+    monkeypatch.setattr(module, "TURNS", 0)
+    monkeypatch.setattr(module, "ROOM", 0.5)
+    raised = problem.bounds(0.3)
+    assert (raised <= wanted + 0.05).all() and (raised <= lowest(problem, 0.3) + 1e-9).all()
+    monkeypatch.setattr(module, "ROOM", 1e-3)
+    monkeypatch.setattr(module, "TRIES", 1)
+    assert (problem.bounds(0.3) <= lowest(problem, 0.3) + 1e-9).all()
 
 
 def test_it_is_closer_than_the_dual_where_the_layer_shrinks_and_near_the_truth_where_little_can_switch():

@@ -17,7 +17,7 @@ from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.harness import trained
 from lipguide.tasks.weights import WEIGHTS, run_of
 
-SHORT = Plan((0.05, 0.1), (0.1,), (0.05,), attacked=2, hunted=2, steps=1, smoothings=((0.1, 0.1, 40),), smoothed=1)
+SHORT = Plan((0.05, 0.1), ((0.05, None), (0.1, 1)), (0.1,), (0.05,), attacked=2, hunted=2, steps=1, smoothings=((0.1, 0.1, 40),), smoothed=1)
 THESE = {"weights": "these", "twin": "its own"}
 
 
@@ -90,10 +90,14 @@ def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_pat
     torch.manual_seed(0)
     model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
     monkeypatch.setattr(module, "PIECE", 1)
+    monkeypatch.setattr(module, "DEEP", 2)
     record = certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE)
     assert record["scenes"] == 3 and record["threshold"] == model.least and record["objects"] > 0
     for kind in ("certificates", "constants"):
         assert [row["eps"] for row in record[kind]] == [0.05, 0.1] and all(row["seconds"] > 0 for row in record[kind])
+    assert [(row["eps"], row["scenes"]) for row in record["deep"]] == [(0.05, 3), (0.1, 1)]
+    for near, deep in zip(record["certificates"][:1], record["deep"][:1], strict=True):
+        assert deep["found"] >= near["found"] and deep["ap"] >= near["ap"] - 1e-9 and deep["seconds"] > 0
     (attacked,), (hunted,), (smoothed,) = record["attacked"], record["hunted"], record["smoothed"]
     assert attacked["strongest"]["map50"] == min(one["map50"] for one in attacked["attacks"].values())
     assert hunted["scenes"] == 2 and not sum(hunted["fallen"].values()) and smoothed["seconds"] > 0
@@ -113,11 +117,12 @@ def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_pat
 def test_real_scenes_are_certified_beside_the_others(scenes, tmp_path):
     torch.manual_seed(0)
     model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
-    plan = Plan((0.1,), (), (), smoothings=())
+    plan = Plan((0.1,), ((0.1, 3),), (), (), smoothings=())
     real = scenes.part(slice(2, 6))._replace(hash="real")
     record = certified(model, model, scenes.part(slice(3)), plan, tmp_path, THESE, real)
     assert record["scenes"] == 3 and record["real"]["scenes"] == 4 and record["real"]["real"] == "real"
     assert [row["eps"] for row in record["real"]["certificates"]] == [0.1]
+    assert [row["scenes"] for row in record["real"]["deep"]] == [3]
     assert "real" not in certified(model, model, scenes.part(slice(3)), plan, tmp_path, THESE)
     with pytest.raises(ValueError, match="was made by another run"):
         certified(model, model, scenes.part(slice(3)), plan, tmp_path, THESE, real._replace(hash="others"))

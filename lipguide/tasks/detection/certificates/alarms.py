@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["births"]
+__all__ = ["births", "openers"]
 
 
 def births(low: Tensor, up: Tensor, graph: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -45,20 +45,26 @@ def births(low: Tensor, up: Tensor, graph: Tensor, least: float = 0.0) -> tuple[
     >>> births(scores - 0.2, scores + 0.2, graph)  # two rivals, and one that may be woken
     (tensor([0.7000, 0.1000]), tensor([0, 0]))
     """
+    window, label = openers(low, up, graph, least)
+    return up.cpu()[window, label], label
+
+
+def openers(low: Tensor, up: Tensor, graph: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The windows whose highest scores these are, and the classes, (K,) each."""
     window, label = (up > least).nonzero(as_tuple=True)
     lows, ups, near = low.cpu().numpy(), up.cpu().numpy(), graph.cpu().numpy()
     window, label = window.cpu().numpy(), label.cpu().numpy()
-    found: list[float] = []
+    found: list[int] = []
     classes: list[int] = []
     for c in np.unique(label):
         some = window[label == c]
         some = some[np.argsort(-ups[some, c], kind="stable")]
         link = near[some[:, None], some]
         awake = ~_silent(lows[some, c], ups[some, c], link)
-        openers = _openers(link[awake][:, awake])
-        found += ups[some, c][awake][openers].tolist()
-        classes += [int(c)] * len(openers)
-    return torch.tensor(found, device="cpu"), torch.tensor(classes, dtype=torch.long, device="cpu")
+        first = _openers(link[awake][:, awake])
+        found += some[awake][first].tolist()
+        classes += [int(c)] * len(first)
+    return tuple(torch.tensor(part, dtype=torch.long, device="cpu") for part in (found, classes))
 
 
 def _silent(low: np.ndarray, up: np.ndarray, link: np.ndarray) -> np.ndarray:

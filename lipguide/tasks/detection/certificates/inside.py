@@ -9,6 +9,9 @@ still in doubt, one that looks into the sorted pairs below the block as well (`l
 *Lemma.* If q_cj stays within [a_j, b_j] then r_c stays within [min_j a_j, min_j b_j], and for the upper end some of the
 j are enough. Those with q_cj ≥ r_c + Lε need not be asked: such a q_cj does not fall below r_c, which the lower end of
 the least quotient does not exceed.
+
+The four sides of a window's box are read from the same block, so how far the box goes in a direction is the fall of
+one more such quotient: see `lipguide.tasks.detection.certificates.shifts`.
 """
 
 from __future__ import annotations
@@ -23,14 +26,16 @@ from lipguide.robustness.certificates.block import Block
 from lipguide.robustness.certificates.dual import least_gap
 from lipguide.robustness.certificates.local import farthest
 from lipguide.robustness.certificates.pairs import least_gap_below
-from lipguide.robustness.certificates.radii import slopes
+from lipguide.robustness.certificates.radii import SMALLEST, slopes
 from lipguide.tasks.detection.certificates.underneath import Underneath
 
-__all__ = ["Entries", "Inside", "Look"]
+__all__ = ["BoxHead", "Entries", "Inside", "Look"]
 
 Entries = tuple[Tensor, ...]  # scenes, windows and labels, (E,) each
 Look = Literal["box", "dual", "pairs"]  # each closer than the one before, and dearer
 PART = 2048  # quotients at a time
+USED = 0.85  # of its budget, as a window's features may move; any number will do
+DEAREST = 3.0  # price of a rise
 
 
 class _Asked(NamedTuple):
@@ -44,6 +49,17 @@ class _Asked(NamedTuple):
     scene: Tensor
     window: Tensor
 
+    def part(self, some: Tensor) -> _Asked:
+        """Those of a mask (K,)."""
+        return _Asked(*(column[some] for column in self))
+
+
+class BoxHead(NamedTuple):
+    """rows: (4, D), what reads the sides, in float64; scale: (P,), by which a window's sides are multiplied."""
+
+    rows: Tensor
+    scale: Tensor
+
 
 @dataclass(frozen=True)
 class Inside:
@@ -55,6 +71,7 @@ class Inside:
         rows, shift: weight (C + 1, D) and bias (C + 1,) of the head, in float64.
         below: u is so Lipschitz in the picture.
         underneath: what the features are read from; None where that is not known.
+        boxes: what reads the boxes; None where that is not known.
     """
 
     features: Tensor
@@ -63,6 +80,7 @@ class Inside:
     shift: Tensor
     below: float
     underneath: Underneath | None = None
+    boxes: BoxHead | None = None
 
     @property
     def looks(self) -> tuple[Look, ...]:
@@ -83,14 +101,40 @@ class Inside:
             drift: how far a score moves at most, by constants.
             look: how closely.
         """
-        asked = self._asked(entries, drift)
-        return _least(self._sunk(asked, eps, look), asked.entry, len(entries[0]))
+        asked, many = self._asked(entries, drift), len(entries[0])
+        if look != "pairs":
+            return _least(self._sunk(asked, eps, look), asked.entry, many)
+        # What falls lowest by the cheaper look is asked first; of the others only what may fall lower.
+        sunk = self._sunk(asked, eps, "dual")
+        first = sunk <= _least(sunk, asked.entry, many)[asked.entry]
+        sunk[first] = self._sunk(asked.part(first), eps, look)
+        others = ~first & (sunk < _least(sunk[first], asked.entry[first], many)[asked.entry])
+        sunk[others] = self._sunk(asked.part(others), eps, look)
+        return _least(sunk, asked.entry, many)
 
     def rises(self, entries: Entries, eps: float, look: Look) -> Tensor:
         """Above which they do not rise, (E,): nor does the least of the quotients."""
         asked = self._asked(entries, 0.0)
         risen = -self._sunk(asked._replace(q=-asked.q, w=-asked.w), eps, look)
         return _least(risen, asked.entry, len(entries[0]))
+
+    def goes(self, entries: Entries, toward: Tensor, rise: Tensor, eps: float, look: Look) -> Tensor:
+        """How far at most the boxes of some windows go in directions (E, 4), as multiples of these, in pictures: (E,).
+
+        Args:
+            entries: scenes, windows and labels, (E,) each.
+            toward: of norm 1.
+            rise: (E,), where the window's score for the label has risen by this; −∞: wherever it is.
+            eps, look: as in `falls`.
+        """
+        near, asked = self._asked(entries, None), rise.clamp(min=0)
+        # See `lipguide.tasks.detection.certificates.shifts`.
+        price = asked / ((USED * self.below * eps) ** 2 - asked.square()).clamp(min=SMALLEST).sqrt()
+        price = price.clamp(max=DEAREST)
+        there = toward.double() @ self.boxes.rows + price[:, None] * near.w  # (E, D)
+        length = there.norm(dim=1)
+        back = near._replace(q=torch.zeros_like(length), w=-there / length.clamp(min=SMALLEST)[:, None])
+        return (-self._sunk(back, eps, look) * length - price * asked) * self.boxes.scale[near.window]
 
     def _sunk(self, asked: _Asked, eps: float, look: Look) -> Tensor:
         """Below which the quotients (K,) do not fall."""
@@ -111,15 +155,18 @@ class Inside:
         h, moved = self.underneath.patches(scene, window), self.underneath.below * eps
         return least_gap_below(q, w, h, self.block, self.underneath.layer, moved, reach)
 
-    def _asked(self, entries: Entries, drift: float) -> _Asked:
-        """The quotients that are no more than `drift` above the least."""
+    def _asked(self, entries: Entries, drift: float | None) -> _Asked:
+        """The quotients that are no more than `drift` above the least; None: one of the least of each entry."""
         scene, window, label = entries
         u = self.features[scene, window].double()  # (E, D)
         z = self.block(u) @ self.rows.mT + self.shift  # (E, C + 1)
         apart = slopes(len(self.rows), 1.0, self.rows, self.rows.device).double()  # ‖w_c − w_j‖
         own = z.gather(1, label[:, None])
         q = ((own - z) / apart[label]).scatter(1, label[:, None], torch.inf)
-        entry, other = (q <= q.amin(1, keepdim=True) + drift).nonzero(as_tuple=True)
+        near = torch.zeros_like(q).scatter(1, q.argmin(1, keepdim=True), 1.0) > 0
+        if drift is not None:
+            near = q <= q.amin(1, keepdim=True) + drift
+        entry, other = near.nonzero(as_tuple=True)
         mine = label[entry]
         w = (self.rows[mine] - self.rows[other]) / apart[mine, other][:, None]
         return _Asked(entry, q[entry, other], w, u[entry], scene[entry], window[entry])

@@ -27,10 +27,12 @@ dual), so nothing is lost but between the λ that are tried. For a square box on
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["overlap", "room"]
+__all__ = ["Faces", "faces", "overlap", "room"]
 
 TRIED = 12  # values of λ
 # The four lengths whose least is a side of the intersection run from the object's or the box's own end to the object's
@@ -58,6 +60,41 @@ def _area(boxes: Tensor) -> Tensor:
     return sides.prod(-1)
 
 
+class Faces(NamedTuple):
+    """The 16 functions F(b + d) ≥ value + slope · d − bend ‖d‖² / 2, of which none may be negative.
+
+    Args:
+        value, bend: (…, 16).
+        slope: (…, 16, 4), in the order of a box.
+        bears: (…, 16), the radius within which each stays ≥ 0; −∞ where it is not.
+        stays: (…), the radius within which α and β do.
+    """
+
+    value: Tensor
+    slope: Tensor
+    bend: Tensor
+    bears: Tensor
+    stays: Tensor
+
+
+def faces(boxes: Tensor, truth: Tensor, least: Tensor) -> Faces:
+    """Of boxes (…, 4) that have to overlap `truth` by `least` (…).
+
+    >>> box = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    >>> given = faces(box, box, torch.tensor(0.5))
+    >>> given.value.unique(), given.slope[15]  # 1.5 − 0.5 − 0.5, and what shrinks loses as much at each side
+    (tensor([0.5000]), tensor([-1., -1.,  1.,  1.]))
+    """
+    alphas, betas = _lengths(boxes, truth, 0), _lengths(boxes, truth, 1)  # (…, 4) each
+    value, (x, y), matrix = _quadratics(boxes, truth, least, alphas, betas)
+    bears = _borne(value, (x, y), matrix)
+    x, y = torch.broadcast_tensors(x, y)
+    slope = torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1)
+    bend = torch.linalg.matrix_norm(matrix).expand_as(value)  # no less than ‖M‖
+    each = (part.flatten(-2) for part in (bend, bears))
+    return Faces(value.flatten(-2), slope.flatten(-3, -2), *each, _stays(alphas, betas))
+
+
 def room(boxes: Tensor, truth: Tensor, least: Tensor) -> Tensor:
     """(…): a radius such that every box of the ball surely overlaps `truth` by `least` (…) > 0 or more; −∞ where the
     box itself does not.
@@ -68,16 +105,8 @@ def room(boxes: Tensor, truth: Tensor, least: Tensor) -> Tensor:
     """
     alphas, betas = _lengths(boxes, truth, 0), _lengths(boxes, truth, 1)  # (…, 4) each
 
-    # α and β stay ≥ 0; so do the box's own sides, which are among them.
-    far = torch.cat([alphas, betas], -1)
-    ends = boxes.new_tensor(SLOPES).norm(dim=1).repeat(2)
-    stays = torch.where(ends > 0, far / ends, torch.inf).amin(-1)
-
-    # All 16 F stay ≥ 0.
-    value, gradient, matrix = _quadratics(boxes, truth, least, alphas, betas)
-    bears = _borne(value, gradient, matrix).flatten(-2).amin(-1)
-
-    largest = torch.minimum(stays, bears)
+    bears = _borne(*_quadratics(boxes, truth, least, alphas, betas)).flatten(-2).amin(-1)  # all 16 F stay ≥ 0
+    largest = torch.minimum(_stays(alphas, betas), bears)
     return torch.where(largest >= 0, largest, -torch.inf)
 
 
@@ -87,6 +116,13 @@ def _lengths(boxes: Tensor, truth: Tensor, axis: int) -> Tensor:
         boxes[..., axis], boxes[..., axis + 2], truth[..., axis], truth[..., axis + 2]
     )
     return torch.stack([their_high - their_low, their_high - low, high - their_low, high - low], -1)
+
+
+def _stays(alphas: Tensor, betas: Tensor) -> Tensor:
+    """(…): the radius within which α and β stay ≥ 0; so do the box's own sides, which are among them."""
+    far = torch.cat([alphas, betas], -1)
+    ends = alphas.new_tensor(SLOPES).norm(dim=1).repeat(2)
+    return torch.where(ends > 0, far / ends, torch.inf).amin(-1)
 
 
 def _quadratics(

@@ -20,6 +20,7 @@ certified value would come to lie above the measured one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,15 @@ from lipguide.tasks.detection.certificates.answers import Answers
 from lipguide.tasks.detection.certificates.scene import Scene, moved
 from lipguide.tasks.detection.scores import MOST, RECALLS
 
-__all__ = ["Certificate", "certified_ap", "certified_precision", "certified_recall", "certify", "object_radii"]
+__all__ = [
+    "Certificate",
+    "certified_ap",
+    "certified_precision",
+    "certified_recall",
+    "certify",
+    "joined",
+    "object_radii",
+]
 
 PIECE = 64  # scenes at a time
 
@@ -92,7 +101,8 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
             Scene.of(part, number, eps, least, truth[classes != NOTHING], classes[classes != NOTHING])
             for number, (truth, classes) in enumerate(things)
         ]
-        for scene, *bounds in zip(scenes, *moved(part, scenes, eps, least), strict=True):
+        closer, scenes = moved(part, scenes, eps, least)
+        for scene, *bounds in zip(scenes, *closer, strict=True):
             before, after = scene.heights(*bounds)
             alarms.append(births(*bounds, given.graph, least))
             possible = torch.bincount(alarms[-1][1], minlength=given.scores.shape[2])
@@ -104,6 +114,26 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
     of_objects = numbers.repeat_interleave(torch.tensor([len(part[0]) for part in objects], device="cpu"))
     of_alarms = numbers.repeat_interleave(torch.tensor([len(part[0]) for part in alarms], device="cpu"))
     return Certificate(eps, least, of_objects, label, before, after, born, of_alarms, alarm_label)
+
+
+def joined(parts: Sequence[Certificate], scenes: Sequence[int]) -> Certificate:
+    """One certificate from those of several parts of so many scenes each, at one eps and above one threshold.
+
+    >>> from lipguide.tasks.detection.boxes import pad_targets
+    >>> box, one = torch.tensor([[0.0, 0.0, 0.5, 1.0]]), torch.ones(1)
+    >>> given = Answers(torch.tensor([[[0.9]]]), box[None], torch.ones(1, 1).bool(), 1.0, 0.1 * one, one)
+    >>> certificate = certify(given, pad_targets([box], [torch.tensor([0])]), eps=0.25)
+    >>> joined([certificate, certificate], [1, 1]).scene
+    tensor([0, 1])
+    """
+    if not parts or any((part.eps, part.least) != (parts[0].eps, parts[0].least) for part in parts):
+        raise ValueError("certificates of different eps or thresholds are not one: join some of the same")
+    first = [sum(scenes[:number]) for number in range(len(parts))]
+    moved = [
+        part._replace(scene=part.scene + start, alarm_scene=part.alarm_scene + start)
+        for part, start in zip(parts, first, strict=True)
+    ]
+    return Certificate(*parts[0][:2], *(torch.cat(columns) for columns in list(zip(*moved, strict=True))[2:]))
 
 
 def certified_recall(certificate: Certificate, least: float | None = None) -> float:
