@@ -17,7 +17,10 @@ from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.harness import trained
 from lipguide.tasks.weights import WEIGHTS, run_of
 
-SHORT = Plan((0.05, 0.1), ((0.05, None), (0.1, 1)), (0.1,), (0.05,), attacked=2, hunted=2, steps=1, smoothings=((0.1, 0.1, 40),), smoothed=1)
+SHORT = Plan(
+    (0.05, 0.1), ((0.05, None), (0.1, 1)), (0.1,), (0.05,), attacked=2, hunted=2, steps=1, smoothings=((0.1, 0.1, 40),),
+    smoothed=1,
+)  # fmt: skip
 THESE = {"weights": "these", "twin": "its own"}
 
 
