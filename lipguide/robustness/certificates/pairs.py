@@ -41,6 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lipguide.precision import full_precision
 from lipguide.robustness.certificates.block import Block
 from lipguide.robustness.certificates.climb import highest
 
@@ -159,10 +160,11 @@ def least_gap_below(
     half, through = h.shape[1] // 2, block.filters @ below.read
     many = (h[:, half:].abs() <= reach * below.lengths).sum(1)  # pairs that may swap: like are solved with like
     least = torch.full_like(gap, -torch.inf)
-    for part in many.argsort().split(PART):
-        open_ = _opened(w[part], h[part], block, below, through, reach, inner)
-        least[part] = _least(gap[part], open_, below, reach, (len(block.filters), half))
-    return least.nan_to_num(nan=-torch.inf)
+    with full_precision():
+        for part in many.argsort().split(PART):
+            open_ = _opened(w[part], h[part], block, below, through, reach, inner)
+            least[part] = _least(gap[part], open_, below, reach, (len(block.filters), half))
+    return least.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
 def _opened(w: Tensor, h: Tensor, block: Block, below: Sorted, through: Tensor, reach: float, inner: float) -> _Open:

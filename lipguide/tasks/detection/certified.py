@@ -97,28 +97,32 @@ def certified(
 
     def attacked(eps: float) -> dict[str, Any]:
         few, steps = scenes.part(slice(plan.attacked)), {"eps": eps, "steps": plan.steps}
-        return kept(f"attacked-{eps:g}", steps, partial(_attacked, model, few, **steps))
+        of = steps | {"scenes": len(few.images)}
+        return kept(f"attacked-{eps:g}", of, partial(_attacked, model, few, **steps))
 
     def compared(eps: float, sigma: float, draws: int) -> dict[str, Any]:
         few, asked = scenes.part(slice(plan.smoothed)), {"eps": eps, "sigma": sigma, "draws": draws}
         own = certify(answers(model, unit_range(few.images), deep=True), few.targets, eps, model.least)
-        smooth = kept(f"smoothed-{eps:g}", asked | {"twin": made["twin"]}, partial(_smoothed, twin, few, **asked))
+        of = asked | {"twin": made["twin"], "scenes": len(few.images)}
+        smooth = kept(f"smoothed-{eps:g}", of, partial(_smoothed, twin, few, **asked))
         return smooth | {"reader": certified_recall(own)}
 
     def deeply(scenes: Split, eps: float, many: int | None, name: str = "deep") -> dict[str, Any]:
-        pieces, wanted = [], {"eps": eps} | ({"real": scenes.hash} if name == "real-deep" else {})
+        pieces, wanted = [], {"eps": eps} | ({"real": scenes.hash} if scenes is real else {})
         last = min(many or len(scenes.images), len(scenes.images))
         for first in range(0, last, DEEP):
             few = scenes.part(slice(first, min(first + DEEP, last)))
-            pieces.append(kept(f"{name}-{eps:g}-{first}", wanted, partial(_deep, model, few, eps)))
+            of = wanted | {"scenes": len(few.images)}
+            pieces.append(kept(f"{name}-{eps:g}-{first}", of, partial(_deep, model, few, eps)))
         return _row_of(pieces, eps, model.least)
 
     def hunted(eps: float) -> dict[str, Any]:
-        pieces, steps = [], {"eps": eps, "steps": plan.steps}
+        pieces, steps = [], {"eps": eps, "steps": plan.steps}  # of certificates by the deepest look
         last = min(plan.hunted, len(scenes.images))
         for first in range(0, last, PIECE):
             few = scenes.part(slice(first, min(first + PIECE, last)))
-            pieces.append(kept(f"hunted-{eps:g}-{first}", steps, partial(_hunted, model, few, **steps)))
+            of = steps | {"look": "deep", "scenes": len(few.images)}
+            pieces.append(kept(f"hunted-{eps:g}-{first}", of, partial(_hunted, model, few, **steps)))
         return _together(pieces)
 
     whole = kept("certificates", {"grid": list(plan.grid)}, partial(_whole, model, scenes, plan.grid))
@@ -177,13 +181,17 @@ def _row_of(pieces: Sequence[Mapping[str, Any]], eps: float, least: float) -> di
         columns = dict(piece["certificate"])
         for name in ("before", "heights"):
             columns[name] = [-math.inf if value is None else value for value in columns[name]]
-        whole = {name: torch.long for name in columns if name not in ("before", "heights", "births")}
-        numbers = {name: torch.tensor(values, dtype=whole.get(name)) for name, values in columns.items()}
+        numbers = {name: _column(name, values) for name, values in columns.items()}
         parts.append(Certificate(eps=eps, least=least, **numbers))
     many = [piece["scenes"] for piece in pieces]
     seconds = sum(piece["seconds"] for piece in pieces) / max(sum(many), 1)
     commits = sorted({piece["commit"] for piece in pieces})
     return {"scenes": sum(many), "commits": commits, **row(joined(parts, many), sum(many)), "seconds": seconds}
+
+
+def _column(name: str, values: Sequence[float]) -> torch.Tensor:
+    real = name in ("before", "heights", "births")
+    return torch.tensor(values, dtype=torch.float64 if real else torch.long, device="cpu")
 
 
 def _timed(function: Any) -> tuple[Any, float]:

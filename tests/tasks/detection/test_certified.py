@@ -1,6 +1,7 @@
 """The record of a certified detector, and the decision that it is of."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,12 @@ def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_pat
         certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE | {"weights": "others"})
     with pytest.raises(ValueError, match="smoothed-0.1.json was made by another run"):
         certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE | {"twin": "another"})
+    for change in ({"deep": ((0.05, 1),)}, {}, {"attacked": 1}):  # pieces of other sizes are not mixed
+        changed = replace(SHORT, **change)
+        monkeypatch.setattr(module, "PIECE", 2)
+        with pytest.raises(ValueError, match="was made by another run"):
+            certified(model, model, scenes.part(slice(3)), changed, tmp_path, THESE)
+    monkeypatch.setattr(module, "PIECE", 1)
     (tmp_path / "smoothed-0.1.json").unlink()  # no other part has to do with the twin
     other = certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE | {"twin": "another"})
     assert other["smoothed"][0]["twin"] == "another" and other["certificates"] == record["certificates"]

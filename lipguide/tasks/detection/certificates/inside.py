@@ -107,9 +107,9 @@ class Inside:
         # What falls lowest by the cheaper look is asked first; of the others only what may fall lower.
         sunk = self._sunk(asked, eps, "dual")
         first = sunk <= _least(sunk, asked.entry, many)[asked.entry]
-        sunk[first] = self._sunk(asked.part(first), eps, look)
+        sunk[first] = torch.fmax(sunk[first], self._sunk(asked.part(first), eps, look))
         others = ~first & (sunk < _least(sunk[first], asked.entry[first], many)[asked.entry])
-        sunk[others] = self._sunk(asked.part(others), eps, look)
+        sunk[others] = torch.fmax(sunk[others], self._sunk(asked.part(others), eps, look))
         return _least(sunk, asked.entry, many)
 
     def rises(self, entries: Entries, eps: float, look: Look) -> Tensor:
@@ -141,7 +141,7 @@ class Inside:
         sunk = [asked.q[:0]]
         for part in zip(*(column.split(PART) for column in asked), strict=True):
             sunk.append(self._sunk_by(_Asked(*part), eps, look))
-        return torch.cat(sunk).nan_to_num(nan=-torch.inf)  # what is no number bounds nothing
+        return torch.cat(sunk).nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # what is no number bounds nothing
 
     def _sunk_by(self, asked: _Asked, eps: float, look: Look) -> Tensor:
         _, q, w, u, scene, window = asked
@@ -165,7 +165,7 @@ class Inside:
         q = ((own - z) / apart[label]).scatter(1, label[:, None], torch.inf)
         near = torch.zeros_like(q).scatter(1, q.argmin(1, keepdim=True), 1.0) > 0
         if drift is not None:
-            near = q <= q.amin(1, keepdim=True) + drift
+            near = ~(q > q.amin(1, keepdim=True) + drift)  # what is no number is asked, and bounds nothing
         entry, other = near.nonzero(as_tuple=True)
         mine = label[entry]
         w = (self.rows[mine] - self.rows[other]) / apart[mine, other][:, None]

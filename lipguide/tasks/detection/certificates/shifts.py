@@ -50,7 +50,7 @@ def stay(given: Answers, asked: Asked, eps: float, look: Look) -> Tensor:
     value, slope, bend, bears, stays = faces(given.boxes[scene, window].double(), truth.double(), least.double())
     radius = given.moves(eps)[1][window].double()
     spare = (value - bend * radius[:, None].square() / 2) / slope.norm(dim=2).clamp(min=1e-12)  # against v, (E, 16)
-    doubt = bears < radius[:, None]
+    doubt = ~(bears >= radius[:, None])
     hope = (stays >= radius) & ((spare >= 0) | ~doubt).all(1)
     nearest = spare.masked_fill(~doubt, torch.inf).argmin(1, keepdim=True)
     for some in (torch.zeros_like(doubt).scatter(1, nearest, True), torch.ones_like(doubt)):
@@ -59,7 +59,7 @@ def stay(given: Answers, asked: Asked, eps: float, look: Look) -> Tensor:
             against = -torch.nn.functional.normalize(slope[box, face], dim=1)
             risen = rise[box].double() - ROUNDING
             gone = given.inside.goes((scene[box], window[box], label[box]), against, risen, eps, closer)
-            fails = gone + ROUNDING / 10 > spare[box, face]
+            fails = ~(gone + ROUNDING / 10 <= spare[box, face])
             doubt[box, face] = fails
             box, face = box[fails], face[fails]
         hope[box] = False

@@ -126,6 +126,8 @@ def joined(parts: Sequence[Certificate], scenes: Sequence[int]) -> Certificate:
     >>> joined([certificate, certificate], [1, 1]).scene
     tensor([0, 1])
     """
+    if len(parts) != len(scenes):
+        raise ValueError(f"{len(parts)} certificates, and the numbers of scenes of {len(scenes)}")
     if not parts or any((part.eps, part.least) != (parts[0].eps, parts[0].least) for part in parts):
         raise ValueError("certificates of different eps or thresholds are not one: join some of the same")
     first = [sum(scenes[:number]) for number in range(len(parts))]

@@ -55,8 +55,8 @@ class Underneath:
     def patches(self, scene: Tensor, window: Tensor) -> Tensor:
         """(E, H): what some windows of some scenes are given, in sums and differences of pairs, in float64."""
         channels = self.maps[0].shape[1]
-        found = torch.empty(len(scene), channels, self.side, self.side, dtype=torch.float64)
-        steps, first = self.apart * torch.arange(self.side), 0
+        found = torch.empty(len(scene), channels, self.side, self.side, dtype=torch.float64, device="cpu")
+        steps, first = self.apart * torch.arange(self.side, device="cpu"), 0
         for level in self.maps:
             rows, columns = (size - self.apart * (self.side - 1) for size in level.shape[2:])
             mine = ((window >= first) & (window < first + rows * columns)).nonzero()[:, 0]
@@ -91,7 +91,8 @@ def gram_of_patch(filters: Tensor, side: int) -> Tensor:
     channels, reach = len(filters), filters.shape[-1] - 1
     # How two filters overlap that stand so far apart: (C, C, 2k − 1, 2k − 1).
     overlaps = F.conv2d(F.pad(filters, (reach,) * 4), filters)
-    apart = torch.arange(side)[:, None] - torch.arange(side)
+    places = torch.arange(side, device=filters.device)
+    apart = places[:, None] - places
     index = (apart + reach).clamp(0, 2 * reach)
     near = apart.abs() <= reach
     table = overlaps[:, :, index[:, None, :, None], index[None, :, None, :]]  # (C, C, y, x, y', x')

@@ -191,3 +191,12 @@ def test_a_look_is_taken_at_readers_that_end_in_a_block_alone():
         answers(Detector((8, 8, 8), 16).eval(), x, look=True)
     with pytest.raises(ValueError, match="Toy cannot be certified: it has no method inside"):
         answers(Toy().eval(), torch.rand(2, 3, PIXELS, PIXELS), look=True)
+
+
+def test_what_is_no_number_is_asked_and_bounds_nothing():
+    inside = some(0)
+    inside.features[1, 2] = math.nan
+    low, up = between(inside, "dual", 0.1)
+    broken = (every_score()[0] == 1) & (every_score()[1] == 2)
+    assert (low[broken] == -math.inf).all() and (up[broken] == math.inf).all()
+    assert low[~broken].isfinite().all() and up[~broken].isfinite().all()
