@@ -128,7 +128,7 @@ def certified(
     whole = kept("certificates", {"grid": list(plan.grid)}, partial(_whole, model, scenes, plan.grid))
     if real is not None:
         wanted = {"grid": list(plan.grid), "real": real.hash}
-        deep = [deeply(real, eps, many, "real-deep") for eps, many in plan.deep]
+        deep = [deeply(real, eps, None, "real-deep") for eps, many in plan.deep if many is None]
         whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid)) | {"deep": deep}}
     return whole | {
         "deep": [deeply(scenes, eps, many) for eps, many in plan.deep],

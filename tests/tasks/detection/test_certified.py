@@ -127,12 +127,12 @@ def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_pat
 def test_real_scenes_are_certified_beside_the_others(scenes, tmp_path):
     torch.manual_seed(0)
     model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
-    plan = Plan((0.1,), ((0.1, 3),), (), (), smoothings=())
+    plan = Plan((0.1,), ((0.1, None),), (), (), smoothings=())
     real = scenes.part(slice(2, 6))._replace(hash="real")
     record = certified(model, model, scenes.part(slice(3)), plan, tmp_path, THESE, real)
     assert record["scenes"] == 3 and record["real"]["scenes"] == 4 and record["real"]["real"] == "real"
     assert [row["eps"] for row in record["real"]["certificates"]] == [0.1]
-    assert [row["scenes"] for row in record["real"]["deep"]] == [3]
+    assert [row["scenes"] for row in record["real"]["deep"]] == [4]
     assert "real" not in certified(model, model, scenes.part(slice(3)), plan, tmp_path, THESE)
     with pytest.raises(ValueError, match="was made by another run"):
         certified(model, model, scenes.part(slice(3)), plan, tmp_path, THESE, real._replace(hash="others"))
