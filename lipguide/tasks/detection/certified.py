@@ -55,7 +55,7 @@ class Plan:
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
     hunts: tuple[float, ...] = (0.1, 0.25)
     attacked: int = 300
-    hunted: int = 500
+    hunted: int = 300
     steps: int = 20
     smoothings: tuple[tuple[float, float, int], ...] = ((0.1, 0.1, 300), (0.25, 0.15, 1000))
     smoothed: int = 20
