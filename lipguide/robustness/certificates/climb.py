@@ -37,11 +37,9 @@ def highest(
     """
     variables = [variable.clone() for variable in start]
     moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in variables]
-    best, most = [v.clone() for v in variables], None
+    best, most = [v.clone() for v in variables], start[0].new_full((len(start[0]),), -math.inf)
     for step in range(1, steps + 1):
         value, *slopes = function(*variables)
-        if most is None:
-            most = torch.full_like(value, -math.inf)
         most, best = _better(value, variables, most, best)
         for v, slope, rate, (mean, square) in zip(variables, slopes, rates, moments, strict=True):
             mean.lerp_(slope, 1 - MOMENTUM)

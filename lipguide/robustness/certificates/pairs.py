@@ -106,16 +106,20 @@ class _Open(NamedTuple):
         """In single precision."""
         return _Open(*(part.float() if part.is_floating_point() else part for part in self))
 
-    def slope(self, of_units: Tensor, of_pairs: Tensor) -> Tensor:
-        """[A; P]ᵀ y, (M, H), of y in two parts."""
-        half = self.l_0.shape[1] // 2
+    def slope(self, y: Tensor) -> Tensor:
+        """[A; P]ᵀ y, (M, H), of y (M, U + P)."""
+        of_units, of_pairs = y.split([self.c.shape[1], self.q.shape[1]], 1)
         of_rows = (of_units[:, None] @ self.rows)[:, 0]
-        return of_rows.scatter_add(1, half + self.pair, of_pairs * self.sign)
+        return of_rows.scatter_add(1, self.l_0.shape[1] // 2 + self.pair, of_pairs * self.sign)
 
-    def along(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """[A; P] v, of vectors (M, H)."""
-        half = self.l_0.shape[1] // 2
-        return (self.rows @ v[:, :, None])[:, :, 0], v[:, half:].gather(1, self.pair) * self.sign
+    def along(self, v: Tensor) -> Tensor:
+        """[A; P] v, (M, U + P), of vectors (M, H)."""
+        of_pairs = v[:, self.l_0.shape[1] // 2 :].gather(1, self.pair) * self.sign
+        return torch.cat([(self.rows @ v[:, :, None])[:, :, 0], of_pairs], 1)
+
+    def sized(self) -> _Open:
+        """With the sizes of all that is in A and P."""
+        return self._replace(rows=self.rows.abs(), sign=self.sign.abs())
 
 
 class _Charge(NamedTuple):
@@ -124,13 +128,9 @@ class _Charge(NamedTuple):
     a: Tensor  # (M,)
     r: Tensor  # (M,)
     left: Tensor  # 1 − 2r‖B‖², (M,)
+    scale: Tensor  # S, (M, U + P)
     inverse: Tensor  # about (a − K)⁻¹, (M, U + P, U + P), in single precision
     proved: Tensor  # whether a − K ≥ ζ, (M,)
-
-    @property
-    def scale(self) -> Tensor:
-        """√(2r) of the rows of A in F, (M, 1)."""
-        return (2 * self.r).sqrt()[:, None]
 
 
 class _Point(NamedTuple):
@@ -164,7 +164,8 @@ def least_gap_below(
         for part in many.argsort().split(PART):
             open_ = _opened(w[part], h[part], block, below, through, reach, inner)
             least[part] = _least(gap[part], open_, below, reach, (len(block.filters), half))
-    return least.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    # The search may miss what constants know.
+    return torch.fmax(least, gap - block.steepest * inner).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
 def _opened(w: Tensor, h: Tensor, block: Block, below: Sorted, through: Tensor, reach: float, inner: float) -> _Open:
@@ -218,7 +219,7 @@ def _products(open_: _Open, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     corner = g_rows[:, :, half:].gather(2, _across(pair, rows)) * sign[:, None]
     last = gram[half:, half:][pair[:, :, None], pair[:, None]] * sign[:, :, None] * sign[:, None]
     form = torch.cat([torch.cat([g_rows @ rows.mT, corner], 2), torch.cat([corner.mT, last], 2)], 1)
-    return form, torch.cat(open_.along(g_l), 1), (l_0 * g_l).sum(1)
+    return form, open_.along(g_l), (l_0 * g_l).sum(1)
 
 
 def _charged(open_: _Open, form: Tensor, least: Tensor, below: Sorted) -> _Charge:
@@ -229,7 +230,8 @@ def _charged(open_: _Open, form: Tensor, least: Tensor, below: Sorted) -> _Charg
     """
     turned = torch.linalg.eigvalsh(open_.turns @ open_.turns.mT)[:, -1].clamp(min=CUSHION) * (1 + CUSHION)  # ‖B‖²
     r = (SHARE / (2 * turned)).clamp(max=1.0)
-    rooted = torch.cat([(2 * r).sqrt()[:, None].expand_as(open_.c), torch.ones_like(open_.q)], 1).float()
+    scale = torch.cat([(2 * r).sqrt()[:, None].expand_as(open_.c), torch.ones_like(open_.q)], 1)
+    rooted = scale.float()
     k = form * rooted[:, :, None] * rooted[:, None]
     n, vector = k.shape[1], torch.ones_like(k[:, 0])
     for _ in range(TURNS):
@@ -245,7 +247,7 @@ def _charged(open_: _Open, form: Tensor, least: Tensor, below: Sorted) -> _Charg
     factor, worse = _factor(a, k)
     proved = ~(failed | worse)
     factor[~proved] = torch.eye(n, dtype=k.dtype, device=k.device)
-    return _Charge(a.double(), r, 1 - 2 * r * turned, torch.cholesky_inverse(factor), proved)
+    return _Charge(a.double(), r, 1 - 2 * r * turned, scale, torch.cholesky_inverse(factor), proved)
 
 
 def _factor(a: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,11 +261,8 @@ def _factor(a: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def _rounded(open_: _Open, rooted: Tensor, below: Sorted) -> Tensor:
     """By how much the norm of K may be wrong in single precision, (M,): no more than the largest row of |F||G||F|ᵀ
     times what a sum so long may lose."""
-    rows, half = open_.rows.abs().float(), len(below.gram) // 2
-    of_units, of_pairs = rooted.split([open_.c.shape[1], open_.q.shape[1]], 1)
-    along = (of_units[:, None] @ rows)[:, 0].scatter_add(1, half + open_.pair, of_pairs * open_.sign.abs().float())
-    back = along @ below.single.abs()
-    largest = torch.cat([of_units * (rows @ back[:, :, None])[:, :, 0], back[:, half:].gather(1, open_.pair)], 1)
+    sizes = open_.single().sized()
+    largest = rooted * sizes.along(sizes.slope(rooted) @ below.single.abs())
     return 2 * (len(below.gram) + 8) * HALF_UNIT * largest.amax(1)
 
 
@@ -282,7 +281,7 @@ class _Search(NamedTuple):
     @classmethod
     def of(cls, open_: _Open, charge: _Charge, linear: Tensor, alone: Tensor, reach: float) -> _Search:
         a, r, left = charge.a.float(), charge.r.float(), charge.left.float()
-        rooted = torch.cat([charge.scale.float().expand_as(open_.c), torch.ones_like(open_.q)], 1)
+        rooted = charge.scale.float()
         solved, rooted = _times(rooted * linear, charge.inverse), a[:, None] / rooted
         bent = charge.inverse * rooted[:, :, None]
         bent *= rooted[:, None]
@@ -297,7 +296,7 @@ class _Search(NamedTuple):
         half = _times(y, self.bent) + self.tilt  # of the slope of yᵀTy + 2yᵀt
         steep = (y * (half + self.tilt)).sum(1) + self.alone
         q = o.q + (g[:, None] @ o.turns)[:, 0]
-        phi, in_g, in_c, of_units = _kinked(o.x, o.c, 0.0, g, self.r[:, None] * n)
+        phi, in_g, _, of_units = _kinked(o.x, o.c, 0.0, g, self.r[:, None] * n)
         psi, in_m, in_q, of_pairs = _kinked(o.size, q, q, m, self.left[:, None] * n)
         spent, length = 1 / (self.a[:, None] * n), self.a * n[:, 0] * self.reach**2 / 2
         slope = steep * spent[:, 0] / 2
@@ -312,7 +311,7 @@ def _surely(gap: Tensor, open_: _Open, charge: _Charge, below: Sorted, reach: fl
     """The bound at a point, less what rounding may have added, in double precision."""
     o, (g, m, log_n), (a, r, left) = open_, point, charge[:3]
     n = log_n.exp()
-    l = o.l_0 + o.slope(g * o.units, m * o.here)  # noqa: E741
+    l = o.l_0 + o.slope(torch.cat([g * o.units, m * o.here], 1))  # noqa: E741
     g_l = l @ below.gram
     slope = (l * g_l).sum(1) + _solved(o.along(g_l), open_, charge, below)
     phi, psi = _kinks(o, r, left, point)
@@ -322,23 +321,19 @@ def _surely(gap: Tensor, open_: _Open, charge: _Charge, below: Sorted, reach: fl
     return gap + sum(terms) - CUSHION * (gap.abs() + units + pairs + sum(term.abs() for term in terms))
 
 
-def _solved(along: tuple[Tensor, Tensor], open_: _Open, charge: _Charge, below: Sorted) -> Tensor:
+def _solved(along: Tensor, open_: _Open, charge: _Charge, below: Sorted) -> Tensor:
     """No less than zᵀ(a − K)⁻¹z, (M,), where z = F G l, from [A; P] G l: the remainder of a solution in single
     precision is solved once more, and what is left is charged."""
-    units, a, scale = open_.c.shape[1], charge.a[:, None], charge.scale
-
-    def scaled(parts: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.cat([scale * parts[0], parts[1]], 1)
+    a, scale = charge.a[:, None], charge.scale
 
     def nearly(right: Tensor) -> Tensor:
         size = right.abs().amax(1, keepdim=True).clamp(min=1e-300)
         return size * _times((right / size).float(), charge.inverse).double()
 
     def remainder(x: Tensor) -> Tensor:
-        moved = open_.slope(scale * x[:, :units], x[:, units:]) @ below.gram
-        return z - a * x + scaled(open_.along(moved))
+        return z - a * x + scale * open_.along(open_.slope(scale * x) @ below.gram)
 
-    z = scaled(along)
+    z = scale * along
     x = nearly(z)
     x = x + nearly(remainder(x))
     rest = remainder(x)

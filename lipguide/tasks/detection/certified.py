@@ -107,28 +107,29 @@ def certified(
         smooth = kept(f"smoothed-{eps:g}", of, partial(_smoothed, twin, few, **asked))
         return smooth | {"reader": certified_recall(own)}
 
-    def deeply(scenes: Split, eps: float, many: int | None, name: str = "deep") -> dict[str, Any]:
-        pieces, wanted = [], {"eps": eps} | ({"real": scenes.hash} if scenes is real else {})
+    def in_pieces(name: str, wanted: Mapping[str, Any], scenes: Split, last: int, size: int, make: Any) -> list[Any]:
+        pieces = []
+        for first in range(0, last, size):
+            few = scenes.part(slice(first, min(first + size, last)))
+            of = {**wanted, "scenes": len(few.images)}
+            pieces.append(kept(f"{name}-{wanted['eps']:g}-{first}", of, partial(make, model, few)))
+        return pieces
+
+    def deeply(scenes: Split, eps: float, many: int | None) -> dict[str, Any]:
+        name, which = ("real-deep", {"real": scenes.hash}) if scenes is real else ("deep", {})
         last = min(many or len(scenes.images), len(scenes.images))
-        for first in range(0, last, DEEP):
-            few = scenes.part(slice(first, min(first + DEEP, last)))
-            of = wanted | {"scenes": len(few.images)}
-            pieces.append(kept(f"{name}-{eps:g}-{first}", of, partial(_deep, model, few, eps)))
+        pieces = in_pieces(name, {"eps": eps} | which, scenes, last, DEEP, partial(_deep, eps=eps))
         return _row_of(pieces, eps, model.least)
 
     def hunted(eps: float) -> dict[str, Any]:
-        pieces, steps = [], {"eps": eps, "steps": plan.steps}  # of certificates by the deepest look
-        last = min(plan.hunted, len(scenes.images))
-        for first in range(0, last, PIECE):
-            few = scenes.part(slice(first, min(first + PIECE, last)))
-            of = steps | {"look": "deep", "scenes": len(few.images)}
-            pieces.append(kept(f"hunted-{eps:g}-{first}", of, partial(_hunted, model, few, **steps)))
-        return _together(pieces)
+        steps, last = {"eps": eps, "steps": plan.steps}, min(plan.hunted, len(scenes.images))
+        of = steps | {"look": "deep"}
+        return _together(in_pieces("hunted", of, scenes, last, PIECE, partial(_hunted, **steps)))
 
     whole = kept("certificates", {"grid": list(plan.grid)}, partial(_whole, model, scenes, plan.grid))
     if real is not None:
         wanted = {"grid": list(plan.grid), "real": real.hash}
-        deep = [deeply(real, eps, None, "real-deep") for eps, many in plan.deep if many is None]
+        deep = [deeply(real, eps, None) for eps, many in plan.deep if many is None]
         whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid)) | {"deep": deep}}
     return whole | {
         "deep": [deeply(scenes, eps, many) for eps, many in plan.deep],

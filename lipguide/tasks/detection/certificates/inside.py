@@ -163,8 +163,9 @@ class Inside:
         apart = slopes(len(self.rows), 1.0, self.rows, self.rows.device).double()  # ‖w_c − w_j‖
         own = z.gather(1, label[:, None])
         q = ((own - z) / apart[label]).scatter(1, label[:, None], torch.inf)
-        near = torch.zeros_like(q).scatter(1, q.argmin(1, keepdim=True), 1.0) > 0
-        if drift is not None:
+        if drift is None:
+            near = torch.zeros_like(q, dtype=torch.bool).scatter(1, q.argmin(1, keepdim=True), True)
+        else:
             near = ~(q > q.amin(1, keepdim=True) + drift)  # what is no number is asked, and bounds nothing
         entry, other = near.nonzero(as_tuple=True)
         mine = label[entry]

@@ -103,10 +103,8 @@ def room(boxes: Tensor, truth: Tensor, least: Tensor) -> Tensor:
     >>> room(box, box, torch.tensor([0.25, 0.5]))  # 1 − √least, nearly: all sides move inwards
     tensor([0.4955, 0.2927])
     """
-    alphas, betas = _lengths(boxes, truth, 0), _lengths(boxes, truth, 1)  # (…, 4) each
-
-    bears = _borne(*_quadratics(boxes, truth, least, alphas, betas)).flatten(-2).amin(-1)  # all 16 F stay ≥ 0
-    largest = torch.minimum(_stays(alphas, betas), bears)
+    given = faces(boxes, truth, least)
+    largest = torch.minimum(given.stays, given.bears.amin(-1))
     return torch.where(largest >= 0, largest, -torch.inf)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,15 +107,22 @@ def moved(given: Answers, scenes: Sequence[Scene], eps: float, least: float) -> 
     (low, up), scenes = given.bounds(eps, least), list(scenes)
     if given.inside is not None and scenes:
         for look in given.inside.looks:
-            asked = [scene.tried(*bounds) for scene, *bounds in zip(scenes, low, up, strict=True)]
+            asked = _of_each(scenes, Scene.tried, low, up)
             scenes = _stayed(given, scenes, asked, eps, look)
-            asked = [scene.falls(*bounds) for scene, *bounds in zip(scenes, low, up, strict=True)]
+            asked = _of_each(scenes, Scene.falls, low, up)
             low = given.lifted(eps, low, torch.stack(asked) | (low > HIGH), look)
-            asked = [scene.rises(*bounds) for scene, *bounds in zip(scenes, low, up, strict=True)]
+            asked = _of_each(scenes, Scene.rises, low, up)
             up = _lowered(given, scenes, low, up, torch.stack(asked), eps, look)
-            asked = [scene.ahead(*bounds) for scene, *bounds in zip(scenes, low, up, strict=True)]
+            asked = _of_each(scenes, Scene.ahead, low, up)
             scenes = _stayed(given, scenes, asked, eps, look)
     return (low, up), scenes
+
+
+def _of_each(
+    scenes: Sequence[Scene], ask: Callable[[Scene, Tensor, Tensor], Tensor], low: Tensor, up: Tensor
+) -> list[Tensor]:
+    """What each scene asks, of its bounds."""
+    return [ask(scene, *bounds) for scene, *bounds in zip(scenes, low, up, strict=True)]
 
 
 def _lowered(
@@ -125,8 +132,10 @@ def _lowered(
     does."""
     known = torch.zeros_like(asked)
     for _ in range(ROUNDS):
-        alarms = [scene.alarms(*bounds) for scene, *bounds in zip(scenes, low, up, strict=True)]
+        alarms = _of_each(scenes, Scene.alarms, low, up)
         asked = (asked | torch.stack(alarms)) & ~known
+        if not asked.any():
+            break
         up = given.lowered(eps, up, asked, look)
         known |= asked
     return up
