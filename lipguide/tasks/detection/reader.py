@@ -82,7 +82,8 @@ class Detector(nn.Module):
             doubles them.
         features: of a window.
         reach: pixels of a level that one unit of the box head stands for.
-        tau: temperature of the loss and of the scores.
+        tau: temperature of the loss and of `log_scores`.
+        offset: of the loss, by which a wrong answer is raised, so that the right one must win by it.
         canvases: the levels.
         residual: the layers of `lipguide.tasks.classification.networks.residual` instead, which are linear residuals.
         block: an SLL block at the end of a window instead of sorted pairs.
@@ -102,9 +103,11 @@ class Detector(nn.Module):
         canvases: Sequence[Canvas] = CANVASES,
         residual: bool = False,
         block: bool = False,
+        offset: float = 0.1,
     ) -> None:
         super().__init__()
-        self.reach, self.tau, self.canvases, self.least = reach, tau, tuple(canvases), LEAST
+        self.reach, self.tau, self.offset = reach, tau, offset
+        self.canvases, self.least = tuple(canvases), LEAST
         self.brightless = Brightless()
         self.levels = nn.ModuleList(Level(PICTURE, canvas) for canvas in canvases)
         trunk, halve, cells = residual_layers(*widths) if residual else sorted_layers(*widths)
@@ -310,14 +313,13 @@ class ReaderLoss(nn.Module):
     Args:
         model: whose windows they are.
         negatives: hardest windows elsewhere for each one that speaks, among all that are given.
-        offset: by which a wrong answer is raised, so that the right one must win by it.
         reduction: "mean" over the windows that speak, or "none" for one value a scene.
     """
 
-    def __init__(self, model: Detector, reduction: str = "mean", negatives: int = 3, offset: float = 0.1) -> None:
+    def __init__(self, model: Detector, reduction: str = "mean", negatives: int = 3) -> None:
         super().__init__()
         self.tau, self.reach, self.negatives, self.reduction = model.tau, model.reach, negatives, reduction
-        self.offset = offset
+        self.offset = model.offset
         self.levels = tuple(canvas.side for canvas in model.canvases)
         centres, sides = model.places()
         self.register_buffer("centres", centres, persistent=False)
@@ -361,10 +363,10 @@ class ReaderLoss(nn.Module):
         return values >= least.clamp(min=0)
 
 
-def detector(width: int = 24, tau: float = 5.0, residual: bool = True) -> Detector:
+def detector(width: int = 24, tau: float = 5.0, residual: bool = True, offset: float = 0.1) -> Detector:
     """The one that the chapter trains; `width` is 24 for two cores, 48 for a GPU.
 
     Args:
         residual: False for orthogonal convolutions throughout.
     """
-    return Detector((width, 2 * width, 4 * width), tau=tau, residual=residual, block=True)
+    return Detector((width, 2 * width, 4 * width), tau=tau, residual=residual, block=True, offset=offset)

@@ -381,7 +381,8 @@ def test_the_right_answer_must_win_by_the_offset():
     arguments = {"labels": torch.tensor([-1]), "distance": torch.tensor([9.0]), "sides": torch.zeros(1, 4)}
     values = []
     for offset in (0.0, 0.25):
-        loss = type(model.training_loss())(model, offset=offset)
+        model.offset = offset
+        loss = model.training_loss()
         values.append(float(loss.of_windows(logits, torch.zeros(1, 4), **arguments)[0]))
     odds = [10 * torch.tensor(model.tau * (offset - 0.5)).exp() for offset in (0.0, 0.25)]
     assert values == pytest.approx([float(odd.log1p()) for odd in odds], rel=1e-5)
