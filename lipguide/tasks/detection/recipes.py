@@ -293,6 +293,8 @@ LARGE: dict[str, Detection] = {
     **{f"tinier-ssd-why-{change}": Unlearnt(change) for change in CHANGES},
     # To become the one that ships: what is certified by a look needs less room than what is certified by constants.
     "detection-sharp-reader": SharpReading("residual-reader", steps=24_000),
+    # What the same layers read when less is asked of their margins.
+    "detection-clean-reader": SharpReading("residual-reader", steps=24_000, tau=20.0, offset=0.2),
     # Of orthogonal convolutions.
     "detection-orthogonal-reader": Reading("reader", steps=10_000, start=None),
 }
