@@ -367,6 +367,7 @@ def detector(width: int = 24, tau: float = 5.0, residual: bool = True, offset: f
     """The one that the chapter trains; `width` is 24 for two cores, 48 for a GPU.
 
     Args:
+        tau, offset: of the loss, as `Detector` takes them.
         residual: False for orthogonal convolutions throughout.
     """
     return Detector((width, 2 * width, 4 * width), tau=tau, residual=residual, block=True, offset=offset)
