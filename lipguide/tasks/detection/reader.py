@@ -98,12 +98,12 @@ class Detector(nn.Module):
         widths: Sequence[int] = (16, 32, 64),
         features: int = 128,
         reach: float = 6.0,
-        tau: float = 5.0,
+        tau: float = 12.0,
         classes: int = 10,
         canvases: Sequence[Canvas] = CANVASES,
         residual: bool = False,
         block: bool = False,
-        offset: float = 0.1,
+        offset: float = 0.4,
     ) -> None:
         super().__init__()
         self.reach, self.tau, self.offset = reach, tau, offset
@@ -363,7 +363,7 @@ class ReaderLoss(nn.Module):
         return values >= least.clamp(min=0)
 
 
-def detector(width: int = 24, tau: float = 5.0, residual: bool = True, offset: float = 0.1) -> Detector:
+def detector(width: int = 24, tau: float = 12.0, residual: bool = True, offset: float = 0.4) -> Detector:
     """The one that the chapter trains; `width` is 24 for two cores, 48 for a GPU.
 
     Args:
