@@ -94,6 +94,7 @@ def _parser() -> Parser:
     _add_train(subparsers)
     _add_study(subparsers)
     _add_certify(subparsers)
+    _add_readers(subparsers)
     _add_why(subparsers)
     _add_compare(subparsers)
     _add_losses(subparsers)
@@ -184,6 +185,15 @@ def _add_certify(subparsers: Any) -> None:
     parser.add_argument("--size", type=int, help="pictures of the test split (default: all)")
     parser.add_argument("--svhn", help="folder that holds train/ of SVHN, or some of it: certify these scenes as well")
     parser.add_argument("--folder", type=Path, default=Path("study"), help="where the record goes (default: study)")
+    _add_minutes(parser)
+    _add_device(parser)
+
+
+def _add_readers(subparsers: Any) -> None:
+    says = "what the loss of the certified detector asks for: readers with other dials, trained and certified alike"
+    parser = _add(subparsers, "readers", commands.compare_readers, says)
+    parser.add_argument("--folder", type=Path, default=Path("study", "readers"), help="weights and record")
+    _add_minutes(parser)
     _add_device(parser)
 
 

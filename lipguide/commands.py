@@ -24,6 +24,7 @@ __all__ = [
     "certify",
     "compare_bricks",
     "compare_data",
+    "compare_readers",
     "download_svhn",
     "find_why",
     "run_study",
@@ -175,6 +176,25 @@ def certify(options: argparse.Namespace) -> int:
     for what, value in (record | {"weights": {key: made[key] for key in ("commit", "steps", "seconds")}}).items():
         ledger[what] = value
     print(f"on record: {ledger.save()}")
+    return 0
+
+
+def compare_readers(options: argparse.Namespace) -> int:
+    """Find out what the dials of the certified detector's loss buy."""
+    from lipguide import tasks
+    from lipguide.book.ledger import Ledger
+    from lipguide.distributed import choose_device
+    from lipguide.tasks.detection.data import load_split
+    from lipguide.tasks.detection.dials import dials
+
+    device = choose_device(options.device)
+    ledger = Ledger("readers", device.type, device.type, 0, folder=options.folder)
+    scenes = load_split("test", None, tasks.TEST_SEED, device)
+    ledger.used(scenes.name, scenes.hash)
+    with _progress_on_stdout():
+        entries = dials(options.folder, scenes, device.type)
+    ledger["readers"] = entries
+    print(f"on record: {ledger.save(sum(entry['seconds'] for entry in entries))}")
     return 0
 
 
