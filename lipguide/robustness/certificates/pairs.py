@@ -47,7 +47,7 @@ from lipguide.robustness.certificates.climb import highest
 
 __all__ = ["Sorted", "least_gap_below"]
 
-STEPS = 30  # of the search; wherever it ends, the bound is sound
+STEPS = 60  # of the search; wherever it ends, the bound is sound
 RATES = 0.2, 0.1  # for g over √K, for m over the root of the number of all pairs
 PRICE_RATE = 0.05  # for log n
 MEMORY = 0.99  # of squared slopes
