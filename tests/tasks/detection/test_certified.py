@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from lipguide.__main__ import main
+from lipguide.book.ledger import read
 from lipguide.tasks import TEST_SEED
 from lipguide.tasks.detection import certified as module
 from lipguide.tasks.detection.boxes import Targets, unit_range
@@ -22,6 +24,7 @@ SHORT = Plan(
     (0.05, 0.1), ((0.05, None), (0.1, 1)), (0.1,), (0.05,), attacked=2, hunted=2, steps=1, smoothings=((0.1, 0.1, 40),),
     smoothed=1,
 )  # fmt: skip
+RECORD = Path(__file__).resolve().parents[3] / "book" / "results" / "certified.cpu.json"
 THESE = {"weights": "these", "twin": "its own"}
 
 
@@ -145,3 +148,12 @@ def test_certify_puts_it_on_record(tmp_path, monkeypatch, capsys):
     made = run_of(WEIGHTS / "detection-reader.safetensors")
     assert written["results"]["weights"]["steps"] == made["steps"] and written["provenance"]["data"]["hash"]
     assert "certified.cpu.json" in capsys.readouterr().out
+
+
+def test_the_record_is_of_the_weights_that_ship_and_nothing_fell():
+    record = read(RECORD)["results"]
+    made = run_of(WEIGHTS / "detection-reader.safetensors")
+    assert record["weights"] == {key: made[key] for key in ("commit", "steps", "seconds")}
+    assert all(not any(hunt["fallen"].values()) and not hunt["overrun"] for hunt in record["hunted"])
+    asked = [(at["eps"], at["scenes"]) for at in record["deep"]]
+    assert asked == [(eps, many or record["scenes"]) for eps, many in Plan().deep]
