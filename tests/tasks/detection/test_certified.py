@@ -153,7 +153,7 @@ def test_certify_puts_it_on_record(tmp_path, monkeypatch, capsys):
 def test_the_record_is_of_the_weights_that_ship_and_nothing_fell():
     record = read(RECORD)["results"]
     made = run_of(WEIGHTS / "detection-reader.safetensors")
-    assert record["weights"] == {key: made[key] for key in ("commit", "steps", "seconds")}
+    assert all(record["weights"][key] == made[key] for key in ("commit", "steps"))
     assert all(not any(hunt["fallen"].values()) and not hunt["overrun"] for hunt in record["hunted"])
     asked = [(at["eps"], at["scenes"]) for at in record["deep"]]
     assert asked == [(eps, many or record["scenes"]) for eps, many in Plan().deep]
