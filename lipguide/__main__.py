@@ -191,19 +191,13 @@ def _add_certify(subparsers: Any) -> None:
 
 def _add_readers(subparsers: Any) -> None:
     says = "what the loss of the certified detector asks for: readers with other dials, trained and certified alike"
-    parser = _add(subparsers, "readers", commands.compare_readers, says)
-    parser.add_argument("--folder", type=Path, default=Path("study", "readers"), help="weights and record")
-    _add_minutes(parser)
-    _add_device(parser)
+    _add_record(subparsers, "readers", commands.compare_readers, says)
 
 
 def _add_why(subparsers: Any) -> None:
     says = "why a fully 1-Lipschitz Tinier SSD does not learn: seven variants learn ten scenes by heart"
-    parser = _add(subparsers, "why", commands.find_why, says)
+    parser = _add_record(subparsers, "why", commands.find_why, says)
     parser.add_argument("--only", nargs="+", metavar="CHANGE", help="these variants alone, in this order")
-    parser.add_argument("--folder", type=Path, default=Path("study", "why"), help="weights and results (study/why)")
-    _add_minutes(parser)
-    _add_device(parser)
     _add_seed(parser)
 
 
@@ -211,18 +205,22 @@ def _add_compare(subparsers: Any) -> None:
     says = (
         "which brick to take: seven classifiers of one size learn for the same seconds, and the best with other losses"
     )
-    parser = _add(subparsers, "compare", commands.compare_bricks, says)
-    parser.add_argument("--folder", type=Path, default=Path("study", "compare"), help="runs and record (study/compare)")
-    _add_minutes(parser)
-    _add_device(parser)
+    _add_record(subparsers, "compare", commands.compare_bricks, says)
 
 
 def _add_losses(subparsers: Any) -> None:
     says = "what the dials of a loss do: a small network learns with some forty settings, each with three seeds"
-    parser = _add(subparsers, "losses", commands.sweep_losses, says)
-    parser.add_argument("--folder", type=Path, default=Path("study", "losses"), help="runs and record (study/losses)")
+    _add_record(subparsers, "losses", commands.sweep_losses, says)
+
+
+def _add_record(subparsers: Any, name: str, command: Command, says: str) -> Parser:
+    """A command that trains and puts what it finds on record, in a folder of its own."""
+    parser = _add(subparsers, name, command, says)
+    folder = Path("study", name)
+    parser.add_argument("--folder", type=Path, default=folder, help=f"for what is trained, and the record ({folder})")
     _add_minutes(parser)
     _add_device(parser)
+    return parser
 
 
 def _add_minutes(parser: Parser) -> None:

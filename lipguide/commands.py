@@ -192,7 +192,7 @@ def compare_readers(options: argparse.Namespace) -> int:
     scenes = load_split("test", None, tasks.TEST_SEED, device)
     ledger.used(scenes.name, scenes.hash)
     with _progress_on_stdout():
-        entries = dials(options.folder, scenes, device.type)
+        entries = dials(options.folder, scenes)
     ledger["readers"] = entries
     print(f"on record: {ledger.save(sum(entry['seconds'] for entry in entries))}")
     return 0

@@ -1,6 +1,6 @@
 """What the dials of the reader's loss buy: readers that learnt alike but for them, certified alike.
 
-`python -m lipguide readers` makes the record that the chapter `barrier` reads. Weights that do not ship are trained
+`python -m lipguide readers` puts them on record. Weights that do not ship are trained
 first, if the folder has none. Every reader leaves a file there, and the same command goes on where it was interrupted.
 """
 
@@ -50,7 +50,6 @@ PLAN = Plan()
 def dials(
     folder: str | Path,
     scenes: Split,
-    device: str = "auto",
     plan: Plan = PLAN,
     names: Sequence[str] = READERS,
 ) -> list[dict[str, Any]]:
@@ -58,16 +57,16 @@ def dials(
 
     Args:
         folder: holds what is trained and one file for each reader; files of other weights or scenes there are an error.
-        scenes: that judge.
-        device: "auto", "cpu" or "cuda".
+        scenes: that judge, where the readers are to run.
         names: of the weights.
     """
-    return [_entry(name, Path(folder), scenes, device, plan) for name in names]
+    return [_entry(name, Path(folder), scenes, plan) for name in names]
 
 
-def _entry(name: str, folder: Path, scenes: Split, device: str, plan: Plan) -> dict[str, Any]:
-    weights = ensure(name, device, folder=None if name in RECIPES else folder)
-    model, run = trained(name, scenes.images.device, weights.parent)
+def _entry(name: str, folder: Path, scenes: Split, plan: Plan) -> dict[str, Any]:
+    device = scenes.images.device
+    weights = ensure(name, device.type, folder=None if name in RECIPES else folder)
+    model, run = trained(name, device, weights.parent)
     wanted = {
         "name": name,
         "recipe": run["recipe"],

@@ -55,13 +55,16 @@ from lipguide.tasks.detection.windows import (
     places,
 )
 
-__all__ = ["CANVASES", "Detector", "ReaderLoss", "ReaderOutput", "detector"]
+__all__ = ["CANVASES", "OFFSET", "TAU", "Detector", "ReaderLoss", "ReaderOutput", "detector"]
 
 # Digits of 61, 43 and 30 pixels of 74 are 28 high; the zeros are there for windows whose digit stands at the edge.
 # Rivals: how far apart in x and y, in heights, and in octaves. Two windows that speak of one digit are 8.6 pixels apart
 # on a level, a third of the height, and at most one level.
 RIVALS = (0.36, 0.5, 0.6)
 LEAST = -0.2  # a digit counts as seen where "nothing" is ahead of it by no more than this
+# Of the loss. By a look a score moves about half as far as by constants: a margin need not be as wide as a warmer loss
+# makes it, and this one lets go once the right answer leads by the offset.
+TAU, OFFSET = 12.0, 0.4
 DENSE = 2  # places of a map between two of a window's cells, if there is a window at every fourth pixel
 CANVASES = (Canvas(34, 48, 64, 7, 15), Canvas(48, 56, 72, 4, 12), Canvas(68, 80, 96, 6, 14))
 
@@ -98,12 +101,12 @@ class Detector(nn.Module):
         widths: Sequence[int] = (16, 32, 64),
         features: int = 128,
         reach: float = 6.0,
-        tau: float = 12.0,
+        tau: float = TAU,
         classes: int = 10,
         canvases: Sequence[Canvas] = CANVASES,
         residual: bool = False,
         block: bool = False,
-        offset: float = 0.4,
+        offset: float = OFFSET,
     ) -> None:
         super().__init__()
         self.reach, self.tau, self.offset = reach, tau, offset
@@ -363,7 +366,7 @@ class ReaderLoss(nn.Module):
         return values >= least.clamp(min=0)
 
 
-def detector(width: int = 24, tau: float = 12.0, residual: bool = True, offset: float = 0.4) -> Detector:
+def detector(width: int = 24, tau: float = TAU, residual: bool = True, offset: float = OFFSET) -> Detector:
     """The one that the chapter trains; `width` is 24 for two cores, 48 for a GPU.
 
     Args:

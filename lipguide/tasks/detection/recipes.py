@@ -36,7 +36,7 @@ from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
-from lipguide.tasks.detection.reader import Detector, detector
+from lipguide.tasks.detection.reader import OFFSET, TAU, Detector, detector
 from lipguide.tasks.detection.reader_step import ReaderStep
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.start import take_over
@@ -116,8 +116,8 @@ class Reading(Recipe):
     batch_size: int = 16
     rate: float = 2e-3
     width: int = 24
-    tau: float = 12.0
-    offset: float = 0.4
+    tau: float = TAU
+    offset: float = OFFSET
     start: str | None = "classification-residual"
     items: int | None = None
 

@@ -29,7 +29,7 @@ def scenes():
 
 
 def test_a_reader_is_trained_scored_and_certified_once(toy, scenes, tmp_path, monkeypatch):
-    entries = module.dials(tmp_path, scenes, "cpu", SHORT, ["detection-reader", toy])
+    entries = module.dials(tmp_path, scenes, SHORT, ["detection-reader", toy])
     shipped, trained = entries
     assert [entry["recipe"]["tau"] for entry in entries] == [RECIPES["detection-reader"].tau, TOY.tau]
     assert (shipped["scenes"], shipped["certified"]) == (3, 2)
@@ -38,14 +38,14 @@ def test_a_reader_is_trained_scored_and_certified_once(toy, scenes, tmp_path, mo
     assert (tmp_path / f"{toy}.safetensors").exists() and not (tmp_path / "detection-reader.safetensors").exists()
     monkeypatch.setattr("lipguide.tasks.harness.train", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(module, "answers", lambda *a, **k: pytest.fail("certified again"))
-    assert module.dials(tmp_path, scenes, "cpu", SHORT, ["detection-reader", toy]) == entries
+    assert module.dials(tmp_path, scenes, SHORT, ["detection-reader", toy]) == entries
 
 
 def test_a_file_of_other_scenes_is_an_error(scenes, tmp_path):
     few = scenes.part(slice(1))
-    module.dials(tmp_path, few, "cpu", SHORT, ["detection-reader"])
+    module.dials(tmp_path, few, SHORT, ["detection-reader"])
     with pytest.raises(ValueError, match="made by another run"):
-        module.dials(tmp_path, few._replace(hash="others"), "cpu", SHORT, ["detection-reader"])
+        module.dials(tmp_path, few._replace(hash="others"), SHORT, ["detection-reader"])
 
 
 def test_the_readers_differ_in_nothing_but_the_dials_of_their_loss():
@@ -56,7 +56,7 @@ def test_the_readers_differ_in_nothing_but_the_dials_of_their_loss():
 
 def test_the_command_puts_them_on_record(tmp_path, monkeypatch, capsys, scenes):
     entry = {"name": "detection-reader", "seconds": 1.5}
-    monkeypatch.setattr(module, "dials", lambda folder, scenes, device: [entry])
+    monkeypatch.setattr(module, "dials", lambda folder, scenes: [entry])
     monkeypatch.setattr("lipguide.tasks.detection.data.load_split", lambda *a, **k: scenes)
     assert main(["readers", "--folder", str(tmp_path), "--device", "cpu"]) == 0
     assert "on record" in capsys.readouterr().out

@@ -362,9 +362,9 @@ def test_rivals_are_near_in_place_and_height():
 def test_a_window_beside_a_digit_may_say_it_only_where_its_box_is_right():
     """Whoever could outscore the right window is to be right: else it has to say nothing."""
     loss = small().training_loss()
-    digit = torch.nn.functional.one_hot(torch.tensor([3]), 11).float()  # one window, sure of a 3
-    arguments = {"logits": digit, "labels": torch.tensor([3]), "sides": torch.zeros(1, 4)}
-    right, wrong = torch.zeros(1, 4), torch.tensor([[2.0, 0.0, 2.0, 0.0]])  # two reaches to the right
+    digit = torch.nn.functional.one_hot(torch.tensor([3]), 11).double()  # one window, sure of a 3
+    arguments = {"logits": digit, "labels": torch.tensor([3]), "sides": torch.zeros(1, 4).double()}
+    right, wrong = torch.zeros(1, 4).double(), torch.tensor([[2.0, 0.0, 2.0, 0.0]]).double()  # two reaches to the right
     speaks, beside, far = torch.tensor([0.5]), torch.tensor([1.5]), torch.tensor([9.0])
 
     def value(found, distance):
@@ -372,8 +372,8 @@ def test_a_window_beside_a_digit_may_say_it_only_where_its_box_is_right():
 
     box = float(torch.nn.functional.smooth_l1_loss(wrong, right, reduction="sum", beta=0.3))
     assert value(right, beside) < value(right, speaks) < value(right, far)
-    assert value(wrong, beside) - box == pytest.approx(value(right, far), abs=1e-6)  # an alarm like any other
-    assert value(wrong, speaks) - box == pytest.approx(value(right, speaks), abs=1e-6)
+    assert value(wrong, beside) - box == pytest.approx(value(right, far))  # an alarm like any other
+    assert value(wrong, speaks) - box == pytest.approx(value(right, speaks))
 
 
 def test_the_right_answer_must_win_by_the_offset():
