@@ -286,6 +286,8 @@ LARGE: dict[str, Detection] = {
     # What the same layers read when less is asked of their margins, and when more is.
     "detection-clean-reader": Reading("residual-reader", steps=24_000, tau=20.0, offset=0.2),
     "detection-cautious-reader": Reading("residual-reader", steps=24_000, tau=5.0, offset=0.1),
+    # As wide as ships: twice the arithmetic, and no classifier of single digits is as wide to begin with.
+    "detection-wide-reader": Reading("residual-reader", steps=24_000, width=32, start=None),
     # Of orthogonal convolutions.
     "detection-orthogonal-reader": Reading("reader", steps=10_000, tau=5.0, offset=0.1, start=None),
 }
