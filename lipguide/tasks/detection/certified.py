@@ -22,7 +22,7 @@ from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, 
 from lipguide.tasks.detection.boxes import NOTHING, unit_range
 from lipguide.tasks.detection.certificates import Answers, Certificate, answers, certified_recall, certify, curve, hunt
 from lipguide.tasks.detection.certificates.curve import row
-from lipguide.tasks.detection.certificates.summary import joined
+from lipguide.tasks.detection.certificates.summary import joined, part_of
 from lipguide.tasks.detection.data import Split
 from lipguide.tasks.detection.reader import Detector
 from lipguide.tasks.detection.scores import detections, score
@@ -44,8 +44,9 @@ class Plan:
         grid: of eps, at which everything is certified by a look into the last block of every window.
         deep: eps and how many scenes, None: all, of what is certified by a look into what lies below as well.
         budgets: of eps, at which the first `attacked` scenes are attacked in every way.
-        hunts: of eps, at which each certified object of the first `hunted` scenes is hunted.
-        steps: of every attack.
+        hunts: eps, one of those of `deep`, how many scenes, None: all, and steps of each attack, with which each object
+            that is certified there is hunted.
+        steps: of every other attack.
         smoothings: eps, σ and draws, at which the first `smoothed` scenes are certified by median smoothing as well:
             each bound with probability 1 − α by itself, not all of them together.
     """
@@ -53,9 +54,8 @@ class Plan:
     grid: tuple[float, ...] = (0.1, 0.25, 0.5)
     deep: tuple[tuple[float, int | None], ...] = ((0.1, None), (0.25, None), (0.5, 500))
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
-    hunts: tuple[float, ...] = (0.1, 0.25)
+    hunts: tuple[tuple[float, int | None, int], ...] = ((0.1, 300, 20), (0.25, 300, 20), (0.25, None, 3))
     attacked: int = 300
-    hunted: int = 300
     steps: int = 20
     smoothings: tuple[tuple[float, float, int], ...] = ((0.1, 0.1, 300), (0.25, 0.15, 1000))
     smoothed: int = 20
@@ -90,6 +90,9 @@ def certified(
     >>> record["scenes"], [row["eps"] for row in record["certificates"]]
     (2, [0.1])
     """
+    for eps, _, _ in plan.hunts:
+        if eps not in dict(plan.deep):
+            raise ValueError(f"hunts at {eps:g} are of certificates that the plan has not: put {eps:g} into deep")
 
     def kept(name: str, wanted: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         of = {"data": scenes.hash, "weights": made["weights"], **wanted}
@@ -107,35 +110,36 @@ def certified(
         smooth = kept(f"smoothed-{eps:g}", of, partial(_smoothed, twin, few, **asked))
         return smooth | {"reader": certified_recall(own)}
 
-    def in_pieces(name: str, wanted: Mapping[str, Any], scenes: Split, last: int, size: int, make: Any) -> list[Any]:
-        pieces = []
-        for first in range(0, last, size):
-            few = scenes.part(slice(first, min(first + size, last)))
-            of = {**wanted, "scenes": len(few.images)}
-            pieces.append(kept(f"{name}-{wanted['eps']:g}-{first}", of, partial(make, model, few)))
+    def deeply(scenes: Split, eps: float, many: int | None) -> list[dict[str, Any]]:
+        name, which = ("real-deep", {"real": scenes.hash}) if scenes is real else ("deep", {})
+        last, pieces = min(many or len(scenes.images), len(scenes.images)), []
+        for first in range(0, last, DEEP):
+            few = scenes.part(slice(first, min(first + DEEP, last)))
+            of = {"eps": eps, **which, "scenes": len(few.images)}
+            pieces.append(kept(f"{name}-{eps:g}-{first}", of, partial(_deep, model, few, eps)))
         return pieces
 
-    def deeply(scenes: Split, eps: float, many: int | None) -> dict[str, Any]:
-        name, which = ("real-deep", {"real": scenes.hash}) if scenes is real else ("deep", {})
-        last = min(many or len(scenes.images), len(scenes.images))
-        pieces = in_pieces(name, {"eps": eps} | which, scenes, last, DEEP, partial(_deep, eps=eps))
-        return _row_of(pieces, eps, model.least)
-
-    def hunted(eps: float) -> dict[str, Any]:
-        steps, last = {"eps": eps, "steps": plan.steps}, min(plan.hunted, len(scenes.images))
-        of = steps | {"look": "deep"}
-        return _together(in_pieces("hunted", of, scenes, last, PIECE, partial(_hunted, **steps)))
+    def hunted(eps: float, many: int | None, steps: int) -> dict[str, Any]:
+        pieces, last = [], min(many or len(scenes.images), len(scenes.images))
+        whole = _whole_of(deep[eps], eps, model.least)
+        for first in range(0, last, PIECE):
+            some = slice(first, min(first + PIECE, last))
+            make = partial(_hunted, model, scenes.part(some), part_of(whole, some), steps)
+            of = {"eps": eps, "steps": steps, "scenes": some.stop - first}
+            pieces.append(kept(f"hunted-{eps:g}-{steps}-{first}", of, make))
+        return _together(pieces)
 
     whole = kept("certificates", {"grid": list(plan.grid)}, partial(_whole, model, scenes, plan.grid))
     if real is not None:
         wanted = {"grid": list(plan.grid), "real": real.hash}
-        deep = [deeply(real, eps, None) for eps, many in plan.deep if many is None]
-        whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid)) | {"deep": deep}}
+        rows = [_row_of(deeply(real, eps, None), eps, model.least) for eps, many in plan.deep if many is None]
+        whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid)) | {"deep": rows}}
+    deep = {eps: deeply(scenes, eps, many) for eps, many in plan.deep}
     return whole | {
-        "deep": [deeply(scenes, eps, many) for eps, many in plan.deep],
+        "deep": [_row_of(pieces, eps, model.least) for eps, pieces in deep.items()],
         "attacked": [attacked(eps) for eps in plan.budgets],
         "smoothed": [compared(*setting) for setting in plan.smoothings],
-        "hunted": [hunted(eps) for eps in plan.hunts],
+        "hunted": [hunted(*setting) for setting in plan.hunts],
     }
 
 
@@ -175,8 +179,8 @@ def _deep(model: Detector, scenes: Split, eps: float) -> dict[str, Any]:
     return {"scenes": len(scenes.images), "seconds": seconds, "certificate": columns}
 
 
-def _row_of(pieces: Sequence[Mapping[str, Any]], eps: float, least: float) -> dict[str, Any]:
-    """What the certificates of several pieces say together."""
+def _whole_of(pieces: Sequence[Mapping[str, Any]], eps: float, least: float) -> Certificate:
+    """The one certificate of several pieces."""
     parts = []
     for piece in pieces:
         columns = dict(piece["certificate"])
@@ -184,10 +188,15 @@ def _row_of(pieces: Sequence[Mapping[str, Any]], eps: float, least: float) -> di
             columns[name] = [-math.inf if value is None else value for value in columns[name]]
         numbers = {name: _column(name, values) for name, values in columns.items()}
         parts.append(Certificate(eps=eps, least=least, **numbers))
-    many = [piece["scenes"] for piece in pieces]
-    seconds = sum(piece["seconds"] for piece in pieces) / max(sum(many), 1)
+    return joined(parts, [piece["scenes"] for piece in pieces])
+
+
+def _row_of(pieces: Sequence[Mapping[str, Any]], eps: float, least: float) -> dict[str, Any]:
+    """What the certificates of several pieces say together."""
+    many = sum(piece["scenes"] for piece in pieces)
+    seconds = sum(piece["seconds"] for piece in pieces) / max(many, 1)
     commits = sorted({piece["commit"] for piece in pieces})
-    return {"scenes": sum(many), "commits": commits, **row(joined(parts, many), sum(many)), "seconds": seconds}
+    return {"scenes": many, "commits": commits, **row(_whole_of(pieces, eps, least), many), "seconds": seconds}
 
 
 def _column(name: str, values: Sequence[float]) -> torch.Tensor:
@@ -214,12 +223,11 @@ def _attacked(model: Detector, scenes: Split, eps: float, steps: int) -> dict[st
     return {"scenes": len(images), "clean": clean, "attacks": left, "strongest": left[by], "by": by}
 
 
-def _hunted(model: Detector, scenes: Split, eps: float, steps: int) -> dict[str, Any]:
+def _hunted(model: Detector, scenes: Split, certificate: Certificate, steps: int) -> dict[str, Any]:
     """How many certified objects each aimed attack brings down: none, or the certificates are wrong."""
     images = unit_range(scenes.images)
-    certificate = certify(answers(model, images, deep=True), scenes.targets, eps, model.least)
     found, seconds = _timed(lambda: hunt(model, images, scenes.targets, certificate, steps))
-    logger.info("hunted at %g: %s", eps, found)
+    logger.info("hunted at %g: %s", certificate.eps, found)
     return {"scenes": len(images), "seconds": seconds} | found._asdict()
 
 
@@ -228,7 +236,7 @@ def _together(pieces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sums = {key: sum(piece[key] for piece in pieces) for key in ("scenes", "seconds", "hunted", "overrun")}
     fallen = {aim: sum(piece["fallen"][aim] for piece in pieces) for aim in pieces[0]["fallen"]}
     commits = sorted({piece["commit"] for piece in pieces})
-    return {"eps": pieces[0]["eps"], "commits": commits, **sums, "fallen": fallen}
+    return {"eps": pieces[0]["eps"], "steps": pieces[0]["steps"], "commits": commits, **sums, "fallen": fallen}
 
 
 def _smoothed(twin: nn.Module, scenes: Split, eps: float, sigma: float, draws: int) -> dict[str, Any]:

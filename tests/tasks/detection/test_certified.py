@@ -13,6 +13,7 @@ from lipguide.tasks import TEST_SEED
 from lipguide.tasks.detection import certified as module
 from lipguide.tasks.detection.boxes import Targets, unit_range
 from lipguide.tasks.detection.certificates import answers, certified_ap, certified_recall, certify, curve, hunt
+from lipguide.tasks.detection.certificates.summary import part_of
 from lipguide.tasks.detection.certified import Plan, certified
 from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.reader import Detector
@@ -21,8 +22,8 @@ from lipguide.tasks.harness import trained
 from lipguide.tasks.weights import WEIGHTS, run_of
 
 SHORT = Plan(
-    (0.05, 0.1), ((0.05, None), (0.1, 1)), (0.1,), (0.05,), attacked=2, hunted=2, steps=1, smoothings=((0.1, 0.1, 40),),
-    smoothed=1,
+    (0.05, 0.1), ((0.05, None), (0.1, 1)), (0.1,), ((0.05, 2, 1), (0.05, None, 2)), attacked=2, steps=1,
+    smoothings=((0.1, 0.1, 40),), smoothed=1,
 )  # fmt: skip
 RECORD = Path(__file__).resolve().parents[3] / "book" / "results" / "certified.cpu.json"
 THESE = {"weights": "these", "twin": "its own"}
@@ -105,9 +106,10 @@ def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_pat
     assert [(row["eps"], row["scenes"]) for row in record["deep"]] == [(0.05, 3), (0.1, 1)]
     for near, deep in zip(record["certificates"][:1], record["deep"][:1], strict=True):
         assert deep["found"] >= near["found"] and deep["ap"] >= near["ap"] - 1e-9 and deep["seconds"] > 0
-    (attacked,), (hunted,), (smoothed,) = record["attacked"], record["hunted"], record["smoothed"]
+    (attacked,), (smoothed,) = record["attacked"], record["smoothed"]
     assert attacked["strongest"]["map50"] == min(one["map50"] for one in attacked["attacks"].values())
-    assert hunted["scenes"] == 2 and not sum(hunted["fallen"].values()) and smoothed["seconds"] > 0
+    assert [(hunted["scenes"], hunted["steps"]) for hunted in record["hunted"]] == [(2, 1), (3, 2)]
+    assert not any(sum(hunted["fallen"].values()) for hunted in record["hunted"]) and smoothed["seconds"] > 0
 
     monkeypatch.setattr(module, "attack_l2", lambda *_: 1 / 0)
     monkeypatch.setattr(module, "hunt", lambda *_: 1 / 0)
@@ -125,6 +127,26 @@ def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_pat
     (tmp_path / "smoothed-0.1.json").unlink()  # no other part has to do with the twin
     other = certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE | {"twin": "another"})
     assert other["smoothed"][0]["twin"] == "another" and other["certificates"] == record["certificates"]
+
+
+def test_pieces_are_hunted_as_the_whole_is(reader, scenes):
+    """Each with its own objects and alarms: what the hunt counts adds up, also of certificates that are wrong."""
+    images, targets = unit_range(scenes.images), scenes.targets
+    whole = certify(answers(reader, images), targets, 1e-6, reader.least)._replace(eps=0.5)
+    pieces = [slice(0, 7), slice(7, 8), slice(8, 24)]
+    found = [
+        hunt(reader, images[some], Targets(*(part[some] for part in targets)), part_of(whole, some), 1)
+        for some in pieces
+    ]
+    together = hunt(reader, images, targets, whole, 1)
+    assert together.hunted == sum(one.hunted for one in found) > 20
+    assert together.overrun == sum(one.overrun for one in found) > 0
+    assert together.fallen == {aim: sum(one.fallen[aim] for one in found) for aim in together.fallen}
+
+
+def test_what_is_hunted_has_to_be_certified(scenes, tmp_path):
+    with pytest.raises(ValueError, match=r"hunts at 0.2 are of certificates that the plan has not"):
+        certified(None, None, scenes, replace(SHORT, hunts=((0.2, None, 1),)), tmp_path, THESE)
 
 
 def test_real_scenes_are_certified_beside_the_others(scenes, tmp_path):

@@ -40,6 +40,7 @@ __all__ = [
     "certify",
     "joined",
     "object_radii",
+    "part_of",
 ]
 
 PIECE = 64  # scenes at a time
@@ -136,6 +137,25 @@ def joined(parts: Sequence[Certificate], scenes: Sequence[int]) -> Certificate:
         for part, start in zip(parts, first, strict=True)
     ]
     return Certificate(*parts[0][:2], *(torch.cat(columns) for columns in list(zip(*moved, strict=True))[2:]))
+
+
+def part_of(certificate: Certificate, scenes: slice) -> Certificate:
+    """The certificate of some of the scenes.
+
+    >>> from lipguide.tasks.detection.boxes import pad_targets
+    >>> box, one = torch.tensor([[0.0, 0.0, 0.5, 1.0]]), torch.ones(1)
+    >>> given = Answers(torch.tensor([[[0.9]]]), box[None], torch.ones(1, 1).bool(), 1.0, 0.1 * one, one)
+    >>> certificate = certify(given, pad_targets([box], [torch.tensor([0])]), eps=0.25)
+    >>> part_of(joined([certificate, certificate], [1, 1]), slice(1, 2)).scene
+    tensor([0])
+    """
+    mine, own = (
+        (column >= scenes.start) & (column < scenes.stop) for column in (certificate.scene, certificate.alarm_scene)
+    )
+    objects = (column[mine] for column in (certificate.label, certificate.before, certificate.heights))
+    alarms = certificate.alarm_scene[own] - scenes.start, certificate.alarm_label[own]
+    first = certificate.scene[mine] - scenes.start
+    return Certificate(*certificate[:2], first, *objects, certificate.births[own], *alarms)
 
 
 def certified_recall(certificate: Certificate, least: float | None = None) -> float:
