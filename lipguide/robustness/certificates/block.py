@@ -1,4 +1,4 @@
-"""An SLL block, z = u − 2 V relu(Vᵀu + b), and what certificates ask of its matrices again and again, in float64."""
+"""An SLL block, z = u − 2 V relu(Vᵀu + b), in float64, and what certificates ask of its matrices again and again."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor
 __all__ = ["Block"]
 
 CUSHION = 1e-10  # for float64, far above the rounding of its sums
-SHARE = 0.9
+SHARE = 0.9  # θ‖V‖², where ‖V‖ ≥ 1: of the length of a move, what the units are charged for
 
 
 @dataclass(frozen=True)
 class Block:
-    """filters: Vᵀ (K, D), as the block's weight; bias: b (K,); share: θ‖V‖², where ‖V‖ ≥ 1: of the length of a move,
-    what the units are charged for.
+    """filters: Vᵀ (K, D), as the block's weight; bias: b (K,).
 
     >>> turned = Block(torch.eye(2).double(), torch.zeros(2).double())
     >>> tuple(turned(torch.tensor([[1.0, -1.0]]).double()).flatten().tolist())
@@ -26,7 +25,6 @@ class Block:
 
     filters: Tensor
     bias: Tensor
-    share: float = SHARE
 
     def __call__(self, u: Tensor) -> Tensor:
         """z of features (..., D)."""
@@ -53,7 +51,7 @@ class Block:
     @cached_property
     def square(self) -> float:
         """‖V‖², or 1 if that is more."""
-        return max(1.0, float(torch.linalg.eigvalsh(self.gram.detach())[-1]))
+        return max(1.0, float(torch.linalg.eigvalsh(self.gram)[-1]))
 
     @property
     def steepest(self) -> float:
@@ -73,7 +71,7 @@ class Block:
     @cached_property
     def theta(self) -> float:
         """The part of a squared length that the units are charged for: θ‖V‖² is below 1."""
-        return self.share / self.square
+        return SHARE / self.square
 
     @cached_property
     def free(self) -> Tensor:

@@ -21,7 +21,6 @@ anywhere. The right side is concave in both; some steps of Adam come near its to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -32,10 +31,9 @@ from lipguide.robustness.certificates.climb import highest
 from lipguide.robustness.certificates.local import Opened, opened
 from lipguide.robustness.certificates.radii import ATTACKERS_FAVOUR, SMALLEST
 
-__all__ = ["fall_within", "holds_within", "least_gap"]
+__all__ = ["holds_within", "least_gap"]
 
 STEPS = 100  # of the search; wherever it ends, the bound is sound
-FEW, SHARE = 12, 0.7  # steps of a training's search, and the share of a length at which so few come nearest
 RATE = 0.2  # over √K, for g: an entry of c is about 2 / √K
 PRICE_RATE = 0.1  # for log λ
 MEMORY = 0.999  # of squared slopes
@@ -99,39 +97,25 @@ def least_gap(gap: Tensor, w: Tensor, u: Tensor, block: Block, reach: float) -> 
         gap: (M,), what wᵀ times the outputs of the block is now, up to what does not move.
         w: (M, D), of norm 1.
     """
-    dual = _Dual.of(gap, w, u, block, reach)
+    v_t, inverse = block.filters, block.free
+    c, x = block.pull(w), block.before(u)  # (M, K)
+    # (w + Vg)ᵀ (I − θVVᵀ)⁻¹ (w + Vg) = alone + 2 gᵀ mixed + gᵀ both g
+    dual = _Dual(
+        there=gap - (c * x.relu()).sum(1),
+        c=c,
+        x=x,
+        alone=(w @ inverse * w).sum(1),
+        mixed=w @ inverse @ v_t.mT,
+        both=v_t @ inverse @ v_t.mT,
+        theta=block.theta,
+        reach=reach,
+    )
     with torch.inference_mode(False), torch.no_grad():
         # Wherever the search ends the bound holds, so it may go by single precision; what it ends with may not.
-        g, log_price = _prices(dual.single(), STEPS)
+        start, rates = _start(dual), (RATE / math.sqrt(c.shape[1]), PRICE_RATE)
+        g, log_price = highest(dual.single().bound, start, rates, STEPS, MEMORY)
         least = dual.surely(g.double(), log_price.double())
     return torch.fmax(least, gap - block.steepest * reach)  # the search may miss what constants know
-
-
-def fall_within(w: Tensor, u: Tensor, filters: Tensor, bias: Tensor, reach: float) -> Tensor:
-    """By how much wᵀ times the outputs of a block falls at most while its features u move by `reach`, (M,), with a
-    gradient: what a training can ask of a margin in place of a constant.
-
-    At the best prices the bound's slope in the weights is that at fixed ones, so the search needs no gradient, and few
-    steps do. It goes by the precision of its arguments: good enough to learn by, but a certificate asks `least_gap`.
-
-    Args:
-        w: (M, D), of norm 1.
-        u: (M, D).
-        filters, bias: Vᵀ (K, D) and b (K,), as the block holds them.
-
-    >>> turned, along = torch.eye(2, requires_grad=True), torch.tensor([[1.0, 0.0]])
-    >>> fall = fall_within(along, torch.tensor([[0.5, 0.5]]), turned, torch.zeros(2), 0.1)
-    >>> round(float(fall.detach()), 2)
-    0.1
-    >>> fall.sum().backward()
-    >>> tuple(turned.grad.shape)
-    (2, 2)
-    """
-    block = Block(filters, bias, SHARE)
-    dual = _Dual.of(w.new_zeros(len(w)), w, u, block, reach)
-    with torch.no_grad():
-        g, log_price = (price.to(w) for price in _prices(dual.single(), FEW))
-    return (-dual.bound(g, log_price)[0]).clamp(0, block.steepest * reach)
 
 
 @dataclass(frozen=True)
@@ -146,23 +130,6 @@ class _Dual:
     both: Tensor  # (K, K)
     theta: float
     reach: float
-
-    @classmethod
-    def of(cls, gap: Tensor, w: Tensor, u: Tensor, block: Block, reach: float) -> _Dual:
-        """For the arguments of `least_gap`."""
-        v_t, inverse = block.filters, block.free
-        c, x = block.pull(w), block.before(u)  # (M, K)
-        # (w + Vg)ᵀ (I − θVVᵀ)⁻¹ (w + Vg) = alone + 2 gᵀ mixed + gᵀ both g
-        return cls(
-            there=gap - (c * x.relu()).sum(1),
-            c=c,
-            x=x,
-            alone=(w @ inverse * w).sum(1),
-            mixed=w @ inverse @ v_t.mT,
-            both=v_t @ inverse @ v_t.mT,
-            theta=block.theta,
-            reach=reach,
-        )
 
     def single(self) -> _Dual:
         """In single precision."""
@@ -194,9 +161,7 @@ class _Dual:
         return value, in_g, price * in_price + a / (2 * price) - price * self.reach**2 / 2
 
 
-def _prices(dual: _Dual, steps: int) -> Sequence[Tensor]:
-    """g and log λ, in single precision, after so many steps from the best for units that stay as they are and a gap of
-    slope 1."""
+def _start(dual: _Dual) -> tuple[Tensor, Tensor]:
+    """The best g and λ, in single precision, for units that stay as they are and a gap of slope 1."""
     g, log_price = dual.c * (dual.x > 0), torch.full_like(dual.there, -math.log(max(dual.reach, 1e-12)))
-    rates = RATE / math.sqrt(dual.c.shape[1]), PRICE_RATE
-    return highest(dual.bound, (g.float(), log_price.float()), rates, steps, MEMORY)
+    return g.float(), log_price.float()

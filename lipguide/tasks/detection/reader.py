@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,29 +26,36 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipguide.bounds.network import lipschitz_bound
+from lipguide.distributed import mean_over_ranks
 from lipguide.layers.activations import GroupSort2
 from lipguide.layers.affine import orthogonal, unit_rows
 from lipguide.layers.brick import computes_as
 from lipguide.layers.sll import SLLLinear
 from lipguide.robustness.certificates.block import Block
+from lipguide.tasks.detection.boxes import Targets, single
 from lipguide.tasks.detection.certificates.inside import BoxHead, Inside
+from lipguide.tasks.detection.certificates.overlap import overlap
 from lipguide.tasks.detection.certificates.underneath import Underneath
 from lipguide.tasks.detection.decision import radii, reported, rivals, together
 from lipguide.tasks.detection.fcos import Brightless
+from lipguide.tasks.detection.losses import check_output
 from lipguide.tasks.detection.pyramid import Canvas, Level
 from lipguide.tasks.detection.reader_layers import check_kind, check_layer, residual_layers, sorted_layers, unpadded
-from lipguide.tasks.detection.reader_loss import ReaderLoss, ReaderOutput
 from lipguide.tasks.detection.tinier_ssd import PICTURE
 from lipguide.tasks.detection.windows import (
+    BOXED,
     CELL,
     HEIGHT,
     PATCH,
+    RIGHT,
+    RING,
     Moved,
+    assign,
     expected,
     places,
 )
 
-__all__ = ["CANVASES", "OFFSET", "TAU", "Detector", "detector"]
+__all__ = ["CANVASES", "OFFSET", "TAU", "Detector", "ReaderLoss", "ReaderOutput", "detector"]
 
 # Digits of 61, 43 and 30 pixels of 74 are 28 high; the zeros are there for windows whose digit stands at the edge.
 # Rivals: how far apart in x and y, in heights, and in octaves. Two windows that speak of one digit are 8.6 pixels apart
@@ -59,6 +67,14 @@ LEAST = -0.2  # a digit counts as seen where "nothing" is ahead of it by no more
 TAU, OFFSET = 12.0, 0.4
 DENSE = 2  # places of a map between two of a window's cells, if there is a window at every fourth pixel
 CANVASES = (Canvas(34, 48, 64, 7, 15), Canvas(48, 56, 72, 4, 12), Canvas(68, 80, 96, 6, 14))
+
+
+class ReaderOutput(NamedTuple):
+    """logits: (N, P, classes + 1), background last; sides: (N, P, 4), how far left, top, right and bottom stand from
+    those of a digit in the middle of the window, in units of `reach` pixels of the level."""
+
+    logits: Tensor
+    sides: Tensor
 
 
 class Detector(nn.Module):
@@ -288,6 +304,66 @@ def _rolled(x: Tensor, moved: Moved) -> Tensor:
         size = x.shape[axis]
         x = x.index_select(axis, (torch.arange(size, device=x.device) - by) % size)
     return x
+
+
+class ReaderLoss(nn.Module):
+    r"""Cross-entropy at temperature τ of the windows on a digit and of the hardest others, and smooth L1 of sides.
+
+    A window within the ring around a digit may say the digit, if its box is right, or nothing, so that what is nearly
+    there is no mistake. It learns the digit's box all the same, and so do windows farther off: whoever outscores the
+    right window should be right as well.
+
+    Args:
+        model: whose windows they are.
+        negatives: hardest windows elsewhere for each one that speaks, among all that are given.
+        reduction: "mean" over the windows that speak, or "none" for one value a scene.
+    """
+
+    def __init__(self, model: Detector, reduction: str = "mean", negatives: int = 3) -> None:
+        super().__init__()
+        self.tau, self.reach, self.negatives, self.reduction = model.tau, model.reach, negatives, reduction
+        self.offset = model.offset
+        self.levels = tuple(canvas.side for canvas in model.canvases)
+        centres, sides = model.places()
+        self.register_buffer("centres", centres, persistent=False)
+        self.register_buffer("sides", sides, persistent=False)
+
+    def forward(self, output: ReaderOutput, targets: Targets) -> Tensor:
+        logits, found = (single(part) for part in output)
+        check_output(logits, len(self.sides), targets)
+        wanted = assign(targets, self.centres, self.sides, self.reach)
+        values, speaks = self.of_windows(logits.flatten(0, 1), found.flatten(0, 1), *(p.flatten(0, 1) for p in wanted))
+        scene, speaks = values.unflatten(0, logits.shape[:2]).sum(1), speaks.unflatten(0, logits.shape[:2]).sum(1)
+        if self.reduction == "none":
+            return scene / speaks.clamp(min=1)
+        return mean_over_ranks(scene.sum(), speaks.sum(), logits)
+
+    def of_windows(
+        self, logits: Tensor, found: Tensor, labels: Tensor, distance: Tensor, sides: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each of K windows, (K,), and which of them speak."""
+        background = logits.shape[1] - 1
+        label = labels.clamp(min=0)[:, None]
+        right = overlap(self._corners(found.detach()), self._corners(sides)) > RIGHT
+        speaks, ring = distance <= 1, (distance > 1) & (distance <= RING) & right
+        wrong = torch.ones_like(logits).scatter(1, label, (~(speaks | ring))[:, None].to(logits))
+        wrong[:, background] = speaks.to(logits)
+        log_p = (self.tau * (logits + self.offset * wrong)).log_softmax(1)
+        of_label, nothing = log_p.gather(1, label).squeeze(1), log_p[:, background]
+        values = torch.where(speaks, -of_label, torch.where(ring, -torch.logaddexp(of_label, nothing), -nothing))
+        hard = self._hard(values.detach().masked_fill(speaks | ring, -1.0), speaks)
+        of_box = F.smooth_l1_loss(found, sides.clamp(-4, 4), reduction="none", beta=0.3).sum(1)
+        return values * (speaks | ring | hard) + of_box * (distance <= BOXED), speaks
+
+    def _corners(self, sides: Tensor) -> Tensor:
+        return self.reach * sides + expected(sides)
+
+    def _hard(self, values: Tensor, speaks: Tensor) -> Tensor:
+        """The hardest windows elsewhere. How many they are is not asked of the device."""
+        count = (self.negatives * speaks.sum().clamp(min=8)).clamp(max=len(values))
+        falling = values.sort(descending=True).values
+        least = falling.index_select(0, count[None] - 1)
+        return values >= least.clamp(min=0)
 
 
 def detector(width: int = 24, tau: float = TAU, residual: bool = True, offset: float = OFFSET) -> Detector:

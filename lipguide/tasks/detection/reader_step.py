@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from lipguide.distributed import mean_over_ranks
 from lipguide.tasks.detection.boxes import NOTHING, Checked, Targets, check_targets, single, unit_range
-from lipguide.tasks.detection.reader_loss import ReaderLoss
+from lipguide.tasks.detection.reader import ReaderLoss
 from lipguide.tasks.detection.windows import CELL, HEIGHT, RATIO, RING, assign, places
 
 __all__ = ["ReaderStep"]

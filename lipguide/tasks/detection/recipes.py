@@ -37,7 +37,6 @@ from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
 from lipguide.tasks.detection.reader import OFFSET, TAU, Detector, detector
-from lipguide.tasks.detection.reader_ends import EndLoss, EndStep
 from lipguide.tasks.detection.reader_step import ReaderStep
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.start import take_over
@@ -129,7 +128,7 @@ class Reading(Recipe):
         make = partial(detector, self.width, tau=self.tau, offset=self.offset)
         return {"reader": make, "residual-reader": partial(make, residual=True)}
 
-    def training_step(self, model: Detector, data: task.Data) -> nn.Module:
+    def training_step(self, model: Detector, data: task.Data) -> ReaderStep:
         """The step of a reader, which looks for its targets on the levels itself."""
         _, boxes, labels = data.columns
         return ReaderStep(model.training_loss(), known=check_targets(Targets(boxes, labels)))
@@ -145,18 +144,6 @@ class Reading(Recipe):
         """The bound of a window's features, which is what the certificates go by."""
         steepness, _, _ = model.constants()
         return {"window": steepness}
-
-
-@dataclass(frozen=True)
-class Ending(Reading):
-    """How the ends of a reader's windows are learnt once more, on all levels; what lies below stays as it is."""
-
-    batch_size: int = 96
-    within: float = 0.15  # how far the features move of a window that is asked for its margin
-
-    def training_step(self, model: Detector, data: task.Data) -> nn.Module:
-        """The step of the ends, with margins by a look."""
-        return EndStep(EndLoss(model, self.within))
 
 
 @dataclass(frozen=True)
@@ -299,8 +286,6 @@ LARGE: dict[str, Detection] = {
     # What the same layers read when less is asked of their margins, and when more is.
     "detection-clean-reader": Reading("residual-reader", steps=24_000, tau=20.0, offset=0.2),
     "detection-cautious-reader": Reading("residual-reader", steps=24_000, tau=5.0, offset=0.1),
-    # What ships, with the ends of its windows learnt once more.
-    "detection-ended-reader": Ending("residual-reader", steps=700, tau=20.0, offset=0.15, start="detection-reader"),
     # As wide as ships: twice the arithmetic, and no classifier of single digits is as wide to begin with.
     "detection-wide-reader": Reading("residual-reader", steps=24_000, width=32, start=None),
     # Of orthogonal convolutions.
