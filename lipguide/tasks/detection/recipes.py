@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from lipguide.tasks.detection.unlearnt import CHANGES, unlearnt
 from lipguide.tasks.harness import trained
 from lipguide.tasks.weights import go_on_from
 
-__all__ = ["DATA", "LARGE", "RECIPES", "TASK", "CaseStudy", "Recipe", "build", "load", "measure"]
+__all__ = ["DATA", "LARGE", "RECIPES", "TASK", "CaseStudy", "Recipe", "begin", "build", "load", "measure"]
 
 DATA = ("house-numbers", "svhn")
 
@@ -128,7 +129,7 @@ class Reading(Recipe):
         make = partial(detector, self.width, tau=self.tau, offset=self.offset)
         return {"reader": make, "residual-reader": partial(make, residual=True)}
 
-    def training_step(self, model: Detector, data: task.Data) -> ReaderStep:
+    def training_step(self, model: Detector, data: task.Data) -> nn.Module:
         """The step of a reader, which looks for its targets on the levels itself."""
         _, boxes, labels = data.columns
         return ReaderStep(model.training_loss(), known=check_targets(Targets(boxes, labels)))
@@ -144,6 +145,30 @@ class Reading(Recipe):
         """The bound of a window's features, which is what the certificates go by."""
         steepness, _, _ = model.constants()
         return {"window": steepness}
+
+
+@dataclass(frozen=True)
+class Ending(Reading):
+    """How the ends of a reader's windows, the block and the heads, are learnt once more, on every window of all levels.
+
+    `Reading` shows a scene on the levels that suit it, and so the ends see little of what a window makes of digits far
+    too large or too small for it, of which many false alarms come. What lies below the ends stays as it is.
+    """
+
+    batch_size: int = 64
+    rate: float = 1e-3
+    tau: float = 16.0
+
+    def training_step(self, model: Detector, data: task.Data) -> nn.Module:
+        """The step of a detector that reads all windows."""
+        return Detection.training_step(self, model, data)
+
+    def take_over(self, model: Detector, weights: Detector) -> None:
+        """Begin with another reader; what lies below the ends is its own, with the very weights that it has."""
+        super().take_over(model, weights)
+        for name in ("trunk", "halve", "cells", "read"):
+            part = deepcopy(getattr(weights, name)).requires_grad_(False)
+            setattr(model, name, part.to(memory_format=torch.channels_last))
 
 
 @dataclass(frozen=True)
@@ -286,6 +311,8 @@ LARGE: dict[str, Detection] = {
     # What the same layers read when less is asked of their margins, and when more is.
     "detection-clean-reader": Reading("residual-reader", steps=24_000, tau=20.0, offset=0.2),
     "detection-cautious-reader": Reading("residual-reader", steps=24_000, tau=5.0, offset=0.1),
+    # What ships, with the ends of its windows learnt once more.
+    "detection-ended-reader": Ending("residual-reader", steps=1200, start="detection-reader"),
     # As wide as ships: twice the arithmetic, and no classifier of single digits is as wide to begin with.
     "detection-wide-reader": Reading("residual-reader", steps=24_000, width=32, start=None),
     # Of orthogonal convolutions.

@@ -15,7 +15,7 @@ from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
 from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.fcos import FCOS, Brightless, fcos
-from lipguide.tasks.detection.recipes import LARGE, RECIPES, TASK, Recipe, build, load, measure
+from lipguide.tasks.detection.recipes import LARGE, RECIPES, TASK, Recipe, begin, build, load, measure
 from lipguide.tasks.detection.tinier_ssd import TinierSSD
 from lipguide.tasks.weights import go_on_from
 
@@ -187,3 +187,29 @@ def test_the_chapter_shows_the_network_of_the_package():
     packed.load_state_dict(shown.state_dict())
     x = torch.rand(1, 3, 74, 74)
     assert torch.equal(shown(x).logits, packed(x).logits) and shown.tau == packed.tau
+
+
+def test_only_the_ends_of_a_reader_are_learnt_once_more():
+    """What lies below is that of the reader that it goes on from, bit for bit, also in training mode."""
+    recipe = LARGE["detection-ended-reader"]
+    first, _ = trained(recipe.start)
+    scenes = load(replace(recipe, items=4), "train", 0)
+    torch.manual_seed(0)
+    model = build(recipe)
+    begin(model, recipe)
+    step = recipe.training_step(model, scenes)
+    x = scenes.columns[0][:2].float() / 255
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    values = []
+    for _ in range(8):
+        adam.zero_grad()
+        value = step(model.train(), scenes.columns)
+        value.backward()
+        adam.step()
+        values.append(float(value.detach()))
+    moved = {name.split(".")[0] for name, part in model.named_parameters() if part.grad is not None}
+    assert moved == {"end", "class_head", "box_head"} and values[-1] < values[0]
+    assert torch.allclose(model.windows(x), first.windows(x), atol=1e-5)
+    plain = without_parametrizations(model).state_dict()
+    below = [name for name in plain if name.split(".")[0] in ("trunk", "halve", "cells", "read")]
+    assert len(below) > 10 and all(torch.equal(plain[name], first.state_dict()[name]) for name in below)
