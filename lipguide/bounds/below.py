@@ -122,6 +122,12 @@ def _measured(f: nn.Module, a: Tensor, step: Tensor) -> float:
     return float(found[torch.isfinite(found)].max())
 
 
+COMPUTES_NOTHING = {
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "copy_")
+}  # values are still to come, or are copied before they are there
+
+
 class _Rounding(TorchDispatchMode):
     """The share of ‖f(a) − f(b)‖ that rounding may have made, while f runs on the batch (a, b).
 
@@ -135,6 +141,8 @@ class _Rounding(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        if not _makes_values(function):
+            return result
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.is_floating_point():
                 self._count(value)
@@ -150,6 +158,13 @@ class _Rounding(TorchDispatchMode):
         size = torch.linalg.vector_norm(a, dim=1)
         share = 8 * torch.finfo(value.dtype).eps * size / apart
         self.share = self.share.to(share) + torch.where(apart > 0, share, 0.0)
+
+
+def _makes_values(function: Any) -> bool:
+    """False for new memory, for views of it and for copies: there may be whatever was there before, infinities too."""
+    aliases = [each.alias_info for each in function._schema.returns]
+    view = any(alias is not None and not alias.is_write for alias in aliases)
+    return not view and function.overloadpacket not in COMPUTES_NOTHING
 
 
 def _flat(outputs: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import lipguide as lip
-from lipguide.bounds.below import StretchedPair
+from lipguide.bounds.below import StretchedPair, _Rounding
 from tests.networks import Forward, linear
 from tests.oracles import randn, steepest
 
@@ -288,3 +288,16 @@ def test_searches_take_a_number_of_steps(steps):
 def test_a_pair_is_a_positive_and_finite_distance_apart(distance):
     with pytest.raises(ValueError, match="positive and finite distance"):
         lip.most_stretched_pair(linear(1), torch.ones(1, 4), distance=distance)
+
+
+def test_memory_that_is_still_to_be_written_counts_for_nothing(monkeypatch):
+    """Circular padding is written into new memory piece by piece; what lay there before may be infinite."""
+    seen = []
+    monkeypatch.setattr(_Rounding, "_count", lambda self, value: seen.append(value.isfinite().all()))
+    torch.use_deterministic_algorithms(True)  # then new memory holds NaN
+    try:
+        with _Rounding(1):
+            torch.nn.functional.pad(torch.ones(2, 1, 3, 3, dtype=torch.float64), (1, 1, 1, 1), mode="circular")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen and all(seen)
