@@ -317,10 +317,12 @@ class ReaderLoss(nn.Module):
         model: whose windows they are.
         negatives: hardest windows elsewhere for each one that speaks, among all that are given.
         reduction: "mean" over the windows that speak, or "none" for one value a scene.
+        boxed: how far off a window still learns the digit's box.
     """
 
-    def __init__(self, model: Detector, reduction: str = "mean", negatives: int = 3) -> None:
+    def __init__(self, model: Detector, reduction: str = "mean", negatives: int = 3, boxed: float = BOXED) -> None:
         super().__init__()
+        self.boxed = boxed
         self.tau, self.reach, self.negatives, self.reduction = model.tau, model.reach, negatives, reduction
         self.offset = model.offset
         self.levels = tuple(canvas.side for canvas in model.canvases)
@@ -353,7 +355,7 @@ class ReaderLoss(nn.Module):
         values = torch.where(speaks, -of_label, torch.where(ring, -torch.logaddexp(of_label, nothing), -nothing))
         hard = self._hard(values.detach().masked_fill(speaks | ring, -1.0), speaks)
         of_box = F.smooth_l1_loss(found, sides.clamp(-4, 4), reduction="none", beta=0.3).sum(1)
-        return values * (speaks | ring | hard) + of_box * (distance <= BOXED), speaks
+        return values * (speaks | ring | hard) + of_box * (distance <= self.boxed), speaks
 
     def _corners(self, sides: Tensor) -> Tensor:
         return self.reach * sides + expected(sides)

@@ -37,12 +37,13 @@ from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
-from lipguide.tasks.detection.reader import OFFSET, TAU, Detector, detector
+from lipguide.tasks.detection.reader import OFFSET, TAU, Detector, ReaderLoss, detector
 from lipguide.tasks.detection.reader_step import ReaderStep
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.start import take_over
 from lipguide.tasks.detection.tinier_ssd import PICTURE, TinierSSD
 from lipguide.tasks.detection.unlearnt import CHANGES, unlearnt
+from lipguide.tasks.detection.windows import RING
 from lipguide.tasks.harness import trained
 from lipguide.tasks.weights import go_on_from
 
@@ -160,8 +161,9 @@ class Ending(Reading):
     tau: float = 16.0
 
     def training_step(self, model: Detector, data: task.Data) -> nn.Module:
-        """The step of a detector that reads all windows."""
-        return Detection.training_step(self, model, data)
+        """The step of a detector that reads all windows. Those that may speak learn boxes: the others are many here."""
+        _, boxes, labels = data.columns
+        return DetectionStep(ReaderLoss(model, boxed=RING), check_targets(Targets(boxes, labels)))
 
     def take_over(self, model: Detector, weights: Detector) -> None:
         """Begin with another reader; what lies below the ends is its own, with the very weights that it has."""
