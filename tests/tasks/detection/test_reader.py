@@ -387,3 +387,15 @@ def test_the_right_answer_must_win_by_the_offset():
         values.append(float(loss.of_windows(logits, torch.zeros(1, 4), **arguments)[0]))
     odds = [10 * torch.tensor(model.tau * (offset - 0.5)).exp() for offset in (0.0, 0.25)]
     assert values == pytest.approx([float(odd.log1p()) for odd in odds], rel=1e-5)
+
+
+def test_a_window_learns_a_box_as_far_off_as_it_is_asked_to():
+    model = small()
+    nothing = torch.tensor([[0.0] * 10 + [5.0]])  # sure of it, so that nearly all of the loss is that of the box
+    where = {"labels": torch.tensor([3]), "distance": torch.tensor([3.0]), "sides": torch.ones(1, 4)}
+    values = [
+        float(reader.ReaderLoss(model, boxed=boxed).of_windows(nothing, torch.zeros(1, 4), **where)[0])
+        for boxed in (2.0, 3.6)
+    ]
+    assert values[1] - values[0] == pytest.approx(4 * (1 - 0.15))
+    assert values[0] < 1e-6
