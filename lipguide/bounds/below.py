@@ -26,6 +26,10 @@ from lipguide.seeded import normal
 __all__ = ["StretchedPair", "lipschitz_lower_bound", "most_stretched_pair", "stretch"]
 
 NO_NUMBERS = "the function or one of the points is NaN or infinite, so no stretch can be measured"
+COMPUTES_NOTHING = {
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "copy_")
+}  # values are still to come, or are copied before they are there
 
 
 def lipschitz_lower_bound(model: nn.Module, x: Tensor, steps: int = 100, distance: float | None = None) -> float:
@@ -120,12 +124,6 @@ def _measured(f: nn.Module, a: Tensor, step: Tensor) -> float:
     if not bool(torch.isfinite(found).any()):
         raise ValueError("the model gives NaN or infinite values where the search ended, so no stretch can be measured")
     return float(found[torch.isfinite(found)].max())
-
-
-COMPUTES_NOTHING = {
-    getattr(torch.ops.aten, name)
-    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "copy_")
-}  # values are still to come, or are copied before they are there
 
 
 class _Rounding(TorchDispatchMode):

@@ -47,8 +47,8 @@ class Plan:
         hunts: eps, one of those of `deep`, how many scenes, None: all, and steps of each attack, with which each object
             that is certified there is hunted.
         steps: of every other attack.
-        smoothings: eps, σ and draws, at which the first `smoothed` scenes are certified by median smoothing as well:
-            each bound with probability 1 − α by itself, not all of them together.
+        smoothings: eps, one of those of `deep`, σ and draws, at which the first `smoothed` scenes are certified by
+            median smoothing as well: each bound with probability 1 − α by itself, not all of them together.
     """
 
     grid: tuple[float, ...] = (0.1, 0.25, 0.5)
@@ -90,9 +90,7 @@ def certified(
     >>> record["scenes"], [row["eps"] for row in record["certificates"]]
     (2, [0.1])
     """
-    for eps, _, _ in plan.hunts:
-        if eps not in dict(plan.deep):
-            raise ValueError(f"hunts at {eps:g} are of certificates that the plan has not: put {eps:g} into deep")
+    _check(plan)
 
     def kept(name: str, wanted: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         of = {"data": scenes.hash, "weights": made["weights"], **wanted}
@@ -105,28 +103,25 @@ def certified(
 
     def compared(eps: float, sigma: float, draws: int) -> dict[str, Any]:
         few, asked = scenes.part(slice(plan.smoothed)), {"eps": eps, "sigma": sigma, "draws": draws}
-        own = certify(answers(model, unit_range(few.images), deep=True), few.targets, eps, model.least)
+        own = part_of(sure[eps], slice(0, len(few.images)))
         of = asked | {"twin": made["twin"], "scenes": len(few.images)}
         smooth = kept(f"smoothed-{eps:g}", of, partial(_smoothed, twin, few, **asked))
         return smooth | {"reader": certified_recall(own)}
 
     def deeply(scenes: Split, eps: float, many: int | None) -> list[dict[str, Any]]:
         name, which = ("real-deep", {"real": scenes.hash}) if scenes is real else ("deep", {})
-        last, pieces = min(many or len(scenes.images), len(scenes.images)), []
-        for first in range(0, last, DEEP):
-            few = scenes.part(slice(first, min(first + DEEP, last)))
-            of = {"eps": eps, **which, "scenes": len(few.images)}
-            pieces.append(kept(f"{name}-{eps:g}-{first}", of, partial(_deep, model, few, eps)))
+        pieces = []
+        for some in _slices(many, len(scenes.images), DEEP):
+            of = {"eps": eps, **which, "scenes": some.stop - some.start}
+            pieces.append(kept(f"{name}-{eps:g}-{some.start}", of, partial(_deep, model, scenes.part(some), eps)))
         return pieces
 
     def hunted(eps: float, many: int | None, steps: int) -> dict[str, Any]:
-        pieces, last = [], min(many or len(scenes.images), len(scenes.images))
-        whole = _whole_of(deep[eps], eps, model.least)
-        for first in range(0, last, PIECE):
-            some = slice(first, min(first + PIECE, last))
-            make = partial(_hunted, model, scenes.part(some), part_of(whole, some), steps)
-            of = {"eps": eps, "steps": steps, "scenes": some.stop - first}
-            pieces.append(kept(f"hunted-{eps:g}-{steps}-{first}", of, make))
+        pieces = []
+        for some in _slices(many, len(scenes.images), PIECE):
+            make = partial(_hunted, model, scenes.part(some), part_of(sure[eps], some), steps)
+            of = {"eps": eps, "steps": steps, "scenes": some.stop - some.start}
+            pieces.append(kept(f"hunted-{eps:g}-{steps}-{some.start}", of, make))
         return _together(pieces)
 
     whole = kept("certificates", {"grid": list(plan.grid)}, partial(_whole, model, scenes, plan.grid))
@@ -135,12 +130,31 @@ def certified(
         rows = [_row_of(deeply(real, eps, None), eps, model.least) for eps, many in plan.deep if many is None]
         whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid)) | {"deep": rows}}
     deep = {eps: deeply(scenes, eps, many) for eps, many in plan.deep}
+    sure = {eps: _whole_of(pieces, eps, model.least) for eps, pieces in deep.items()}
     return whole | {
         "deep": [_row_of(pieces, eps, model.least) for eps, pieces in deep.items()],
         "attacked": [attacked(eps) for eps in plan.budgets],
         "smoothed": [compared(*setting) for setting in plan.smoothings],
         "hunted": [hunted(*setting) for setting in plan.hunts],
     }
+
+
+def _check(plan: Plan) -> None:
+    """Raise ValueError where a plan goes by certificates that it does not have."""
+    many = dict(plan.deep)
+    hunts = [("hunts", eps, asked) for eps, asked, _ in plan.hunts]
+    for what, eps, asked in [*hunts, *(("comparisons", eps, plan.smoothed) for eps, _, _ in plan.smoothings)]:
+        if eps not in many or (many[eps] is not None and (asked is None or asked > many[eps])):
+            scenes = "all scenes" if asked is None else f"{asked} scenes"
+            raise ValueError(
+                f"{what} at {eps:g} are of certificates that the plan has not: put {eps:g} into deep, for {scenes}"
+            )
+
+
+def _slices(many: int | None, there: int, size: int) -> list[slice]:
+    """The first `many` of so many scenes, None: all, piece by piece."""
+    last = there if many is None else min(many, there)
+    return [slice(first, min(first + size, last)) for first in range(0, last, size)]
 
 
 def _whole(model: Detector, scenes: Split, grid: Sequence[float]) -> dict[str, Any]:

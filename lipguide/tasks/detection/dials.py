@@ -1,7 +1,7 @@
 """What the dials of the reader's loss buy: readers that learnt alike but for them, certified alike.
 
-`python -m lipguide readers` puts them on record. Weights that do not ship are trained
-first, if the folder has none. Every reader leaves a file there, and the same command goes on where it was interrupted.
+`python -m lipguide readers` puts them on record. Weights that do not ship are trained first, if the folder has none.
+Every reader leaves a file there, and the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations

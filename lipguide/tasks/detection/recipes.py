@@ -33,7 +33,7 @@ from lipguide.data.shn import TWINS
 from lipguide.data.shn.looks import DEFAULT
 from lipguide.tasks import task
 from lipguide.tasks.detection import configurations
-from lipguide.tasks.detection.boxes import Targets, check_targets, unit_range
+from lipguide.tasks.detection.boxes import Checked, Targets, check_targets, unit_range
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
@@ -78,12 +78,17 @@ class Detection(task.Recipe, ABC):
 
     def training_step(self, model: nn.Module, data: task.Data) -> nn.Module:
         """The step of `lipguide.training.fit`."""
-        _, boxes, labels = data.columns
-        return DetectionStep(model.training_loss(), check_targets(Targets(boxes, labels)))
+        return DetectionStep(model.training_loss(), _known(data))
 
     def take_over(self, model: nn.Module, weights: nn.Module) -> None:
         """Begin with the weights that `start` names."""
         go_on_from(model, weights)
+
+
+def _known(data: task.Data) -> Checked:
+    """The targets of all scenes, looked at once."""
+    _, boxes, labels = data.columns
+    return check_targets(Targets(boxes, labels))
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,7 @@ class Reading(Recipe):
 
     def training_step(self, model: Detector, data: task.Data) -> nn.Module:
         """The step of a reader, which looks for its targets on the levels itself."""
-        _, boxes, labels = data.columns
-        return ReaderStep(model.training_loss(), known=check_targets(Targets(boxes, labels)))
+        return ReaderStep(model.training_loss(), known=_known(data))
 
     def take_over(self, model: Detector, weights: nn.Module) -> None:
         """Begin with those of another reader, or with a classifier of single digits."""
@@ -159,11 +163,11 @@ class Ending(Reading):
     batch_size: int = 64
     rate: float = 1e-3
     tau: float = 16.0
+    start: str | None = "detection-reader"
 
     def training_step(self, model: Detector, data: task.Data) -> nn.Module:
         """The step of a detector that reads all windows. Those that may speak learn boxes: the others are many here."""
-        _, boxes, labels = data.columns
-        return DetectionStep(ReaderLoss(model, boxed=RING), check_targets(Targets(boxes, labels)))
+        return DetectionStep(ReaderLoss(model, boxed=RING), _known(data))
 
     def take_over(self, model: Detector, weights: Detector) -> None:
         """Begin with another reader; what lies below the ends is its own, with the very weights that it has."""
@@ -314,8 +318,8 @@ LARGE: dict[str, Detection] = {
     "detection-clean-reader": Reading("residual-reader", steps=24_000, tau=20.0, offset=0.2),
     "detection-cautious-reader": Reading("residual-reader", steps=24_000, tau=5.0, offset=0.1),
     # What ships, with the ends of its windows learnt once more.
-    "detection-ended-reader": Ending("residual-reader", steps=1200, start="detection-reader"),
-    # As wide as ships: twice the arithmetic, and no classifier of single digits is as wide to begin with.
+    "detection-ended-reader": Ending("residual-reader", steps=1200),
+    # A third wider than what ships; no classifier of single digits is as wide, so it begins with nothing.
     "detection-wide-reader": Reading("residual-reader", steps=24_000, width=32, start=None),
     # Of orthogonal convolutions.
     "detection-orthogonal-reader": Reading("reader", steps=10_000, tau=5.0, offset=0.1, start=None),

@@ -118,7 +118,8 @@ def test_the_record_has_what_it_names_and_each_part_is_made_once(scenes, tmp_pat
         certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE | {"weights": "others"})
     with pytest.raises(ValueError, match="smoothed-0.1.json was made by another run"):
         certified(model, model, scenes.part(slice(3)), SHORT, tmp_path, THESE | {"twin": "another"})
-    for change in ({"deep": ((0.05, 1),)}, {}, {"attacked": 1}):  # pieces of other sizes are not mixed
+    fewer = {"deep": ((0.05, 1),), "hunts": (), "smoothings": ()}
+    for change in (fewer, {}, {"attacked": 1}):  # pieces of other sizes are not mixed
         changed = replace(SHORT, **change)
         monkeypatch.setattr(module, "PIECE", 2)
         with pytest.raises(ValueError, match="was made by another run"):
@@ -147,6 +148,10 @@ def test_pieces_are_hunted_as_the_whole_is(reader, scenes):
 def test_what_is_hunted_has_to_be_certified(scenes, tmp_path):
     with pytest.raises(ValueError, match=r"hunts at 0.2 are of certificates that the plan has not"):
         certified(None, None, scenes, replace(SHORT, hunts=((0.2, None, 1),)), tmp_path, THESE)
+    with pytest.raises(ValueError, match=r"hunts at 0.1 are of .* put 0.1 into deep, for 2 scenes"):
+        certified(None, None, scenes, replace(SHORT, hunts=((0.1, 2, 1),)), tmp_path, THESE)
+    with pytest.raises(ValueError, match=r"comparisons at 0.1 are of .* put 0.1 into deep, for 3 scenes"):
+        certified(None, None, scenes, replace(SHORT, smoothed=3), tmp_path, THESE)
 
 
 def test_real_scenes_are_certified_beside_the_others(scenes, tmp_path):
