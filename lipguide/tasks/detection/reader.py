@@ -61,7 +61,7 @@ __all__ = ["CANVASES", "OFFSET", "TAU", "Detector", "ReaderLoss", "ReaderOutput"
 # Rivals: how far apart in x and y, in heights, and in octaves. Two windows that speak of one digit are 8.6 pixels apart
 # on a level, a third of the height, and at most one level.
 RIVALS = (0.36, 0.5, 0.6)
-LEAST = -0.2  # a digit counts as seen where "nothing" is ahead of it by no more than this
+LEAST = -0.3  # a digit counts as seen where "nothing" is ahead of it by no more than this
 # Of the loss. By a look a score moves about half as far as by constants: a margin need not be as wide as a warmer loss
 # makes it, and this one lets go once the right answer leads by the offset.
 TAU, OFFSET = 12.0, 0.4

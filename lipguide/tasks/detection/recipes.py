@@ -163,7 +163,7 @@ class Ending(Reading):
     batch_size: int = 64
     rate: float = 1e-3
     tau: float = 16.0
-    start: str | None = "detection-reader"
+    start: str | None = "detection-first-reader"
 
     def training_step(self, model: Detector, data: task.Data) -> nn.Module:
         """The step of a detector that reads all windows. Those that may speak learn boxes: the others are many here."""
@@ -300,7 +300,8 @@ RECIPES: dict[str, Detection] = {
         for tau in (5, 20, 80)
     },
     "detection-ordinary-fcos": Recipe("ordinary-fcos", steps=800, rate=1e-2),
-    "detection-reader": Reading("residual-reader", steps=24_000),
+    "detection-first-reader": Reading("residual-reader", steps=24_000),
+    "detection-reader": Ending("residual-reader", steps=1200),
     **STUDY,
 }
 
@@ -317,9 +318,7 @@ LARGE: dict[str, Detection] = {
     # What the same layers read when less is asked of their margins, and when more is.
     "detection-clean-reader": Reading("residual-reader", steps=24_000, tau=20.0, offset=0.2),
     "detection-cautious-reader": Reading("residual-reader", steps=24_000, tau=5.0, offset=0.1),
-    # What ships, with the ends of its windows learnt once more.
-    "detection-ended-reader": Ending("residual-reader", steps=1200),
-    # A third wider than what ships; no classifier of single digits is as wide, so it begins with nothing.
+    # A third wider than the first reader; no classifier of single digits is as wide, so it begins with nothing.
     "detection-wide-reader": Reading("residual-reader", steps=24_000, width=32, start=None),
     # Of orthogonal convolutions.
     "detection-orthogonal-reader": Reading("reader", steps=10_000, tau=5.0, offset=0.1, start=None),
