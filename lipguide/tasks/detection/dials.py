@@ -1,4 +1,4 @@
-"""What the dials of the reader's loss buy: readers that learnt alike but for them, certified alike.
+"""What the reader's ends gain by being learnt once more, and what the dials of their loss buy, certified alike.
 
 `python -m lipguide readers` puts them on record. Weights that do not ship are trained first, if the folder has none.
 Every reader leaves a file there, and the same command goes on where it was interrupted.
@@ -24,11 +24,13 @@ from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.harness import ensure, trained
 from lipguide.tasks.runs import once
 
-__all__ = ["PLAN", "READERS", "Plan", "dials"]
+__all__ = ["ENDS", "FIRST", "PLAN", "READERS", "Plan", "dials"]
 
 logger = logging.getLogger(__name__)
-# From the loss that asks most of the margins to the one that asks least.
-READERS = ("detection-cautious-reader", "detection-reader", "detection-clean-reader")
+FIRST = "detection-first-reader"  # before its ends are learnt once more
+# Its ends, from the loss that asks most of the margins to the one that asks least.
+ENDS = ("detection-cautious-reader", "detection-reader", "detection-clean-reader")
+READERS = (FIRST, *ENDS)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Detector(nn.Module):
         canvases: the levels.
         residual: the layers of `lipguide.tasks.classification.networks.residual` instead, which are linear residuals.
         block: an SLL block at the end of a window instead of sorted pairs.
+        least: the threshold above which windows speak.
 
     >>> output = Detector((8, 8, 8), 16)(torch.rand(2, 3, 74, 74))
     >>> [tuple(part.shape) for part in output]
@@ -107,10 +108,11 @@ class Detector(nn.Module):
         residual: bool = False,
         block: bool = False,
         offset: float = OFFSET,
+        least: float = LEAST,
     ) -> None:
         super().__init__()
         self.reach, self.tau, self.offset = reach, tau, offset
-        self.canvases, self.least = tuple(canvases), LEAST
+        self.canvases, self.least = tuple(canvases), least
         self.brightless = Brightless()
         self.levels = nn.ModuleList(Level(PICTURE, canvas) for canvas in canvases)
         trunk, halve, cells = residual_layers(*widths) if residual else sorted_layers(*widths)
@@ -368,11 +370,14 @@ class ReaderLoss(nn.Module):
         return values >= least.clamp(min=0)
 
 
-def detector(width: int = 24, tau: float = TAU, residual: bool = True, offset: float = OFFSET) -> Detector:
+def detector(
+    width: int = 24, tau: float = TAU, residual: bool = True, offset: float = OFFSET, least: float = LEAST
+) -> Detector:
     """The one that the chapter trains; `width` is 24 for two cores, 48 for a GPU.
 
     Args:
-        tau, offset: of the loss, as `Detector` takes them.
+        tau, offset, least: as `Detector` takes them.
         residual: False for orthogonal convolutions throughout.
     """
-    return Detector((width, 2 * width, 4 * width), tau=tau, residual=residual, block=True, offset=offset)
+    widths = width, 2 * width, 4 * width
+    return Detector(widths, tau=tau, residual=residual, block=True, offset=offset, least=least)

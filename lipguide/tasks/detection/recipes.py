@@ -37,7 +37,7 @@ from lipguide.tasks.detection.boxes import Checked, Targets, check_targets, unit
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
-from lipguide.tasks.detection.reader import OFFSET, TAU, Detector, ReaderLoss, detector
+from lipguide.tasks.detection.reader import LEAST, OFFSET, TAU, Detector, ReaderLoss, detector
 from lipguide.tasks.detection.reader_step import ReaderStep
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.start import take_over
@@ -129,10 +129,11 @@ class Reading(Recipe):
     items: int | None = None
 
     precision: ClassVar[str] = "float32"
+    least: ClassVar[float] = -0.2  # the threshold that suits what it learns
 
     def networks(self) -> dict[str, Callable[[], Detector]]:
         """The networks that such a recipe can train, by their names."""
-        make = partial(detector, self.width, tau=self.tau, offset=self.offset)
+        make = partial(detector, self.width, tau=self.tau, offset=self.offset, least=self.least)
         return {"reader": make, "residual-reader": partial(make, residual=True)}
 
     def training_step(self, model: Detector, data: task.Data) -> nn.Module:
@@ -164,6 +165,8 @@ class Ending(Reading):
     rate: float = 1e-3
     tau: float = 16.0
     start: str | None = "detection-first-reader"
+
+    least: ClassVar[float] = LEAST
 
     def training_step(self, model: Detector, data: task.Data) -> nn.Module:
         """The step of a detector that reads all windows. Those that may speak learn boxes: the others are many here."""
@@ -315,9 +318,9 @@ LARGE: dict[str, Detection] = {
     ),
     "detection-ordinary-fcos-full": replace(_FULL, network="ordinary-fcos", steps=6000, rate=1e-2),
     **{f"tinier-ssd-why-{change}": Unlearnt(change) for change in CHANGES},
-    # What the same layers read when less is asked of their margins, and when more is.
-    "detection-clean-reader": Reading("residual-reader", steps=24_000, tau=20.0, offset=0.2),
-    "detection-cautious-reader": Reading("residual-reader", steps=24_000, tau=5.0, offset=0.1),
+    # What the same windows end in when less is asked of their margins, and when more is.
+    "detection-clean-reader": Ending("residual-reader", steps=1200, tau=32.0, offset=0.2),
+    "detection-cautious-reader": Ending("residual-reader", steps=1200, tau=8.0, offset=0.5),
     # A third wider than the first reader; no classifier of single digits is as wide, so it begins with nothing.
     "detection-wide-reader": Reading("residual-reader", steps=24_000, width=32, start=None),
     # Of orthogonal convolutions.

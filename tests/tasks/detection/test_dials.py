@@ -48,8 +48,9 @@ def test_a_file_of_other_scenes_is_an_error(scenes, tmp_path):
         module.dials(tmp_path, few._replace(hash="others"), SHORT, ["detection-reader"])
 
 
-def test_the_readers_differ_in_nothing_but_the_dials_of_their_loss():
-    recipes = [recipe_of(name)[1] for name in module.READERS]
+def test_the_ends_differ_in_nothing_but_the_dials_of_their_loss():
+    recipes = [recipe_of(name)[1] for name in module.ENDS]
+    assert {recipe.start for recipe in recipes} == {module.FIRST}
     assert len({replace(recipe, tau=1.0, offset=0.0) for recipe in recipes}) == 1
     assert len({(recipe.tau, recipe.offset) for recipe in recipes}) == len(recipes)
 

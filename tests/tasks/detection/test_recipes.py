@@ -14,6 +14,7 @@ from lipguide.tasks.detection import recipes as training
 from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
 from lipguide.tasks.detection.data import load_split
+from lipguide.tasks.detection.dials import FIRST
 from lipguide.tasks.detection.fcos import FCOS, Brightless, fcos
 from lipguide.tasks.detection.recipes import LARGE, RECIPES, TASK, Recipe, begin, build, load, measure
 from lipguide.tasks.detection.tinier_ssd import TinierSSD
@@ -79,12 +80,13 @@ def test_every_recipe_is_registered_under_its_task():
 
 
 def test_every_network_of_the_chapter_has_a_recipe_in_the_size_for_a_gpu():
-    """From scratch, on all scenes. At temperature 20 the first network serves, which learns from scratch as well."""
-    twins = {f"{name}-full" for name in SHIPPED if name != "detection-fcos-tau-20"}
+    """From scratch, on all scenes. At temperature 20 the first network serves, which learns from scratch as well. The
+    reader does so too, and its ends do not learn once more."""
+    twins = {f"{name}-full" for name in SHIPPED if name not in ("detection-fcos-tau-20", "detection-first-reader")}
     assert twins == set(FULL) and LARGE["detection-fcos-full"].tau == RECIPES["detection-fcos-tau-20"].tau
     assert not [name for name in FULL if (WEIGHTS / f"{name}.safetensors").exists()]
     for name in FULL:
-        small, large = RECIPES[name.removesuffix("-full")], LARGE[name]
+        small, large = RECIPES[FIRST if "reader" in name else name.removesuffix("-full")], LARGE[name]
         assert (large.network, large.tau) == (small.network, small.tau)
         assert large.start is None and large.items is None and large.test_items is None
         assert large.width > small.width and large.steps * large.batch_size > small.steps * small.batch_size
@@ -191,7 +193,7 @@ def test_the_chapter_shows_the_network_of_the_package():
 
 def test_only_the_ends_of_a_reader_are_learnt_once_more():
     """What lies below is that of the reader that it goes on from, bit for bit, also in training mode."""
-    recipe = LARGE["detection-ended-reader"]
+    recipe = RECIPES["detection-reader"]
     first, _ = trained(recipe.start)
     scenes = load(replace(recipe, items=4), "train", 0)
     torch.manual_seed(0)
