@@ -190,7 +190,7 @@ def _add_certify(subparsers: Any) -> None:
 
 
 def _add_readers(subparsers: Any) -> None:
-    says = "what the loss of the certified detector asks for: readers with other dials, trained and certified alike"
+    says = "what the second training of the certified detector gains, and other dials of its loss, certified alike"
     _add_record(subparsers, "readers", commands.compare_readers, says)
 
 

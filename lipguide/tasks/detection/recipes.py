@@ -37,7 +37,7 @@ from lipguide.tasks.detection.boxes import Checked, Targets, check_targets, unit
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
-from lipguide.tasks.detection.reader import LEAST, OFFSET, TAU, Detector, ReaderLoss, detector
+from lipguide.tasks.detection.reader import HANDICAP, OFFSET, TAU, Detector, ReaderLoss, detector
 from lipguide.tasks.detection.reader_step import ReaderStep
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.start import take_over
@@ -129,11 +129,11 @@ class Reading(Recipe):
     items: int | None = None
 
     precision: ClassVar[str] = "float32"
-    least: ClassVar[float] = -0.2  # the threshold that suits what it learns
+    handicap: ClassVar[float] = 0.0  # of what it learns
 
     def networks(self) -> dict[str, Callable[[], Detector]]:
         """The networks that such a recipe can train, by their names."""
-        make = partial(detector, self.width, tau=self.tau, offset=self.offset, least=self.least)
+        make = partial(detector, self.width, tau=self.tau, offset=self.offset, handicap=self.handicap)
         return {"reader": make, "residual-reader": partial(make, residual=True)}
 
     def training_step(self, model: Detector, data: task.Data) -> nn.Module:
@@ -166,7 +166,7 @@ class Ending(Reading):
     tau: float = 16.0
     start: str | None = "detection-first-reader"
 
-    least: ClassVar[float] = LEAST
+    handicap: ClassVar[float] = HANDICAP
 
     def training_step(self, model: Detector, data: task.Data) -> nn.Module:
         """The step of a detector that reads all windows. Those that may speak learn boxes: the others are many here."""
