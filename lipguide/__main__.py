@@ -190,7 +190,7 @@ def _add_certify(subparsers: Any) -> None:
 
 
 def _add_readers(subparsers: Any) -> None:
-    says = "what the second training of the certified detector gains, and other dials of its loss, certified alike"
+    says = "what each step to the certified detector has gained: its second training, and a handicap"
     _add_record(subparsers, "readers", commands.compare_readers, says)
 
 

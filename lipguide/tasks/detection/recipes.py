@@ -318,9 +318,6 @@ LARGE: dict[str, Detection] = {
     ),
     "detection-ordinary-fcos-full": replace(_FULL, network="ordinary-fcos", steps=6000, rate=1e-2),
     **{f"tinier-ssd-why-{change}": Unlearnt(change) for change in CHANGES},
-    # What the same windows end in when less is asked of their margins, and when more is.
-    "detection-clean-reader": Ending("residual-reader", steps=1200, tau=32.0, offset=0.2),
-    "detection-cautious-reader": Ending("residual-reader", steps=1200, tau=8.0, offset=0.5),
     # A third wider than the first reader; no classifier of single digits is as wide, so it begins with nothing.
     "detection-wide-reader": Reading("residual-reader", steps=24_000, width=32, start=None),
     # Of orthogonal convolutions.

@@ -14,10 +14,10 @@ from lipguide.tasks.detection import recipes as training
 from lipguide.tasks.detection.attacks import attack_l2
 from lipguide.tasks.detection.boxes import unit_range
 from lipguide.tasks.detection.data import load_split
-from lipguide.tasks.detection.dials import FIRST
 from lipguide.tasks.detection.fcos import FCOS, Brightless, fcos
 from lipguide.tasks.detection.recipes import LARGE, RECIPES, TASK, Recipe, begin, build, load, measure
 from lipguide.tasks.detection.tinier_ssd import TinierSSD
+from lipguide.tasks.detection.trials import FIRST
 from lipguide.tasks.weights import go_on_from
 
 CHAPTER = Path(__file__).resolve().parents[3] / "book" / "detection.md"
