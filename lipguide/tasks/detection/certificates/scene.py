@@ -17,7 +17,7 @@ from lipguide.tasks.detection.certificates.shifts import Asked, stay
 __all__ = ["Scene", "moved"]
 
 TRIED = 3  # windows that are right for an object, for which a closer look is taken
-HIGH = 0.0  # scores above this say a class, those below it would rather say nothing
+HIGH = 0.0  # alarms above this are looked at: those below cost little precision, and are many
 ROUNDS = 3  # of looks at those scores that bound the alarms: if one sinks, another one may bound them
 
 
@@ -44,10 +44,13 @@ class Scene(NamedTuple):
 
     def falls(self, low: Tensor, up: Tensor) -> Tensor:
         """(P, C): the scores of which it has to be known how far they fall, those of the best windows that are right
-        for each lost object."""
+        for each lost object, and of the very best for each other one, which say how high it is found."""
         asked = torch.zeros_like(low, dtype=torch.bool)
         for _, label, best in self._best(low, up, self.rise == -torch.inf):
             asked[best, label] = True
+        for thing, label in enumerate(self.labels.tolist()):
+            own = low[:, label].masked_fill(self.rise[thing] > -torch.inf, -torch.inf)
+            asked[own.argmax(), label] |= own.max() > self.least
         return asked
 
     def rises(self, low: Tensor, up: Tensor) -> Tensor:
@@ -101,8 +104,8 @@ def moved(given: Answers, scenes: Sequence[Scene], eps: float, least: float) -> 
     """Between what the scores of some scenes move, (N, P, C) each, and the scenes with what is known of their boxes.
 
     Where a look is taken, closer ones ask those scores and boxes on which an object depends, and of the scores that
-    bound the alarms the highest: first which boxes stay right and how far scores fall, then, of what is left, how far
-    others rise.
+    bound the alarms the highest: first which boxes stay right and how far scores fall, also those of objects that are
+    found in any case, then, of what is left, how far others rise.
     """
     (low, up), scenes = given.bounds(eps, least), list(scenes)
     if given.inside is not None and scenes:
@@ -110,7 +113,7 @@ def moved(given: Answers, scenes: Sequence[Scene], eps: float, least: float) -> 
             asked = _of_each(scenes, Scene.tried, low, up)
             scenes = _stayed(given, scenes, asked, eps, look)
             asked = _of_each(scenes, Scene.falls, low, up)
-            low = given.lifted(eps, low, torch.stack(asked) | (low > HIGH), look)
+            low = given.lifted(eps, low, torch.stack(asked), look)
             asked = _of_each(scenes, Scene.rises, low, up)
             up = _lowered(given, scenes, low, up, torch.stack(asked), eps, look)
             asked = _of_each(scenes, Scene.ahead, low, up)
