@@ -19,7 +19,7 @@ from torch import nn
 
 from lipguide.provenance import commit
 from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, mixture
-from lipguide.tasks.detection.boxes import NOTHING, unit_range
+from lipguide.tasks.detection.boxes import NOTHING, Targets, unit_range
 from lipguide.tasks.detection.certificates import Answers, Certificate, answers, certified_recall, certify, curve, hunt
 from lipguide.tasks.detection.certificates.curve import row
 from lipguide.tasks.detection.certificates.summary import joined, part_of
@@ -33,6 +33,7 @@ __all__ = ["Plan", "certified"]
 
 logger = logging.getLogger(__name__)
 PIECE = 50  # scenes that are hunted at a time
+Grid = tuple[tuple[float, int | None], ...]
 DEEP = 500  # scenes that are certified at a time by the look that goes deepest
 
 
@@ -41,8 +42,8 @@ class Plan:
     """How much is certified, attacked and hunted.
 
     Args:
-        grid: of eps, at which everything is certified by a look into the last block of every window.
-        deep: eps and how many scenes, None: all, of what is certified by a look into what lies below as well.
+        grid: eps and how many scenes, None: all, of what is certified by a look into the last block of every window.
+        deep: as `grid`, of what is certified by a look into what lies below as well.
         budgets: of eps, at which the first `attacked` scenes are attacked in every way.
         hunts: eps, one of those of `deep`, how many scenes, None: all, and steps of each attack, with which each object
             that is certified there is hunted.
@@ -51,10 +52,10 @@ class Plan:
             median smoothing as well: each bound with probability 1 − α by itself, not all of them together.
     """
 
-    grid: tuple[float, ...] = (0.1, 0.25, 0.5)
-    deep: tuple[tuple[float, int | None], ...] = ((0.1, None), (0.25, None), (0.5, 500))
+    grid: Grid = ((0.1, None), (0.25, None), (0.5, 2000))
+    deep: Grid = ((0.1, None), (0.25, 5000), (0.5, 300))
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
-    hunts: tuple[tuple[float, int | None, int], ...] = ((0.1, 300, 20), (0.25, 300, 20), (0.25, None, 3))
+    hunts: tuple[tuple[float, int | None, int], ...] = ((0.1, 300, 20), (0.25, 300, 20), (0.25, 5000, 3))
     attacked: int = 300
     steps: int = 20
     smoothings: tuple[tuple[float, float, int], ...] = ((0.1, 0.1, 300), (0.25, 0.15, 1000))
@@ -85,7 +86,7 @@ def certified(
     >>> from lipguide.tasks.detection.data import load_split
     >>> model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
     >>> scenes = load_split("test", 2, 0, torch.device("cpu"))
-    >>> plan = Plan((0.1,), ((0.1, 1),), (0.1,), (), attacked=1, steps=1, smoothings=())
+    >>> plan = Plan(((0.1, None),), ((0.1, 1),), (0.1,), (), attacked=1, steps=1, smoothings=())
     >>> record = certified(model, model, scenes, plan, tempfile.mkdtemp(), {"weights": "a", "twin": "a"})
     >>> record["scenes"], [row["eps"] for row in record["certificates"]]
     (2, [0.1])
@@ -124,9 +125,10 @@ def certified(
             pieces.append(kept(f"hunted-{eps:g}-{steps}-{some.start}", of, make))
         return _together(pieces)
 
-    whole = kept("certificates", {"grid": list(plan.grid)}, partial(_whole, model, scenes, plan.grid))
+    grid = {"grid": [list(at) for at in plan.grid]}
+    whole = kept("certificates", grid, partial(_whole, model, scenes, plan.grid))
     if real is not None:
-        wanted = {"grid": list(plan.grid), "real": real.hash}
+        wanted = grid | {"real": real.hash}
         rows = [_row_of(deeply(real, eps, None), eps, model.least) for eps, many in plan.deep if many is None]
         whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid)) | {"deep": rows}}
     deep = {eps: deeply(scenes, eps, many) for eps, many in plan.deep}
@@ -157,18 +159,19 @@ def _slices(many: int | None, there: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, last)) for first in range(0, last, size)]
 
 
-def _whole(model: Detector, scenes: Split, grid: Sequence[float]) -> dict[str, Any]:
-    """What is certified of all scenes, with a look and by constants alone, and what is found on them clean. With the
+def _whole(model: Detector, scenes: Split, grid: Grid) -> dict[str, Any]:
+    """What is certified of scenes, with a look and by constants alone, and what is found on all of them clean. With the
     seconds a scene of each step."""
     images, targets = unit_range(scenes.images), scenes.targets
     given, forward = _timed(lambda: answers(model, images, look=True))
     clean = score(given.detections(model.least), targets)
     logger.info("clean %.1f mAP", clean.map50)
 
-    def timed(given: Answers, eps: float) -> dict[str, float]:
-        (certified,), seconds = _timed(lambda: curve(given, targets, [eps], model.least))
+    def timed(given: Answers, eps: float, many: int | None) -> dict[str, float]:
+        few, some = given.part(slice(many)), Targets(*(part[:many] for part in targets))
+        (certified,), seconds = _timed(lambda: curve(few, some, [eps], model.least))
         logger.info("certified %s", certified)
-        return certified | {"seconds": seconds / len(images)}
+        return {"scenes": len(some.labels), **certified, "seconds": seconds / len(some.labels)}
 
     return {
         "scenes": len(images),
@@ -176,8 +179,8 @@ def _whole(model: Detector, scenes: Split, grid: Sequence[float]) -> dict[str, A
         "threshold": model.least,
         "steepness": given.steepness,
         "clean": clean._asdict(),
-        "certificates": [timed(given, eps) for eps in grid],
-        "constants": [timed(given._replace(inside=None), eps) for eps in grid],
+        "certificates": [timed(given, *at) for at in grid],
+        "constants": [timed(given._replace(inside=None), *at) for at in grid],
         "seconds": {"forward": forward / len(images)},
     }
 

@@ -22,7 +22,7 @@ from lipguide.tasks.harness import trained
 from lipguide.tasks.weights import WEIGHTS, run_of
 
 SHORT = Plan(
-    (0.05, 0.1), ((0.05, None), (0.1, 1)), (0.1,), ((0.05, 2, 1), (0.05, None, 2)), attacked=2, steps=1,
+    ((0.05, None), (0.1, 2)), ((0.05, None), (0.1, 1)), (0.1,), ((0.05, 2, 1), (0.05, None, 2)), attacked=2, steps=1,
     smoothings=((0.1, 0.1, 40),), smoothed=1,
 )  # fmt: skip
 RECORD = Path(__file__).resolve().parents[3] / "book" / "results" / "certified.cpu.json"
@@ -157,7 +157,7 @@ def test_what_is_hunted_has_to_be_certified(scenes, tmp_path):
 def test_real_scenes_are_certified_beside_the_others(scenes, tmp_path):
     torch.manual_seed(0)
     model = Detector((8, 8, 8), 16, residual=True, block=True).eval()
-    plan = Plan((0.1,), ((0.1, None),), (), (), smoothings=())
+    plan = Plan(((0.1, None),), ((0.1, None),), (), (), smoothings=())
     real = scenes.part(slice(2, 6))._replace(hash="real")
     record = certified(model, model, scenes.part(slice(3)), plan, tmp_path, THESE, real)
     assert record["scenes"] == 3 and record["real"]["scenes"] == 4 and record["real"]["real"] == "real"
