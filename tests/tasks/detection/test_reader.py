@@ -13,6 +13,7 @@ from lipguide.tasks.classification.networks import residual as residual_network
 from lipguide.tasks.classification.networks import vgg
 from lipguide.tasks.detection import reader, reader_step
 from lipguide.tasks.detection.boxes import check_targets, pad_targets
+from lipguide.tasks.detection.certificates import answers
 from lipguide.tasks.detection.data import load_split
 from lipguide.tasks.detection.decision import heard, radii, reported, rivals
 from lipguide.tasks.detection.pyramid import Canvas, Level, averages
@@ -51,6 +52,31 @@ def test_a_level_survives_export():
     level = Level(6, Canvas(3, 5, 4, 1, 1)).eval()
     x = torch.rand(2, 3, 6, 6)
     assert torch.allclose(lip.export(level)(x), level(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_handicap_lowers_nothing_alone_where_windows_decide_and_where_they_are_looked_into(dtype):
+    model = small(residual=True).to(dtype).eval()
+    model.class_head.bias.data[10] += 1  # nothing is ahead
+    x, bias = torch.rand(2, 3, 74, 74, dtype=dtype), model.class_head.bias.clone()
+    said = {}
+    for handicap in (0.0, 0.3, 5.0):
+        model.handicap = handicap
+        output = model(x)
+        lowered = output.logits - handicap * torch.eye(11, dtype=dtype)[10]
+        said[handicap] = model.scores(output)
+        assert torch.equal(said[handicap], radii(lowered, model.class_head.weight.detach()))
+        inside = answers(model, x, look=True).inside
+        entries = torch.ones_like(said[handicap], dtype=torch.bool).nonzero(as_tuple=True)
+        still = inside.falls(entries, 0.0, 0.0, "box").reshape(said[handicap].shape)
+        assert torch.allclose(still.to(dtype), said[handicap], atol=1e-5)
+    assert torch.equal(model.class_head.bias, bias)
+    rows = model.class_head.weight.detach()
+    most = 0.3 / (rows[:-1] - rows[-1]).norm(dim=1)
+    rise = said[0.3] - said[0.0]
+    assert (rise >= -1e-6).all() and (rise <= most + 1e-6).all() and rise.max() > 0.9 * most.min()
+    between = radii(torch.cat([output.logits[..., :-1], output.logits[..., :1] * 0 - 1e3], -1), rows)
+    assert torch.allclose(said[5.0], between, atol=1e-5)  # so large a one leaves the digits to one another
 
 
 @both_kinds
