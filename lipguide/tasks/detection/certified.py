@@ -53,9 +53,9 @@ class Plan:
     """
 
     grid: Grid = ((0.1, None), (0.25, None), (0.5, 2000))
-    deep: Grid = ((0.1, 5000), (0.25, 5000), (0.5, 200))
+    deep: Grid = ((0.1, 4000), (0.25, 4000), (0.5, 200))
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
-    hunts: tuple[tuple[float, int | None, int], ...] = ((0.1, 300, 20), (0.25, 300, 20), (0.25, 1500, 3))
+    hunts: tuple[tuple[float, int | None, int], ...] = ((0.1, 300, 20), (0.25, 300, 20))
     attacked: int = 300
     steps: int = 20
     smoothings: tuple[tuple[float, float, int], ...] = ((0.1, 0.1, 300), (0.25, 0.15, 1000))
