@@ -55,7 +55,7 @@ class Plan:
     grid: Grid = ((0.1, None), (0.25, None), (0.5, 2000))
     deep: Grid = ((0.1, 4000), (0.25, 4000), (0.5, 200))
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
-    hunts: tuple[tuple[float, int | None, int], ...] = ((0.1, 300, 20), (0.25, 300, 20))
+    hunts: tuple[tuple[float, int | None, int], ...] = ((0.1, 300, 5), (0.25, 300, 5))
     attacked: int = 300
     steps: int = 20
     smoothings: tuple[tuple[float, float, int], ...] = ((0.1, 0.1, 300), (0.25, 0.15, 1000))
