@@ -129,7 +129,8 @@ def certified(
     whole = kept("certificates", grid, partial(_whole, model, scenes, plan.grid))
     if real is not None:
         wanted = grid | {"real": real.hash}
-        rows = [_row_of(deeply(real, eps, None), eps, model.least) for eps, many in plan.deep if many is None]
+        deep_enough = [eps for eps, many in plan.deep if many is None or many >= len(real.images)]
+        rows = [_row_of(deeply(real, eps, None), eps, model.least) for eps in deep_enough]
         whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid)) | {"deep": rows}}
     deep = {eps: deeply(scenes, eps, many) for eps, many in plan.deep}
     sure = {eps: _whole_of(pieces, eps, model.least) for eps, pieces in deep.items()}
