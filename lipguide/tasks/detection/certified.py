@@ -19,7 +19,7 @@ from torch import nn
 
 from lipguide.provenance import commit
 from lipguide.tasks.detection.attacks import ATTACKS, TRAINING_LOSS, attack_l2, mixture
-from lipguide.tasks.detection.boxes import NOTHING, Targets, unit_range
+from lipguide.tasks.detection.boxes import NOTHING, unit_range
 from lipguide.tasks.detection.certificates import Answers, Certificate, answers, certified_recall, certify, curve, hunt
 from lipguide.tasks.detection.certificates.curve import row
 from lipguide.tasks.detection.certificates.summary import joined, part_of
@@ -33,8 +33,8 @@ __all__ = ["Plan", "certified"]
 
 logger = logging.getLogger(__name__)
 PIECE = 50  # scenes that are hunted at a time
-Grid = tuple[tuple[float, int | None], ...]
 DEEP = 500  # scenes that are certified at a time by the look that goes deepest
+Grid = tuple[tuple[float, int | None], ...]  # eps and how many scenes, None: all
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,13 @@ def certified(
     if real is not None:
         wanted = grid | {"real": real.hash}
         deep_enough = [eps for eps, many in plan.deep if many is None or many >= len(real.images)]
-        rows = [_row_of(deeply(real, eps, None), eps, model.least) for eps in deep_enough]
+        its = {eps: deeply(real, eps, None) for eps in deep_enough}
+        rows = [_row_of(pieces, _whole_of(pieces, eps, model.least)) for eps, pieces in its.items()]
         whole |= {"real": kept("real", wanted, partial(_whole, model, real, plan.grid)) | {"deep": rows}}
     deep = {eps: deeply(scenes, eps, many) for eps, many in plan.deep}
     sure = {eps: _whole_of(pieces, eps, model.least) for eps, pieces in deep.items()}
     return whole | {
-        "deep": [_row_of(pieces, eps, model.least) for eps, pieces in deep.items()],
+        "deep": [_row_of(pieces, sure[eps]) for eps, pieces in deep.items()],
         "attacked": [attacked(eps) for eps in plan.budgets],
         "smoothed": [compared(*setting) for setting in plan.smoothings],
         "hunted": [hunted(*setting) for setting in plan.hunts],
@@ -169,10 +170,11 @@ def _whole(model: Detector, scenes: Split, grid: Grid) -> dict[str, Any]:
     logger.info("clean %.1f mAP", clean.map50)
 
     def timed(given: Answers, eps: float, many: int | None) -> dict[str, float]:
-        few, some = given.part(slice(many)), Targets(*(part[:many] for part in targets))
-        (certified,), seconds = _timed(lambda: curve(few, some, [eps], model.least))
+        some = slice(many)
+        few = scenes.part(some).targets
+        (certified,), seconds = _timed(lambda: curve(given.part(some), few, [eps], model.least))
         logger.info("certified %s", certified)
-        return {"scenes": len(some.labels), **certified, "seconds": seconds / len(some.labels)}
+        return {"scenes": len(few.labels), **certified, "seconds": seconds / len(few.labels)}
 
     return {
         "scenes": len(images),
@@ -209,12 +211,12 @@ def _whole_of(pieces: Sequence[Mapping[str, Any]], eps: float, least: float) -> 
     return joined(parts, [piece["scenes"] for piece in pieces])
 
 
-def _row_of(pieces: Sequence[Mapping[str, Any]], eps: float, least: float) -> dict[str, Any]:
-    """What the certificates of several pieces say together."""
+def _row_of(pieces: Sequence[Mapping[str, Any]], whole: Certificate) -> dict[str, Any]:
+    """What the one certificate of several pieces says, and what these took."""
     many = sum(piece["scenes"] for piece in pieces)
     seconds = sum(piece["seconds"] for piece in pieces) / max(many, 1)
     commits = sorted({piece["commit"] for piece in pieces})
-    return {"scenes": many, "commits": commits, **row(_whole_of(pieces, eps, least), many), "seconds": seconds}
+    return {"scenes": many, "commits": commits, **row(whole, many), "seconds": seconds}
 
 
 def _column(name: str, values: Sequence[float]) -> torch.Tensor:
