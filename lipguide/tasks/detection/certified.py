@@ -33,6 +33,7 @@ __all__ = ["Plan", "certified"]
 
 logger = logging.getLogger(__name__)
 PIECE = 50  # scenes that are hunted at a time
+LOST = ("before", "heights", "alarms")  # columns of a certificate in which −∞ stands for what never is
 DEEP = 500  # scenes that are certified at a time by the look that goes deepest
 Grid = tuple[tuple[float, int | None], ...]  # eps and how many scenes, None: all
 
@@ -194,7 +195,7 @@ def _deep(model: Detector, scenes: Split, eps: float) -> dict[str, Any]:
     certificate, seconds = _timed(lambda: certify(given, scenes.targets, eps, model.least))
     logger.info("certified %s", row(certificate, len(scenes.images)))
     columns = {name: values.tolist() for name, values in certificate._asdict().items() if name not in ("eps", "least")}
-    for name in ("before", "heights"):  # None: −∞
+    for name in LOST:
         columns[name] = [value if math.isfinite(value) else None for value in columns[name]]
     return {"scenes": len(scenes.images), "seconds": seconds, "certificate": columns}
 
@@ -204,7 +205,7 @@ def _whole_of(pieces: Sequence[Mapping[str, Any]], eps: float, least: float) -> 
     parts = []
     for piece in pieces:
         columns = dict(piece["certificate"])
-        for name in ("before", "heights"):
+        for name in LOST:
             columns[name] = [-math.inf if value is None else value for value in columns[name]]
         numbers = {name: _column(name, values) for name, values in columns.items()}
         parts.append(Certificate(eps=eps, least=least, **numbers))
@@ -220,7 +221,7 @@ def _row_of(pieces: Sequence[Mapping[str, Any]], whole: Certificate) -> dict[str
 
 
 def _column(name: str, values: Sequence[float]) -> torch.Tensor:
-    real = name in ("before", "heights", "births")
+    real = name in ("births", *LOST)
     return torch.tensor(values, dtype=torch.float64 if real else torch.long, device="cpu")
 
 

@@ -37,7 +37,7 @@ from lipguide.tasks.detection.boxes import Checked, Targets, check_targets, unit
 from lipguide.tasks.detection.data import Split, load_split
 from lipguide.tasks.detection.fcos import FCOS, fcos, ordinary_fcos
 from lipguide.tasks.detection.losses import DetectionStep
-from lipguide.tasks.detection.reader import HANDICAP, OFFSET, TAU, Detector, ReaderLoss, detector
+from lipguide.tasks.detection.reader import HANDICAP, OFFSET, REACH, TAU, Detector, ReaderLoss, detector
 from lipguide.tasks.detection.reader_step import ReaderStep
 from lipguide.tasks.detection.scores import detections, score
 from lipguide.tasks.detection.start import take_over
@@ -130,10 +130,12 @@ class Reading(Recipe):
 
     precision: ClassVar[str] = "float32"
     handicap: ClassVar[float] = 0.0  # of what it learns
+    reach: ClassVar[float] = 6.0
 
     def networks(self) -> dict[str, Callable[[], Detector]]:
         """The networks that such a recipe can train, by their names."""
-        make = partial(detector, self.width, tau=self.tau, offset=self.offset, handicap=self.handicap)
+        dials = {"tau": self.tau, "offset": self.offset, "handicap": self.handicap, "reach": self.reach}
+        make = partial(detector, self.width, **dials)
         return {"reader": make, "residual-reader": partial(make, residual=True)}
 
     def training_step(self, model: Detector, data: task.Data) -> nn.Module:
@@ -167,6 +169,7 @@ class Ending(Reading):
     start: str | None = "detection-first-reader"
 
     handicap: ClassVar[float] = HANDICAP
+    reach: ClassVar[float] = REACH
 
     def training_step(self, model: Detector, data: task.Data) -> nn.Module:
         """The step of a detector that reads all windows. Those that may speak learn boxes: the others are many here."""

@@ -18,7 +18,7 @@ from lipguide.layers.export import remembered
 from lipguide.tasks.detection.boxes import NOTHING, Targets, check_finite, check_number, check_targets
 from lipguide.tasks.detection.suppression import MIN_SCORE, detect
 
-__all__ = ["Score", "detections", "hits", "on_cpu", "score"]
+__all__ = ["Score", "detections", "hits", "on_cpu", "right", "score"]
 
 OVERLAP = 0.5  # at which a detection counts as right
 MOST = 100  # detections of one class in one scene that count for mAP
@@ -117,12 +117,17 @@ def score(found: list[dict[str, Tensor]], targets: Targets) -> Score:
     )
 
 
-def hits(found: list[dict[str, Tensor]], targets: Targets) -> list[int]:
-    """How many detections of each scene are right: by falling score, each takes, of the objects of its class that are
+def right(found: list[dict[str, Tensor]], targets: Targets) -> list[Tensor]:
+    """Which detections of each scene are right: by falling score, each takes, of the objects of its class that are
     still free, the one that it overlaps most, if by half or more."""
     made, truth = _compared(found, targets)
-    right = _right(made, truth)
-    return torch.bincount(made.scenes[right], minlength=len(found)).tolist()
+    counts = torch.bincount(made.scenes, minlength=len(found)).tolist()
+    return list(_right(made, truth).split(counts)) if counts else []
+
+
+def hits(found: list[dict[str, Tensor]], targets: Targets) -> list[int]:
+    """How many detections of each scene are right."""
+    return [int(scene.sum()) for scene in right(found, targets)]
 
 
 class _Made(NamedTuple):

@@ -86,6 +86,8 @@ def test_what_ships_is_certified_below_what_it_scores(reader, scenes):
     assert clean.map50 + 1e-6 >= none["ap"] > some["ap"] > 0
     assert clean.recall + 1e-6 >= none["found"] > some["found"] > 20 and some["read"] >= some["found"]
     assert clean.detections <= none["possible"] < some["possible"]
+    assert clean.false_positives <= none["alarms"] < some["alarms"] < some["possible"]
+    assert some["ap"] > some["ap_of_all"] > 0
 
 
 def test_a_hunt_without_prey_ends(reader, scenes):

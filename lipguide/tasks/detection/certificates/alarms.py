@@ -1,4 +1,4 @@
-r"""How many detections there can be at most: a bound on false alarms.
+r"""How many detections there can be at most, and how many of them can be false.
 
 Scores move between low and up. Window j *may precede* window i if up_j ≥ low_i, and *surely precedes* it if
 low_j > up_i.
@@ -20,21 +20,55 @@ of each clique. Hence there are at most as many detections as cliques.
 The cover is greedy: the highest window that is left, by up, opens a clique, and takes in, by falling up, what is
 a rival of all its members. Whatever the threshold, the windows above it are covered by the cliques whose openers are
 above it: a clique's opener is its highest member. So one cover bounds the detections above every threshold.
+
+*Lemma (what is right is no alarm).* Choose for each object a clique of rivals, and let window i of it be right for the
+object wherever its score is above a_i (`…objects`). Let f_i be the less of a_i and up_i there, and up_i in all other
+windows. Then above t at most as many detections are false as there are cliques of the cover with a member of f_i > t.
+
+*Proof.* Call what is reported above t *good* if it belongs to an object's clique and is right for the object. An object
+has one good detection at most, for its windows are rivals. It is then matched, with that or with another one
+(*distinct matches*, `…objects`), so there are as many true detections as good ones, or more. The others stand in
+cliques of their own, and score f_i or less: they are in no object's clique, or not right there. ∎
+
+So an object may be lost to an attack, and that it may still be found is no alarm.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["births", "openers"]
+__all__ = ["Cover", "cover", "falsely"]
 
 
-def births(low: Tensor, up: Tensor, graph: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Thresholds below which one more detection of a scene is possible, (K,), and the class of each, (K,).
+class Cover(NamedTuple):
+    """Cliques of windows of which no two are reported for one class, whatever happens within ε.
 
-    Above `t` ≥ `least` there are, for class c, at most as many detections as there are entries of class c above t.
+    Args:
+        label: (K,), the class of each clique.
+        clique, window: (M,), of each member; those of the first clique come first, and of each clique its highest one.
+    """
+
+    label: Tensor
+    clique: Tensor
+    window: Tensor
+
+    def highest(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(K,): the largest of values (P, C) in each clique, and its window."""
+        own = values.cpu()[self.window, self.label[self.clique]]
+        largest = own.new_full((len(self.label),), -torch.inf).scatter_reduce(0, self.clique, own, "amax")
+        there = (own == largest[self.clique]).nonzero().squeeze(1).flip(0)  # of equals the first stays
+        return largest, self.window.new_zeros(len(self.label)).scatter(0, self.clique[there], self.window[there])
+
+
+def cover(low: Tensor, up: Tensor, graph: Tensor, least: float = 0.0) -> Cover:
+    """The windows of a scene that may be reported above `least`, in cliques.
+
+    Above `t` ≥ `least` there are, for class c, at most as many detections as there are cliques of class c with a window
+    whose `up` is above t.
 
     Args:
         low, up: (P, C), between which the scores of the windows move.
@@ -42,29 +76,49 @@ def births(low: Tensor, up: Tensor, graph: Tensor, least: float = 0.0) -> tuple[
 
     >>> graph = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
     >>> scores = torch.tensor([[0.5], [0.4], [-0.1]])
-    >>> births(scores - 0.2, scores + 0.2, graph)  # two rivals, and one that may be woken
-    (tensor([0.7000, 0.1000]), tensor([0, 0]))
+    >>> cover(scores - 0.2, scores + 0.2, graph).highest(scores + 0.2)  # two rivals, and one that may be woken
+    (tensor([0.7000, 0.1000]), tensor([0, 2]))
     """
-    window, label = openers(low, up, graph, least)
-    return up.cpu()[window, label], label
-
-
-def openers(low: Tensor, up: Tensor, graph: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The windows whose highest scores these are, and the classes, (K,) each."""
     window, label = (up > least).nonzero(as_tuple=True)
     lows, ups, near = low.cpu().numpy(), up.cpu().numpy(), graph.cpu().numpy()
     window, label = window.cpu().numpy(), label.cpu().numpy()
-    found: list[int] = []
-    classes: list[int] = []
+    labels: list[int] = []
+    cliques: list[np.ndarray] = []
     for c in np.unique(label):
         some = window[label == c]
         some = some[np.argsort(-ups[some, c], kind="stable")]
         link = near[some[:, None], some]
-        awake = ~_silent(lows[some, c], ups[some, c], link)
-        first = _openers(link[awake][:, awake])
-        found += some[awake][first].tolist()
-        classes += [int(c)] * len(first)
-    return tuple(torch.tensor(part, dtype=torch.long, device="cpu") for part in (found, classes))
+        some = some[~_silent(lows[some, c], ups[some, c], link)]
+        found = _cliques(near[some[:, None], some])
+        cliques += [some[members] for members in found]
+        labels += [int(c)] * len(found)
+    sizes = torch.tensor([len(members) for members in cliques], dtype=torch.long, device="cpu")
+    windows = torch.from_numpy(np.concatenate([*cliques, window[:0]]))
+    numbers = torch.arange(len(cliques), device="cpu").repeat_interleave(sizes)
+    return Cover(torch.tensor(labels, dtype=torch.long, device="cpu"), numbers, windows)
+
+
+def falsely(scores: Tensor, up: Tensor, rise: Tensor, labels: Tensor, graph: Tensor) -> Tensor:
+    """(P, C): how high each window may be reported without being the good detection of an object, f of the lemma.
+
+    Args:
+        scores, up: (P, C) of the windows, and how high they rise.
+        rise, labels, graph: as `lipguide.tasks.detection.certificates.objects.heights` takes them.
+
+    >>> scores = torch.tensor([[0.5], [0.4], [0.3]])
+    >>> rise = torch.tensor([[-torch.inf, torch.inf, 0.1]])  # right, never, and only if it rises
+    >>> falsely(scores, scores + 0.2, rise, torch.tensor([0]), torch.ones(3, 3).bool()).squeeze(1)
+    tensor([  -inf, 0.6000, 0.4000])
+    """
+    false, near = up.cpu().clone(), graph.cpu().numpy()
+    for label, risen in zip(labels.tolist(), rise.cpu(), strict=True):
+        right = scores[:, label].cpu() + risen
+        window = (right < up[:, label].cpu()).nonzero().squeeze(1)
+        window = window[up[window, label].cpu().argsort(descending=True, stable=True)].numpy()
+        for members in _cliques(near[window[:, None], window])[:1]:
+            own = torch.from_numpy(window[members])
+            false[own, label] = torch.minimum(false[own, label], right[own].to(false))
+    return false
 
 
 def _silent(low: np.ndarray, up: np.ndarray, link: np.ndarray) -> np.ndarray:
@@ -83,17 +137,17 @@ def _silent(low: np.ndarray, up: np.ndarray, link: np.ndarray) -> np.ndarray:
     return silent
 
 
-def _openers(link: np.ndarray) -> list[int]:
-    """The first members of the cliques of a greedy cover, from a graph (K, K) whose nodes are in order."""
+def _cliques(link: np.ndarray) -> list[np.ndarray]:
+    """The cliques of a greedy cover, from a graph (K, K) whose nodes are in order."""
     left = np.ones(len(link), dtype=bool)
-    openers = []
+    cliques = []
     while left.any():
-        first = int(left.argmax())
-        openers.append(first)
-        allowed = left & link[first]
+        allowed = left.copy()
+        members = []
         while allowed.any():
             member = int(allowed.argmax())
+            members.append(member)
             left[member] = allowed[member] = False
             allowed &= link[member]
-        left[first] = False
-    return openers
+        cliques.append(np.array(members))
+    return cliques

@@ -43,7 +43,8 @@ def row(certificate: Certificate, scenes: int) -> dict[str, float]:
     """What a certificate says of `scenes` scenes.
 
     In per cent: read, objects that some right window surely speaks for, before suppression; found, after it; precision
-    and ap, the least that an attack can leave. possible: the most detections a scene that there can be.
+    and ap, the least that an attack can leave; ap_of_all, the same with all possible detections in the denominator.
+    possible and alarms: the most detections a scene that there can be, and the most that can be false.
     """
     least = certificate.least
     read = float((certificate.before > least).double().mean()) if len(certificate.before) else 0.0
@@ -53,5 +54,7 @@ def row(certificate: Certificate, scenes: int) -> dict[str, float]:
         "found": certified_recall(certificate),
         "precision": certified_precision(certificate),
         "ap": certified_ap(certificate),
+        "ap_of_all": certified_ap(certificate, of_all=True),
         "possible": int((certificate.births > least).sum()) / max(scenes, 1),
+        "alarms": int((certificate.alarms > least).sum()) / max(scenes, 1),
     }

@@ -25,6 +25,7 @@ from lipguide.tasks.detection.certificates.objects import needed
 from lipguide.tasks.detection.certificates.overlap import overlap
 from lipguide.tasks.detection.certificates.summary import Certificate
 from lipguide.tasks.detection.decision import reported
+from lipguide.tasks.detection.scores import right
 
 __all__ = ["AIMS", "Hunted", "hunt"]
 
@@ -34,7 +35,7 @@ NEARLY = 0.4  # overlap from which a window could be right after a little push
 
 class Hunted(NamedTuple):
     """hunted: certified objects; fallen: how many of them some attack loses, by its aim; overrun: how many attacked
-    scenes have more detections of a class than the bound allows."""
+    scenes have more detections of a class than the bound allows, or more false ones."""
 
     hunted: int
     fallen: dict[str, int]
@@ -121,12 +122,15 @@ def hunt(
 
             moved = pgd_l2(model, images[scenes], prey, certificate.eps, steps, loss=ascend)
             found = reported(*said_of(model, moved), certificate.least)
-            for scene, detections, label, truth, least in zip(
-                scenes.tolist(), found, labels, truths, needs, strict=True
-            ):
+            sure = right(found, Targets(targets.boxes[scenes], targets.labels[scenes]))
+            for detections, label, truth, least in zip(found, labels, truths, needs, strict=True):
                 there = (detections["labels"] == label) & (overlap(detections["boxes"], truth) > least)
                 fallen[aim] += not bool(there.any())
-                overrun += _overrun(detections["labels"], certificate, scene)
+            for scene, detections, well in zip(scenes.tolist(), found, sure, strict=True):
+                own = certificate.alarm_scene == scene
+                made, wrong = detections["labels"], detections["labels"][~well]
+                beyond = _beyond(made, certificate, own & (certificate.births > certificate.least))
+                overrun += beyond or _beyond(wrong, certificate, own & (certificate.alarms > certificate.least))
     return Hunted(len(rows), fallen, overrun)
 
 
@@ -153,8 +157,8 @@ def _prey(model: nn.Module, images: Tensor, labels: Tensor, truths: Tensor) -> _
     return _Prey(*(part.to(images.device) for part in (labels, good, beside, truths)))
 
 
-def _overrun(labels: Tensor, certificate: Certificate, scene: int) -> int:
-    """Whether a scene has more detections of some class than its certificate allows above its threshold."""
-    allowed = certificate.alarm_label[(certificate.alarm_scene == scene) & (certificate.births > certificate.least)]
+def _beyond(labels: Tensor, certificate: Certificate, possible: Tensor) -> bool:
+    """Whether there are more detections of some class than those of a certificate that are possible."""
+    allowed = certificate.alarm_label[possible]
     classes = 1 + max([int(part.max()) for part in (labels, allowed) if len(part)], default=0)
-    return int((labels.bincount(minlength=classes) > allowed.bincount(minlength=classes)).any())
+    return bool((labels.bincount(minlength=classes) > allowed.bincount(minlength=classes)).any())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lipguide.tasks.detection.certificates.alarms import openers
+from lipguide.tasks.detection.certificates.alarms import Cover, cover, falsely
 from lipguide.tasks.detection.certificates.answers import ROUNDING, Answers, Bounds
 from lipguide.tasks.detection.certificates.inside import Look
 from lipguide.tasks.detection.certificates.objects import MARGIN, heights, needed, rooms
@@ -85,10 +85,18 @@ class Scene(NamedTuple):
         return asked.masked_fill(self.rise <= asked, torch.inf)
 
     def alarms(self, low: Tensor, up: Tensor) -> Tensor:
-        """(P, C): the scores that bound the alarms, those above `HIGH`."""
+        """(P, C): the scores that bound the false alarms, those above `HIGH`."""
         asked = torch.zeros_like(low, dtype=torch.bool)
-        asked[openers(low, up, self.graph, HIGH)] = True
+        possible, false = self.possible(low, up, HIGH)
+        highest, window = possible.highest(false)
+        above = highest > HIGH
+        asked[window[above], possible.label[above]] = True
         return asked
+
+    def possible(self, low: Tensor, up: Tensor, least: float) -> tuple[Cover, Tensor]:
+        """What may be reported above `least`, and (P, C) how high each window may be and be false."""
+        false = falsely(self.scores, up, self.rise, self.labels, self.graph)
+        return cover(low, up, self.graph, least), false
 
     def _best(self, low: Tensor, up: Tensor, good: Tensor) -> Iterator[tuple[int, int, int]]:
         """Each lost object with its label and each of the best windows among some (n, P) of its own."""

@@ -1,9 +1,13 @@
 r"""Certified recall, precision and average precision: what no attack within ε brings a detector below.
 
-At threshold t let R(t) be the share of objects that are surely found, and P(t) their number over the largest possible
-number of detections. On every attacked copy of the scenes, recall at t is R(t) or more. Precision is true detections
-over all: there are as many true ones as P(t)'s numerator or more, and all together no more than its denominator, so it
-is P(t) or more.
+At threshold t let R(t) be the share of objects that are surely found, F(t) their number, and A(t) the largest possible
+number of false alarms. On every attacked copy of the scenes, recall at t is R(t) or more, and precision is
+
+.. math:: P(t) = \frac{F(t)}{F(t) + A(t)}
+
+or more: it grows with true detections, of which there are F(t) or more, and falls with false ones. There are no more of
+these than possible detections without F(t) of them, either. To divide by all that are possible, as others do, is to
+count what an attacker may leave as what he makes up.
 
 *Lemma.* The attacked average precision of a class is at least
 
@@ -27,7 +31,6 @@ import torch
 from torch import Tensor
 
 from lipguide.tasks.detection.boxes import NOTHING, Targets, check_number, check_targets
-from lipguide.tasks.detection.certificates.alarms import births
 from lipguide.tasks.detection.certificates.answers import Answers
 from lipguide.tasks.detection.certificates.scene import Scene, moved
 from lipguide.tasks.detection.scores import MOST, RECALLS
@@ -51,11 +54,12 @@ class Certificate(NamedTuple):
 
     Args:
         eps: L2 norm.
-        least: the threshold above which possible detections are counted; below it nothing is said.
+        least: the threshold above which detections are counted; below it nothing is said.
         scene, label: (n,) of each object.
         before: (n,), a right window of the object surely speaks below this threshold; −∞: none does.
         heights: (n,), the object is surely found, after suppression, below this threshold.
         births: (K,), below this threshold one more detection is possible.
+        alarms: (K,), below this one it can be false; −∞: never.
         alarm_scene, alarm_label: (K,) of each of these.
     """
 
@@ -66,6 +70,7 @@ class Certificate(NamedTuple):
     before: Tensor
     heights: Tensor
     births: Tensor
+    alarms: Tensor
     alarm_scene: Tensor
     alarm_label: Tensor
 
@@ -94,7 +99,7 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
     if not len(labels):
         raise ValueError("there is no scene to certify: give the answers to one picture or more")
     objects: list[tuple[Tensor, ...]] = []
-    alarms: list[tuple[Tensor, Tensor]] = []
+    alarms: list[tuple[Tensor, ...]] = []
     for first in range(0, len(labels), PIECE):
         some = slice(first, min(first + PIECE, len(labels)))
         part, things = given.part(some), zip(boxes[some], labels[some], strict=True)
@@ -105,16 +110,17 @@ def certify(given: Answers, targets: Targets, eps: float, least: float = 0.0) ->
         closer, scenes = moved(part, scenes, eps, least)
         for scene, *bounds in zip(scenes, *closer, strict=True):
             before, after = scene.heights(*bounds)
-            alarms.append(births(*bounds, given.graph, least))
-            possible = torch.bincount(alarms[-1][1], minlength=given.scores.shape[2])
-            after = after.masked_fill(possible[scene.labels] > MOST, -torch.inf)
+            possible, false = scene.possible(*bounds, least)
+            alarms.append((possible.label, possible.highest(bounds[1])[0], possible.highest(false)[0]))
+            many = torch.bincount(possible.label, minlength=given.scores.shape[2])
+            after = after.masked_fill(many[scene.labels] > MOST, -torch.inf)
             objects.append((scene.labels, before, after))
     label, before, after = (torch.cat(parts) for parts in zip(*objects, strict=True))
-    born, alarm_label = (torch.cat(parts) for parts in zip(*alarms, strict=True))
+    alarm_label, births, false = (torch.cat(parts) for parts in zip(*alarms, strict=True))
     numbers = torch.arange(len(labels), device="cpu")
     of_objects = numbers.repeat_interleave(torch.tensor([len(part[0]) for part in objects], device="cpu"))
     of_alarms = numbers.repeat_interleave(torch.tensor([len(part[0]) for part in alarms], device="cpu"))
-    return Certificate(eps, least, of_objects, label, before, after, born, of_alarms, alarm_label)
+    return Certificate(eps, least, of_objects, label, before, after, births, false, of_alarms, alarm_label)
 
 
 def joined(parts: Sequence[Certificate], scenes: Sequence[int]) -> Certificate:
@@ -153,9 +159,10 @@ def part_of(certificate: Certificate, scenes: slice) -> Certificate:
         (column >= scenes.start) & (column < scenes.stop) for column in (certificate.scene, certificate.alarm_scene)
     )
     objects = (column[mine] for column in (certificate.label, certificate.before, certificate.heights))
+    possible = certificate.births[own], certificate.alarms[own]
     alarms = certificate.alarm_scene[own] - scenes.start, certificate.alarm_label[own]
     first = certificate.scene[mine] - scenes.start
-    return Certificate(*certificate[:2], first, *objects, certificate.births[own], *alarms)
+    return Certificate(*certificate[:2], first, *objects, *possible, *alarms)
 
 
 def certified_recall(certificate: Certificate, least: float | None = None) -> float:
@@ -174,7 +181,8 @@ def certified_precision(certificate: Certificate, least: float | None = None) ->
     """The share of true ones among all detections above `least`, in per cent, that no attack within eps undercuts."""
     least = _threshold(certificate, least)
     found = int((certificate.heights > least).sum())
-    return 100 * found / max(int((certificate.births > least).sum()), found, 1)
+    possible = max(int((certificate.births > least).sum()), found)
+    return 100 * found / max(min(possible, found + int((certificate.alarms > least).sum())), 1)
 
 
 def _threshold(certificate: Certificate, least: float | None) -> float:
@@ -184,32 +192,40 @@ def _threshold(certificate: Certificate, least: float | None) -> float:
     return least
 
 
-def certified_ap(certificate: Certificate) -> float:
+def certified_ap(certificate: Certificate, of_all: bool = False) -> float:
     """Mean over the classes that occur of the average precision, in per cent, that no attack within eps undercuts.
 
+    Args:
+        certificate: of some scenes.
+        of_all: the lower one whose precision is over all detections that are possible, as Chiang et al. (2020) have it.
+
     >>> alone, height, birth = torch.tensor([0]), torch.tensor([0.5]), torch.tensor([0.7])
-    >>> certified_ap(Certificate(0.1, 0.0, alone, alone, height, height, birth, alone, alone))
+    >>> certificate = Certificate(0.1, 0.0, alone, alone, height, height, birth, birth, alone, alone)
+    >>> certified_ap(certificate, of_all=True)  # one detection at most, and one that is right
     100.0
     """
     classes = certificate.label.unique().tolist()
     values = []
     for c in classes:
         own = certificate.heights[certificate.label == c]
-        alarms = certificate.births[certificate.alarm_label == c]
-        values.append(_average(own, alarms, certificate.least))
+        levels = own[own > certificate.least].sort(descending=True).values
+        mine, found = certificate.alarm_label == c, _count(own, levels)
+        reported = torch.maximum(_count(certificate.births[mine], levels), found)
+        if not of_all:
+            reported = torch.minimum(reported, found + _count(certificate.alarms[mine], levels))
+        values.append(_average(found / len(own), found / reported))
     return 100 * sum(values) / max(len(values), 1)
 
 
-def _average(own: Tensor, alarms: Tensor, least: float) -> float:
-    """Of one class: heights (n,) of its objects, −∞ where lost, and births (K,) of its possible detections."""
-    levels = own[own > least].sort(descending=True).values
-    if not len(levels):
-        return 0.0
-    found = (own[None] >= levels[:, None]).sum(1).double()
-    possible = (alarms[None] >= levels[:, None]).sum(1).double()
-    precision = found / torch.maximum(possible, found)
+def _count(values: Tensor, levels: Tensor) -> Tensor:
+    """How many of the values stand at each of these levels or above."""
+    return (values[None] >= levels[:, None]).sum(1).double()
+
+
+def _average(recall: Tensor, precision: Tensor) -> float:
+    """Of one class, from both at falling thresholds, (K,) each."""
     best = precision.flip(0).cummax(0).values.flip(0)  # at this recall or more
-    place = torch.searchsorted(found / len(own), RECALLS)
+    place = torch.searchsorted(recall, RECALLS)
     return float(torch.cat([best, best.new_zeros(1)])[place].mean())
 
 

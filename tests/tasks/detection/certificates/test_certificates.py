@@ -18,10 +18,11 @@ from lipguide.tasks.detection.certificates import (
     certify,
     object_radii,
 )
-from lipguide.tasks.detection.certificates.alarms import births
+from lipguide.tasks.detection.certificates.alarms import cover, falsely
 from lipguide.tasks.detection.certificates.objects import heights, needed, right
 from lipguide.tasks.detection.certificates.overlap import overlap, room
 from lipguide.tasks.detection.decision import heard, together
+from lipguide.tasks.detection.scores import right as rightly
 from lipguide.tasks.detection.scores import score
 
 
@@ -229,13 +230,19 @@ def test_the_price_of_a_rise_is_exact_where_score_and_box_have_nothing_in_common
     assert float(unknown.rises(eps, within, torch.tensor([0]))) > eps  # more than it can rise: nothing is gained
 
 
+def possible(scores, drift, graph):
+    """Below which threshold each detection of the only class is possible."""
+    low, up = around(scores, drift)
+    found = cover(low, up, graph)
+    assert (found.label == 0).all()
+    return found.highest(up)[0]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from((0.05, 0.15, 0.3)), st.sampled_from((0.0, 0.2, 0.6)))
 def test_there_are_never_more_detections_than_the_bound_says(seed, drift, least):
     scores, graph, _ = tiny(seed)
-    born, label = births(*around(scores, drift), graph)
-    assert (label == 0).all()
-    allowed = int((born > least).sum())
+    allowed = int((possible(scores, drift, graph) > least).sum())
     for move in corners(6, drift * (1 - 1e-6)):
         assert int(heard(scores + move[:, None], graph, least).sum()) <= allowed
 
@@ -245,24 +252,24 @@ def test_who_is_beaten_by_one_that_may_be_silenced_may_be_reported():
     line = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1]]).bool()
     scores = torch.tensor([[0.9], [0.5], [0.1]])
     assert heard(scores, line, 0.0)[:, 0].tolist() == [True, False, True]
-    assert len(births(*around(scores, 0.1), line)[0]) == 2
-    assert len(births(*around(scores, 0.1), torch.ones(3, 3).bool())[0]) == 1
+    assert len(possible(scores, 0.1, line)) == 2
+    assert len(possible(scores, 0.1, torch.ones(3, 3).bool())) == 1
     higher = torch.tensor([[0.1], [0.9], [0.1]])
-    assert len(births(*around(higher, 0.1), line)[0]) == 1  # nobody may silence the middle one
+    assert len(possible(higher, 0.1, line)) == 1  # nobody may silence the middle one
 
 
 def test_who_is_surely_silent_silences_nobody():
     """Four in a line with falling scores: the first is heard, so not the second; so the third is, and not the last."""
     line = (torch.arange(4)[:, None] - torch.arange(4)).abs() <= 1
     scores = torch.tensor([[1.6], [1.2], [0.8], [0.4]])
-    assert len(births(*around(scores, 0.1), line)[0]) == int(heard(scores, line, 0.0).sum()) == 2
+    assert len(possible(scores, 0.1, line)) == int(heard(scores, line, 0.0).sum()) == 2
 
 
 def test_the_bound_on_alarms_is_exact_on_apart_windows_and_on_rivals():
     scores = torch.tensor([[0.5], [0.4], [-0.1]])
-    assert len(births(*around(scores, 0.2), torch.eye(3).bool())[0]) == 3
-    assert len(births(*around(scores, 0.2), torch.ones(3, 3).bool())[0]) == 1
-    assert len(births(*around(scores, 0.05), torch.eye(3).bool())[0]) == 2
+    assert len(possible(scores, 0.2, torch.eye(3).bool())) == 3
+    assert len(possible(scores, 0.2, torch.ones(3, 3).bool())) == 1
+    assert len(possible(scores, 0.05, torch.eye(3).bool())) == 2
 
 
 def random_answers(seed, scenes=12):
@@ -309,6 +316,59 @@ def test_certified_ap_is_below_the_ap_under_any_move(seed):
     assert positive >= 3
 
 
+def crowded_answers(seed, scenes=6):
+    """Two objects of one class or of two. Half of the windows have a box near one of them; many are no rivals."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.tensor([[0.1, 0.2, 0.4, 0.8], [0.5, 0.2, 0.8, 0.8]])
+    labels = [torch.randint(2, (2,), generator=generator) for _ in range(scenes)]
+    whose = torch.randint(2, (scenes, 10), generator=generator)
+    spread = torch.where(torch.rand(scenes, 10, 1, generator=generator) < 0.5, 0.01, 0.1)
+    boxes = truth[whose] + spread * torch.randn(scenes, 10, 4, generator=generator)
+    place = torch.rand(10, generator=generator)
+    graph = (place[:, None] - place).abs() < 0.15
+    scores = -0.2 + 0.8 * torch.rand(scenes, 10, 2, generator=generator)
+    given = Answers(scores, boxes, graph, 1.0, torch.full((10,), 0.3), torch.full((2,), 1.1))
+    return given, pad_targets([truth] * scenes, labels, 2)
+
+
+def any_move(given, eps, generator):
+    """The answers after a move that the constants allow: a window's score and box share what it moves by."""
+    share = torch.rand(given.scores.shape[:2], generator=generator)[..., None]
+    sign = torch.randint(2, given.scores.shape, generator=generator) * 2.0 - 1
+    side = torch.randn(given.boxes.shape, generator=generator)
+    side = side / side.norm(dim=-1, keepdim=True) * given.reach[:, None] * (1 - share**2).sqrt()
+    return given._replace(scores=given.scores + eps * share * sign, boxes=given.boxes + eps * side)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_there_are_never_more_false_alarms_than_the_bound_says(seed):
+    given, targets = crowded_answers(seed)
+    generator, met = torch.Generator().manual_seed(seed), 0
+    for eps in (0.0, 0.05, 0.15, 0.3):
+        certificate = certify(given, targets, eps)
+        ap = certified_ap(certificate)
+        assert ap >= certified_ap(certificate, of_all=True)
+        for _ in range(60):
+            moved = any_move(given, eps, generator)
+            assert ap <= score(moved.detections(), targets).map50 + 1e-4
+            for least in (0.0, 0.25, 0.5):
+                found = moved.detections(least)
+                for scene, (made, well) in enumerate(zip(found, rightly(found, targets), strict=True)):
+                    own = (certificate.alarm_scene == scene) & (certificate.alarms > least)
+                    allowed = certificate.alarm_label[own].bincount(minlength=2)
+                    false = made["labels"][~well].bincount(minlength=2)
+                    assert (false <= allowed).all()
+                    met += int((false == allowed)[allowed > 0].sum())
+    assert met > 500  # and it is reached
+
+
+def test_the_second_right_window_of_an_object_may_be_an_alarm_if_both_may_be_reported():
+    scores, right_anyway = torch.tensor([[0.5], [0.4]]), torch.full((1, 2), -torch.inf)
+    one, up = torch.tensor([0]), scores + 0.1
+    for graph, highest in ((torch.ones(2, 2), [-torch.inf, -torch.inf]), (torch.eye(2), [-torch.inf, 0.5])):
+        assert falsely(scores, up, right_anyway, one, graph.bool())[:, 0].tolist() == highest
+
+
 def test_certificates_fall_with_eps_and_an_objects_radius_is_where_they_end():
     given, targets = random_answers(0)
     grid = [0.05, 0.1, 0.2, 0.4]
@@ -320,17 +380,25 @@ def test_certificates_fall_with_eps_and_an_objects_radius_is_where_they_end():
 
 
 def test_an_alarm_that_is_possible_costs_precision_and_ap():
-    def of(heights, births):
-        zeros = [torch.zeros(len(part), dtype=torch.long) for part in (heights, births)]
-        return Certificate(0.1, 0.0, zeros[0], zeros[0], heights, heights, births, zeros[1], zeros[1])
+    never = -torch.inf
 
-    clean = of(torch.tensor([0.5, 0.4]), torch.tensor([0.7, 0.6]))
-    assert certified_ap(clean) == pytest.approx(100) and certified_precision(clean) == 100
-    between = of(torch.tensor([0.5, 0.4]), torch.tensor([0.7, 0.6, 0.45]))
-    # Up to recall 1/2 there are 2 detections and 1 is surely right; at recall 1 there are 3 and 2 are.
-    first, second = 51 * max(1 / 2, 2 / 3), 50 * 2 / 3
+    def of(births, alarms):
+        heights = torch.tensor([0.5, 0.4])
+        births, alarms = torch.tensor(births), torch.tensor(alarms)
+        zeros = [torch.zeros(len(part), dtype=torch.long) for part in (heights, births)]
+        return Certificate(0.1, 0.0, zeros[0], zeros[0], heights, heights, births, alarms, zeros[1], zeros[1])
+
+    clean = of([0.7, 0.6], [never, never])
+    assert certified_ap(clean) == certified_ap(clean, of_all=True) == pytest.approx(100)
+    assert certified_precision(clean) == 100
+    between = of([0.7, 0.6, 0.45], [never, never, 0.45])
+    # Up to recall 1/2 one is surely right and none false, of 2 detections; at recall 1 two are and one is, of 3.
+    first, second = 51 * max(1 / 1, 2 / 3), 50 * 2 / 3
     assert certified_ap(between) == pytest.approx(100 * (first + second) / 101)
+    assert certified_ap(between, of_all=True) == pytest.approx(200 / 3)
     assert certified_precision(between) == pytest.approx(200 / 3)
+    worse = of([0.7, 0.6, 0.45], [0.7, 0.6, 0.45])
+    assert certified_ap(worse) < certified_ap(between)
     for function in (certified_recall, certified_precision):
         with pytest.raises(ValueError, match="least"):
             function(between, -0.1)

@@ -111,6 +111,16 @@ def test_a_bound_on_alarms_that_counts_only_what_speaks_now_is_caught():
     assert hunt(model, images, targets, blind, steps=15).overrun > 0
 
 
+def test_a_bound_on_false_alarms_that_takes_every_box_for_right_is_caught():
+    model = Toy()
+    images, targets = scenes(model)
+    certificate = certify(answers(model, images), targets, EPS)
+    hunted = certificate._replace(heights=certificate.before)
+    assert hunt(model, images, targets, hunted, steps=15).overrun == 0
+    blind = hunted._replace(alarms=torch.full_like(hunted.alarms, -torch.inf))
+    assert hunt(model, images, targets, blind, steps=15).overrun > 0
+
+
 def test_a_certificate_for_which_nothing_moves_is_caught():
     """The hunt must not take from the certificate what it is to hunt: at a large eps no window is surely right."""
     model = Toy()
