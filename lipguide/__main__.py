@@ -190,7 +190,7 @@ def _add_certify(subparsers: Any) -> None:
 
 
 def _add_readers(subparsers: Any) -> None:
-    says = "what each step to the certified detector has gained: its second training, and a handicap"
+    says = "what each step to the certified detector has gained: its second training, a handicap, and fewer rivals"
     _add_record(subparsers, "readers", commands.compare_readers, says)
 
 

@@ -65,7 +65,7 @@ RIVALS = (0.21, 0.5, 0.6)
 # most windows teach that answer, and it is given too readily. Both were chosen on scenes that nothing else asks.
 LEAST, HANDICAP = -0.2, 0.2
 # Pixels of a level that the box head moves a side by for a feature of 1. The less, the less an attack moves it.
-REACH = 3.0
+REACH = 4.0
 # Of the loss. By a look a score moves about half as far as by constants: a margin need not be as wide as a warmer loss
 # makes it, and this one lets go once the right answer leads by the offset.
 TAU, OFFSET = 12.0, 0.4
