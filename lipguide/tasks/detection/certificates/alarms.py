@@ -22,15 +22,17 @@ a rival of all its members. Whatever the threshold, the windows above it are cov
 above it: a clique's opener is its highest member. So one cover bounds the detections above every threshold.
 
 *Lemma (what is right is no alarm).* Choose for each object a clique of rivals, and let window i of it be right for the
-object wherever its score is above a_i (`…objects`). Let f_i be the less of a_i and up_i there, and up_i in all other
-windows. Then above t at most as many detections are false as there are cliques of the cover with a member of f_i > t.
+object wherever its score is a_i or more (`…objects`). Let f_i be the least of up_i and of the a_i of all objects whose
+clique i is in. Then above t at most as many detections are false as there are cliques of the cover with a member of
+f_i > t.
 
 *Proof.* Call what is reported above t *good* if it belongs to an object's clique and is right for the object. An object
-has one good detection at most, for its windows are rivals. It is then matched, with that or with another one
-(*distinct matches*, `…objects`), so there are as many true detections as good ones, or more. The others stand in
-cliques of their own, and score f_i or less: they are in no object's clique, or not right there. ∎
+has one good detection at most, for its windows are rivals. It is then matched, with that one or with an earlier one
+that is above t as well (*distinct matches*, `…objects`). So there are as many true detections as good ones, or more,
+and no more false ones than others. Each of these stands in a clique of the cover by itself, and scores up_i or less,
+and a_i or less for each object whose clique it is in; so its f_i is above t. ∎
 
-So an object may be lost to an attack, and that it may still be found is no alarm.
+An object may be lost to an attack; that it may still be found is no alarm. That it may be found twice is one.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ def cover(low: Tensor, up: Tensor, graph: Tensor, least: float = 0.0) -> Cover:
 
 
 def falsely(scores: Tensor, up: Tensor, rise: Tensor, labels: Tensor, graph: Tensor) -> Tensor:
-    """(P, C): how high each window may be reported without being the good detection of an object, f of the lemma.
+    """(P, C): how high each window may be reported without being the good detection of an object, f of the lemma. The
+    clique of an object takes, by falling up, what is a rival of all before it.
 
     Args:
         scores, up: (P, C) of the windows, and how high they rise.

@@ -43,8 +43,8 @@ def row(certificate: Certificate, scenes: int) -> dict[str, float]:
     """What a certificate says of `scenes` scenes.
 
     In per cent: read, objects that some right window surely speaks for, before suppression; found, after it; precision
-    and ap, the least that an attack can leave; ap_of_all, the same with all possible detections in the denominator.
-    possible and alarms: the most detections a scene that there can be, and the most that can be false.
+    and ap, which no attack undercuts; ap_of_all, the same with all possible detections in the denominator. possible and
+    alarms: bounds of all detections a scene, and of the false ones.
     """
     least = certificate.least
     read = float((certificate.before > least).double().mean()) if len(certificate.before) else 0.0

@@ -35,7 +35,7 @@ NEARLY = 0.4  # overlap from which a window could be right after a little push
 
 class Hunted(NamedTuple):
     """hunted: certified objects; fallen: how many of them some attack loses, by its aim; overrun: how many attacked
-    scenes have more detections of a class than the bound allows, or more false ones."""
+    scenes have more detections of a class above some threshold than the bounds allow, or more false ones."""
 
     hunted: int
     fallen: dict[str, int]
@@ -127,10 +127,10 @@ def hunt(
                 there = (detections["labels"] == label) & (overlap(detections["boxes"], truth) > least)
                 fallen[aim] += not bool(there.any())
             for scene, detections, well in zip(scenes.tolist(), found, sure, strict=True):
-                own = certificate.alarm_scene == scene
-                made, wrong = detections["labels"], detections["labels"][~well]
-                beyond = _beyond(made, certificate, own & (certificate.births > certificate.least))
-                overrun += beyond or _beyond(wrong, certificate, own & (certificate.alarms > certificate.least))
+                made = detections["labels"], detections["scores"]
+                false = tuple(column[~well] for column in made)
+                beyond = _beyond(*made, certificate, certificate.births, scene)
+                overrun += beyond or _beyond(*false, certificate, certificate.alarms, scene)
     return Hunted(len(rows), fallen, overrun)
 
 
@@ -157,8 +157,12 @@ def _prey(model: nn.Module, images: Tensor, labels: Tensor, truths: Tensor) -> _
     return _Prey(*(part.to(images.device) for part in (labels, good, beside, truths)))
 
 
-def _beyond(labels: Tensor, certificate: Certificate, possible: Tensor) -> bool:
-    """Whether there are more detections of some class than those of a certificate that are possible."""
-    allowed = certificate.alarm_label[possible]
-    classes = 1 + max([int(part.max()) for part in (labels, allowed) if len(part)], default=0)
-    return bool((labels.bincount(minlength=classes) > allowed.bincount(minlength=classes)).any())
+def _beyond(labels: Tensor, scores: Tensor, certificate: Certificate, bound: Tensor, scene: int) -> bool:
+    """Whether there is a threshold above which a scene has more detections of some class than a bound (K,) of the
+    certificate allows: its entries say below which threshold there may be one more."""
+    for label in labels.unique().tolist():
+        own = (certificate.alarm_scene == scene) & (certificate.alarm_label == label)
+        made, allowed = (part.sort(descending=True).values for part in (scores[labels == label], bound[own]))
+        if len(made) > len(allowed) or (made > allowed[: len(made)]).any():
+            return True
+    return False

@@ -1,7 +1,8 @@
 r"""Certified recall, precision and average precision: what no attack within ε brings a detector below.
 
 At threshold t let R(t) be the share of objects that are surely found, F(t) their number, and A(t) the largest possible
-number of false alarms. On every attacked copy of the scenes, recall at t is R(t) or more, and precision is
+number of false alarms, or a bound of it. On every attacked copy of the scenes, recall at t is R(t) or more, and
+precision is
 
 .. math:: P(t) = \frac{F(t)}{F(t) + A(t)}
 
@@ -197,7 +198,7 @@ def certified_ap(certificate: Certificate, of_all: bool = False) -> float:
 
     Args:
         certificate: of some scenes.
-        of_all: the lower one whose precision is over all detections that are possible, as Chiang et al. (2020) have it.
+        of_all: the lower one whose precision is over all detections that are possible, as in Chiang et al. (2020).
 
     >>> alone, height, birth = torch.tensor([0]), torch.tensor([0.5]), torch.tensor([0.7])
     >>> certificate = Certificate(0.1, 0.0, alone, alone, height, height, birth, birth, alone, alone)

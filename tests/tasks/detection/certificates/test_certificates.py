@@ -1,7 +1,5 @@
 """Certificates against brute force: every move of a tiny case, and what an evaluator makes of it."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,12 +16,11 @@ from lipguide.tasks.detection.certificates import (
     certify,
     object_radii,
 )
-from lipguide.tasks.detection.certificates.alarms import cover, falsely
 from lipguide.tasks.detection.certificates.objects import heights, needed, right
 from lipguide.tasks.detection.certificates.overlap import overlap, room
 from lipguide.tasks.detection.decision import heard, together
-from lipguide.tasks.detection.scores import right as rightly
 from lipguide.tasks.detection.scores import score
+from tests.tasks.detection.certificates.tiny import around, corners, tiny
 
 
 def random_boxes(count, spread=1.0):
@@ -97,24 +94,6 @@ def test_a_box_is_right_for_one_object_of_a_class_only(seed):
     own = overlap(boxes, truth[:, None])
     assert not (good[0] & (own[1] >= own[0])).any()
     assert torch.allclose(needed(truth, torch.tensor([1, 2])), torch.tensor([0.5, 0.5]).double())
-
-
-def corners(count, drift, extra=60):
-    """Moves of scores by up to drift: all corners, and some between."""
-    edges = torch.tensor(list(itertools.product((-drift, drift), repeat=count)))
-    return torch.cat([edges, drift * (2 * torch.rand(extra, count) - 1)])
-
-
-def around(scores, drift):
-    """Between what they move, where all may move as far."""
-    return scores - drift, scores + drift
-
-
-def tiny(seed):
-    torch.manual_seed(seed)
-    graph = torch.rand(6, 6) < 0.4
-    graph = graph | graph.mT | torch.eye(6).bool()
-    return torch.rand(6, 1) * 1.5 - 0.4, graph, torch.rand(1, 6) < 0.4
 
 
 def found(scores, good, graph, drift):
@@ -230,48 +209,6 @@ def test_the_price_of_a_rise_is_exact_where_score_and_box_have_nothing_in_common
     assert float(unknown.rises(eps, within, torch.tensor([0]))) > eps  # more than it can rise: nothing is gained
 
 
-def possible(scores, drift, graph):
-    """Below which threshold each detection of the only class is possible."""
-    low, up = around(scores, drift)
-    found = cover(low, up, graph)
-    assert (found.label == 0).all()
-    return found.highest(up)[0]
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from((0.05, 0.15, 0.3)), st.sampled_from((0.0, 0.2, 0.6)))
-def test_there_are_never_more_detections_than_the_bound_says(seed, drift, least):
-    scores, graph, _ = tiny(seed)
-    allowed = int((possible(scores, drift, graph) > least).sum())
-    for move in corners(6, drift * (1 - 1e-6)):
-        assert int(heard(scores + move[:, None], graph, least).sum()) <= allowed
-
-
-def test_who_is_beaten_by_one_that_may_be_silenced_may_be_reported():
-    """Three in a line: the best silences the middle one, and the last one, which that beats surely, is heard."""
-    line = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1]]).bool()
-    scores = torch.tensor([[0.9], [0.5], [0.1]])
-    assert heard(scores, line, 0.0)[:, 0].tolist() == [True, False, True]
-    assert len(possible(scores, 0.1, line)) == 2
-    assert len(possible(scores, 0.1, torch.ones(3, 3).bool())) == 1
-    higher = torch.tensor([[0.1], [0.9], [0.1]])
-    assert len(possible(higher, 0.1, line)) == 1  # nobody may silence the middle one
-
-
-def test_who_is_surely_silent_silences_nobody():
-    """Four in a line with falling scores: the first is heard, so not the second; so the third is, and not the last."""
-    line = (torch.arange(4)[:, None] - torch.arange(4)).abs() <= 1
-    scores = torch.tensor([[1.6], [1.2], [0.8], [0.4]])
-    assert len(possible(scores, 0.1, line)) == int(heard(scores, line, 0.0).sum()) == 2
-
-
-def test_the_bound_on_alarms_is_exact_on_apart_windows_and_on_rivals():
-    scores = torch.tensor([[0.5], [0.4], [-0.1]])
-    assert len(possible(scores, 0.2, torch.eye(3).bool())) == 3
-    assert len(possible(scores, 0.2, torch.ones(3, 3).bool())) == 1
-    assert len(possible(scores, 0.05, torch.eye(3).bool())) == 2
-
-
 def random_answers(seed, scenes=12):
     """Windows in a row, an object at some of them, boxes near it, scores that mostly say so."""
     generator = torch.Generator().manual_seed(seed)
@@ -314,59 +251,6 @@ def test_certified_ap_is_below_the_ap_under_any_move(seed):
             assert certified <= attacked.map50 + 1e-4
             assert certified_recall(certificate) <= attacked.recall + 1e-4
     assert positive >= 3
-
-
-def crowded_answers(seed, scenes=6):
-    """Two objects of one class or of two. Half of the windows have a box near one of them; many are no rivals."""
-    generator = torch.Generator().manual_seed(seed)
-    truth = torch.tensor([[0.1, 0.2, 0.4, 0.8], [0.5, 0.2, 0.8, 0.8]])
-    labels = [torch.randint(2, (2,), generator=generator) for _ in range(scenes)]
-    whose = torch.randint(2, (scenes, 10), generator=generator)
-    spread = torch.where(torch.rand(scenes, 10, 1, generator=generator) < 0.5, 0.01, 0.1)
-    boxes = truth[whose] + spread * torch.randn(scenes, 10, 4, generator=generator)
-    place = torch.rand(10, generator=generator)
-    graph = (place[:, None] - place).abs() < 0.15
-    scores = -0.2 + 0.8 * torch.rand(scenes, 10, 2, generator=generator)
-    given = Answers(scores, boxes, graph, 1.0, torch.full((10,), 0.3), torch.full((2,), 1.1))
-    return given, pad_targets([truth] * scenes, labels, 2)
-
-
-def any_move(given, eps, generator):
-    """The answers after a move that the constants allow: a window's score and box share what it moves by."""
-    share = torch.rand(given.scores.shape[:2], generator=generator)[..., None]
-    sign = torch.randint(2, given.scores.shape, generator=generator) * 2.0 - 1
-    side = torch.randn(given.boxes.shape, generator=generator)
-    side = side / side.norm(dim=-1, keepdim=True) * given.reach[:, None] * (1 - share**2).sqrt()
-    return given._replace(scores=given.scores + eps * share * sign, boxes=given.boxes + eps * side)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_there_are_never_more_false_alarms_than_the_bound_says(seed):
-    given, targets = crowded_answers(seed)
-    generator, met = torch.Generator().manual_seed(seed), 0
-    for eps in (0.0, 0.05, 0.15, 0.3):
-        certificate = certify(given, targets, eps)
-        ap = certified_ap(certificate)
-        assert ap >= certified_ap(certificate, of_all=True)
-        for _ in range(60):
-            moved = any_move(given, eps, generator)
-            assert ap <= score(moved.detections(), targets).map50 + 1e-4
-            for least in (0.0, 0.25, 0.5):
-                found = moved.detections(least)
-                for scene, (made, well) in enumerate(zip(found, rightly(found, targets), strict=True)):
-                    own = (certificate.alarm_scene == scene) & (certificate.alarms > least)
-                    allowed = certificate.alarm_label[own].bincount(minlength=2)
-                    false = made["labels"][~well].bincount(minlength=2)
-                    assert (false <= allowed).all()
-                    met += int((false == allowed)[allowed > 0].sum())
-    assert met > 500  # and it is reached
-
-
-def test_the_second_right_window_of_an_object_may_be_an_alarm_if_both_may_be_reported():
-    scores, right_anyway = torch.tensor([[0.5], [0.4]]), torch.full((1, 2), -torch.inf)
-    one, up = torch.tensor([0]), scores + 0.1
-    for graph, highest in ((torch.ones(2, 2), [-torch.inf, -torch.inf]), (torch.eye(2), [-torch.inf, 0.5])):
-        assert falsely(scores, up, right_anyway, one, graph.bool())[:, 0].tolist() == highest
 
 
 def test_certificates_fall_with_eps_and_an_objects_radius_is_where_they_end():
