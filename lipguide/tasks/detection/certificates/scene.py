@@ -45,12 +45,12 @@ class Scene(NamedTuple):
     def falls(self, low: Tensor, up: Tensor) -> Tensor:
         """(P, C): the scores of which it has to be known how far they fall, those of the best windows that are right
         for each lost object, and of the very best for each other one, which say how high it is found."""
-        asked = torch.zeros_like(low, dtype=torch.bool)
-        for _, label, best in self._best(low, up, self.rise == -torch.inf):
+        asked, right = torch.zeros_like(low, dtype=torch.bool), self.rise == -torch.inf
+        for _, label, best in self._best(low, up, right):
             asked[best, label] = True
-        for thing, label in enumerate(self.labels.tolist()):
-            own = low[:, label].masked_fill(self.rise[thing] > -torch.inf, -torch.inf)
-            asked[own.argmax(), label] |= own.max() > self.least
+        surest = low[:, self.labels].mT.masked_fill(~right, -torch.inf).max(1)
+        speaks = surest.values > self.least
+        asked[surest.indices[speaks], self.labels[speaks]] = True
         return asked
 
     def rises(self, low: Tensor, up: Tensor) -> Tensor:
