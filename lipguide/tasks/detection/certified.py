@@ -57,7 +57,7 @@ class Plan:
     deep: Grid = ((0.1, 3000), (0.25, 3000), (0.5, 200))
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
     hunts: tuple[tuple[float, int | None, int], ...] = ((0.1, 300, 5), (0.25, 300, 5))
-    attacked: int = 300
+    attacked: int = 200
     steps: int = 20
     smoothings: tuple[tuple[float, float, int], ...] = ((0.1, 0.1, 300), (0.25, 0.15, 1000))
     smoothed: int = 20

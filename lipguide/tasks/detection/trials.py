@@ -58,7 +58,7 @@ class Plan:
     """
 
     scored: int = 3000
-    certified: int = 200
+    certified: int = 100
     grid: tuple[float, ...] = (0.1, 0.25)
     far: float = 0.5
 
