@@ -54,7 +54,7 @@ class Plan:
     """
 
     grid: Grid = ((0.1, None), (0.25, None), (0.5, 1000))
-    deep: Grid = ((0.1, 3000), (0.25, 3000), (0.5, 200))
+    deep: Grid = ((0.1, None), (0.25, 4000), (0.5, 200))
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
     hunts: tuple[tuple[float, int | None, int], ...] = ((0.1, 300, 5), (0.25, 300, 5))
     attacked: int = 200
