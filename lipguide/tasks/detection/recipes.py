@@ -130,7 +130,7 @@ class Reading(Recipe):
 
     precision: ClassVar[str] = "float32"
     handicap: ClassVar[float] = 0.0  # of what it learns
-    reach: ClassVar[float] = 6.0
+    reach: ClassVar[float] = 6.0  # the ends shorten it
 
     def networks(self) -> dict[str, Callable[[], Detector]]:
         """The networks that such a recipe can train, by their names."""

@@ -118,9 +118,8 @@ def falsely(scores: Tensor, up: Tensor, rise: Tensor, labels: Tensor, graph: Ten
         right = scores[:, label].cpu() + risen
         window = (right < up[:, label].cpu()).nonzero().squeeze(1)
         window = window[up[window, label].cpu().argsort(descending=True, stable=True)].numpy()
-        for members in _cliques(near[window[:, None], window])[:1]:
-            own = torch.from_numpy(window[members])
-            false[own, label] = torch.minimum(false[own, label], right[own].to(false))
+        own = torch.from_numpy(window[_clique(near[window[:, None], window], np.ones(len(window), dtype=bool))])
+        false[own, label] = torch.minimum(false[own, label], right[own].to(false))
     return false
 
 
@@ -145,12 +144,17 @@ def _cliques(link: np.ndarray) -> list[np.ndarray]:
     left = np.ones(len(link), dtype=bool)
     cliques = []
     while left.any():
-        allowed = left.copy()
-        members = []
-        while allowed.any():
-            member = int(allowed.argmax())
-            members.append(member)
-            left[member] = allowed[member] = False
-            allowed &= link[member]
-        cliques.append(np.array(members))
+        cliques.append(_clique(link, left))
+        left[cliques[-1]] = False
     return cliques
+
+
+def _clique(link: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """The first of some nodes (K,), and each further one that is linked to all before it."""
+    allowed, members = among.copy(), []
+    while allowed.any():
+        member = int(allowed.argmax())
+        members.append(member)
+        allowed[member] = False
+        allowed &= link[member]
+    return np.array(members, dtype=np.int64)

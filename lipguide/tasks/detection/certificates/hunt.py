@@ -12,6 +12,7 @@ mistake in them is worth something against an unknown one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -122,15 +123,11 @@ def hunt(
 
             moved = pgd_l2(model, images[scenes], prey, certificate.eps, steps, loss=ascend)
             found = reported(*said_of(model, moved), certificate.least)
-            sure = right(found, Targets(targets.boxes[scenes], targets.labels[scenes]))
+            rightly = right(found, Targets(targets.boxes[scenes], targets.labels[scenes]))
             for detections, label, truth, least in zip(found, labels, truths, needs, strict=True):
                 there = (detections["labels"] == label) & (overlap(detections["boxes"], truth) > least)
                 fallen[aim] += not bool(there.any())
-            for scene, detections, well in zip(scenes.tolist(), found, sure, strict=True):
-                made = detections["labels"], detections["scores"]
-                false = tuple(column[~well] for column in made)
-                beyond = _beyond(*made, certificate, certificate.births, scene)
-                overrun += beyond or _beyond(*false, certificate, certificate.alarms, scene)
+            overrun += sum(map(partial(_overrun, certificate), scenes.tolist(), found, rightly))
     return Hunted(len(rows), fallen, overrun)
 
 
@@ -157,12 +154,19 @@ def _prey(model: nn.Module, images: Tensor, labels: Tensor, truths: Tensor) -> _
     return _Prey(*(part.to(images.device) for part in (labels, good, beside, truths)))
 
 
-def _beyond(labels: Tensor, scores: Tensor, certificate: Certificate, bound: Tensor, scene: int) -> bool:
-    """Whether there is a threshold above which a scene has more detections of some class than a bound (K,) of the
-    certificate allows: its entries say below which threshold there may be one more."""
+def _overrun(certificate: Certificate, scene: int, detections: dict[str, Tensor], rightly: Tensor) -> bool:
+    """Whether there is a threshold above which a scene has more detections of some class than its certificate allows,
+    or more that are not right."""
+    labels, scores = detections["labels"], detections["scores"]
     for label in labels.unique().tolist():
-        own = (certificate.alarm_scene == scene) & (certificate.alarm_label == label)
-        made, allowed = (part.sort(descending=True).values for part in (scores[labels == label], bound[own]))
-        if len(made) > len(allowed) or (made > allowed[: len(made)]).any():
+        own, mine = (certificate.alarm_scene == scene) & (certificate.alarm_label == label), labels == label
+        made, false = scores[mine], scores[mine & ~rightly]
+        if _beyond(made, certificate.births[own]) or _beyond(false, certificate.alarms[own]):
             return True
     return False
+
+
+def _beyond(scores: Tensor, bound: Tensor) -> bool:
+    """Whether there are more scores above some threshold than there are entries of a bound."""
+    made, allowed = (part.sort(descending=True).values for part in (scores, bound))
+    return len(made) > len(allowed) or bool((made > allowed[: len(made)]).any())

@@ -181,9 +181,9 @@ def certified_recall(certificate: Certificate, least: float | None = None) -> fl
 def certified_precision(certificate: Certificate, least: float | None = None) -> float:
     """The share of true ones among all detections above `least`, in per cent, that no attack within eps undercuts."""
     least = _threshold(certificate, least)
-    found = int((certificate.heights > least).sum())
-    possible = max(int((certificate.births > least).sum()), found)
-    return 100 * found / max(min(possible, found + int((certificate.alarms > least).sum())), 1)
+    columns = certificate.heights, certificate.births, certificate.alarms
+    found, possible, false = ((column > least).sum() for column in columns)
+    return 100 * int(found) / max(int(_reported(found, possible, false)), 1)
 
 
 def _threshold(certificate: Certificate, least: float | None) -> float:
@@ -211,11 +211,16 @@ def certified_ap(certificate: Certificate, of_all: bool = False) -> float:
         own = certificate.heights[certificate.label == c]
         levels = own[own > certificate.least].sort(descending=True).values
         mine, found = certificate.alarm_label == c, _count(own, levels)
-        reported = torch.maximum(_count(certificate.births[mine], levels), found)
-        if not of_all:
-            reported = torch.minimum(reported, found + _count(certificate.alarms[mine], levels))
-        values.append(_average(found / len(own), found / reported))
+        possible = _count(certificate.births[mine], levels)
+        false = possible if of_all else _count(certificate.alarms[mine], levels)
+        values.append(_average(found / len(own), found / _reported(found, possible, false)))
     return 100 * sum(values) / max(len(values), 1)
+
+
+def _reported(found: Tensor, possible: Tensor, false: Tensor) -> Tensor:
+    """How many detections there are at most where so many of them are surely right: by all that are possible, or by
+    those that can be false."""
+    return torch.minimum(torch.maximum(possible, found), found + false)
 
 
 def _count(values: Tensor, levels: Tensor) -> Tensor:
